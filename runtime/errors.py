@@ -1,0 +1,49 @@
+"""Every error that a user can cause.
+
+    LatteFlowError
+    ├── InputError         an argument that cannot work: a prompt, a number, an output folder
+    ├── BundleError        a bundle that is missing, incomplete, altered, or not for this reader
+    ├── CheckpointError    the same of a checkpoint
+    ├── MissingExtraError  a part of the toolkit that is not installed
+    ├── VerificationError  engines that do not compute what PyTorch computes
+    └── EngineError        an engine that failed to load or to run
+
+Each message is one line that says what came, what was expected and what to do; the command line
+prints it and exits with the class's `exit_code`.
+"""
+
+from __future__ import annotations
+
+
+class LatteFlowError(Exception):
+    """The base that callers catch."""
+
+    exit_code = 2
+
+
+class InputError(LatteFlowError, ValueError):
+    """An argument that cannot work."""
+
+
+class BundleError(LatteFlowError):
+    """A bundle that cannot be used."""
+
+
+class CheckpointError(LatteFlowError):
+    """A checkpoint that cannot be used."""
+
+
+class MissingExtraError(LatteFlowError):
+    """An optional part that is not installed."""
+
+
+class VerificationError(LatteFlowError):
+    """Engines that do not compute what the reference computes."""
+
+    exit_code = 1
+
+
+class EngineError(LatteFlowError):
+    """An engine that failed to load or to run."""
+
+    exit_code = 1
