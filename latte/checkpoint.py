@@ -1,0 +1,315 @@
+"""Checkpoints on disk: a directory in Hugging Face habits.
+
+    config.json                      LatteFlowConfig; written last, so its presence means complete
+    model.safetensors                the flow transformer (for `blend`, only what it does not share)
+    vlm/                             Qwen2VLForConditionalGeneration, as transformers saves it
+    vae/                             AutoencoderDC, as diffusers saves it
+    tokenizer.json, tokenizer_config.json, chat_template.jinja, preprocessor_config.json
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderDC
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from latte.config import LatteFlowConfig
+from latte.model import FlowTransformer, LatteFlow
+from runtime.errors import CheckpointError, InputError
+
+SHIPPED = {"shapes": Path(__file__).parent / "checkpoints" / "shapes"}
+"""Names that stand for a checkpoint wherever a path does."""
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+VLM_FROM_FLOW = {
+    "input_layernorm.weight": "input_layernorm.weight",
+    "q_proj.weight": "self_attn.q_proj.weight",
+    "q_proj.bias": "self_attn.q_proj.bias",
+    "k_proj.weight": "self_attn.k_proj.weight",
+    "k_proj.bias": "self_attn.k_proj.bias",
+    "v_proj.weight": "self_attn.v_proj.weight",
+    "v_proj.bias": "self_attn.v_proj.bias",
+    "o_proj.weight": "self_attn.o_proj.weight",
+    "post_attention_layernorm.weight": "post_attention_layernorm.weight",
+    "gate_proj.weight": "mlp.gate_proj.weight",
+    "up_proj.weight": "mlp.up_proj.weight",
+    "down_proj.weight": "mlp.down_proj.weight",
+}
+"""What a flow layer has in common with the VLM's layer: name in the one, name in the other."""
+
+
+def resolve_checkpoint(name_or_path: str | Path) -> Path:
+    """The directory of a checkpoint given by path or by the name of a shipped one.
+
+    Raises:
+        CheckpointError: there is no checkpoint.
+    """
+    path = SHIPPED.get(str(name_or_path), Path(name_or_path))
+    if not path.is_dir():
+        known = ", ".join(SHIPPED)
+        raise CheckpointError(f"no checkpoint at {name_or_path}: expected a directory, or one of: {known}")
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{name_or_path} holds no config.json, so it is not a (complete) LaTtE-Flow checkpoint")
+    return path
+
+
+def load_config(path: Path) -> LatteFlowConfig:
+    """Reads `config.json` of a checkpoint directory."""
+    try:
+        return LatteFlowConfig.model_validate_json((path / "config.json").read_text(encoding="utf-8"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise CheckpointError(f"{path / 'config.json'} is not valid: {where}: {first['msg']}") from error
+
+
+def load_checkpoint(name_or_path: str | Path, dtype: torch.dtype = torch.float32) -> LatteFlow:
+    """Loads a whole checkpoint, ready for inference on the CPU.
+
+    Raises:
+        CheckpointError: something is missing, unexpected or of another shape; all of it is listed.
+    """
+    path = resolve_checkpoint(name_or_path)
+    config = load_config(path)
+    vlm = load_vlm(path / "vlm", dtype)
+    vae = load_vae(path / "vae", dtype)
+    _check_geometry(config, vlm, vae)
+    flow = FlowTransformer(config)
+    _load_flow(flow, path / "model.safetensors")
+    model = LatteFlow(config, flow.to(dtype), vlm, vae, load_tokenizer(path))
+    if config.variant == "blend":
+        share_with_vlm(flow, vlm)
+    return model.eval()
+
+
+def load_vlm(path: Path, dtype: torch.dtype = torch.float32) -> Qwen2VLForConditionalGeneration:
+    """A Qwen2-VL from a local directory.
+
+    Raises:
+        CheckpointError: it is not one, or its weights do not fit its config.
+    """
+    return _from_pretrained(Qwen2VLForConditionalGeneration, path, dtype, attn_implementation="eager").eval()
+
+
+def load_vae(path: Path, dtype: torch.dtype = torch.float32) -> AutoencoderDC:
+    """An `AutoencoderDC` from a local directory. Raises `CheckpointError` as `load_vlm` does."""
+    return _from_pretrained(AutoencoderDC, path, dtype).eval()
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a local directory."""
+    if not (path / "tokenizer.json").is_file():
+        raise CheckpointError(f"{path} holds no tokenizer.json; save the VLM's tokenizer there")
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def load_image_processor(path: Path) -> Qwen2VLImageProcessorPil:
+    """The torch-free image processor of a local directory."""
+    if not (path / "preprocessor_config.json").is_file():
+        raise CheckpointError(f"{path} holds no preprocessor_config.json; save the VLM's image processor there")
+    return Qwen2VLImageProcessorPil.from_pretrained(path, local_files_only=True)
+
+
+def _from_pretrained(kind: Any, path: Path, dtype: torch.dtype, **options: Any) -> Any:
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} holds no config.json, expected a {kind.__name__} as its library saves it")
+    declared = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if declared.get("_class_name", declared.get("model_type")) not in ("AutoencoderDC", "qwen2_vl"):
+        raise CheckpointError(f"{path / 'config.json'} is not of a {kind.__name__}")
+    for index in path.glob("*.index.json"):
+        names = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+        if escaping := sorted(name for name in names if Path(name).name != name):
+            raise CheckpointError(f"{index} names {escaping[0]}, which is not a file beside it")
+    option = "dtype" if kind is Qwen2VLForConditionalGeneration else "torch_dtype"
+    try:
+        model, info = kind.from_pretrained(
+            path,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **{option: dtype},
+            **options,
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be loaded as a {kind.__name__}: {_one_line(error)}") from error
+    problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
+    problems += [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
+    problems += [f"{item[0]} has shape {tuple(item[1])}, expected {tuple(item[2])}" for item in info["mismatched_keys"]]
+    _raise_all(path, problems)
+    return model
+
+
+def _load_flow(flow: FlowTransformer, path: Path) -> None:
+    expected = own_state(flow)
+    problems = []
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = set(file.keys())
+            problems += [f"missing {name}" for name in sorted(expected.keys() - found)]
+            problems += [f"unexpected {name}" for name in sorted(found - expected.keys())]
+            for name in sorted(found & expected.keys()):
+                tensor = file.get_tensor(name)
+                if tensor.shape != expected[name].shape:
+                    problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
+                elif tensor.dtype not in DTYPES.values():
+                    problems.append(f"{name} is {tensor.dtype}, expected one of {', '.join(DTYPES)}")
+                else:
+                    with torch.no_grad():
+                        expected[name].copy_(tensor)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {_one_line(error)}") from error
+    _raise_all(path, problems)
+
+
+def _raise_all(path: Path, problems: list[str]) -> None:
+    if problems:
+        listed = "\n  ".join(problems)
+        raise CheckpointError(f"{path} does not fit its config, {len(problems)} differences:\n  {listed}")
+
+
+def _check_geometry(config: LatteFlowConfig, vlm: Qwen2VLForConditionalGeneration, vae: AutoencoderDC) -> None:
+    mirrored = LatteFlowConfig.geometry_of(vlm.config.text_config)
+    mirrored |= {"latent_channels": vae.config.latent_channels, "vae_scale_factor": vae_scale_factor(vae)}
+    problems = [
+        f"{name} is {getattr(config, name)} in config.json, {value} in vlm/ or vae/"
+        for name, value in mirrored.items()
+        if getattr(config, name) != value
+    ]
+    if problems:
+        raise CheckpointError("the parts of the checkpoint do not fit together: " + "; ".join(problems))
+
+
+def vae_scale_factor(vae: AutoencoderDC) -> int:
+    """Pixels per latent in each direction."""
+    return int(2 ** (len(vae.config.encoder_block_out_channels) - 1))
+
+
+def own_state(flow: FlowTransformer) -> dict[str, Tensor]:
+    """The parameters that `model.safetensors` holds: all, or for `blend` those not shared with the VLM."""
+    shared = set()
+    if flow.config.variant == "blend":
+        shared = {f"layers.{i}.{name}" for i in range(flow.config.num_hidden_layers) for name in VLM_FROM_FLOW}
+    return {name: tensor for name, tensor in flow.named_parameters() if name not in shared}
+
+
+def share_with_vlm(flow: FlowTransformer, vlm: Qwen2VLForConditionalGeneration) -> None:
+    """`blend`: the flow layers use the VLM layers' very parameters, which stay frozen."""
+    for layer, vlm_layer in zip(flow.layers, vlm.model.language_model.layers, strict=True):
+        for name, vlm_name in VLM_FROM_FLOW.items():
+            owner, _, attribute = name.rpartition(".")
+            parameter: nn.Parameter = vlm_layer.get_parameter(vlm_name)
+            layer.get_submodule(owner)._parameters[attribute] = parameter
+
+
+def copy_from_vlm(flow: FlowTransformer, vlm: Qwen2VLForConditionalGeneration) -> None:
+    """`couple`: the flow layers start as copies of the VLM's."""
+    with torch.no_grad():
+        for layer, vlm_layer in zip(flow.layers, vlm.model.language_model.layers, strict=True):
+            for name, vlm_name in VLM_FROM_FLOW.items():
+                layer.get_parameter(name).copy_(vlm_layer.get_parameter(vlm_name))
+
+
+def assemble(
+    vlm: Qwen2VLForConditionalGeneration,
+    vae: AutoencoderDC,
+    tokenizer: Any,
+    *,
+    num_groups: int,
+    boundaries: tuple[float, ...] | None = None,
+    variant: str = "couple",
+    latent_size: tuple[int, int],
+    latents_mean: tuple[float, ...] | None = None,
+    latents_std: tuple[float, ...] | None = None,
+    max_prompt_tokens: int = 512,
+) -> LatteFlow:
+    """A LaTtE-Flow model around a VLM and an autoencoder, its flow layers not trained yet.
+
+    Without statistics of the latents they are scaled by the autoencoder's `scaling_factor`.
+    """
+    channels = vae.config.latent_channels
+    try:
+        config = LatteFlowConfig.model_validate(
+            {
+                "variant": variant,
+                "schedule": {"boundaries": boundaries or [k / num_groups for k in range(num_groups + 1)]},
+                **LatteFlowConfig.geometry_of(vlm.config.text_config),
+                "latent_channels": channels,
+                "latent_size": latent_size,
+                "vae_scale_factor": vae_scale_factor(vae),
+                "latents_mean": latents_mean or (0.0,) * channels,
+                "latents_std": latents_std or (1.0 / vae.config.scaling_factor,) * channels,
+                "max_prompt_tokens": max_prompt_tokens,
+            }
+        )
+    except ValidationError as error:
+        raise InputError(f"these parts make no LaTtE-Flow model: {error.errors()[0]['msg']}") from error
+    flow = FlowTransformer(config)
+    if variant == "couple":
+        copy_from_vlm(flow, vlm)
+    else:
+        share_with_vlm(flow, vlm)
+    return LatteFlow(config, flow, vlm, vae, tokenizer)
+
+
+def save_checkpoint(model: LatteFlow, image_processor: Any, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Writes a whole checkpoint; a reader sees the old one, none, or the new one, never a half."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").unlink(missing_ok=True)
+    with replaced_directory(path / "vlm") as part:
+        _as(model.vlm, dtype).save_pretrained(part)
+    with replaced_directory(path / "vae") as part:
+        _as(model.vae, dtype).save_pretrained(part)
+    model.tokenizer.save_pretrained(path)
+    image_processor.save_pretrained(path)
+    _save_tensors(own_state(model.flow), path / "model.safetensors", dtype)
+    write_text(path / "config.json", model.config.model_dump_json(indent=2) + "\n")
+
+
+def _as(module: Any, dtype: torch.dtype) -> Any:
+    return copy.deepcopy(module).to(dtype)
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({name: t.detach().to(dtype).contiguous().cpu() for name, t in tensors.items()}, temporary, {"format": "pt"})
+    os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file under a temporary name, then renames it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+@contextmanager
+def replaced_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory beside `path` that takes its place if the block succeeds."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,76 @@
+"""Flow time: which expert group serves which interval, and the grid that a sampler walks.
+
+t = 0 is noise and t = 1 is data; x_t = t·x₁ + (1 − t)·x₀; the velocity is v = x₁ − x₀; a step is
+x ← x + (t' − t)·v. The schedule is data: it stands in a checkpoint's config and a bundle's manifest.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import Counter
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from runtime.errors import InputError
+
+
+class ExpertSchedule(BaseModel):
+    """Boundaries 0 = τ₀ < … < τ_K = 1; group k serves τ_k ≤ t < τ_{k+1}, and t = 1 belongs to the last."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    boundaries: tuple[float, ...]
+
+    @field_validator("boundaries")
+    @classmethod
+    def _covers_the_unit_interval(cls, boundaries: tuple[float, ...]) -> tuple[float, ...]:
+        rises = all(left < right for left, right in zip(boundaries, boundaries[1:], strict=False))
+        if len(boundaries) < 2 or boundaries[0] != 0.0 or boundaries[-1] != 1.0 or not rises:
+            raise ValueError(f"boundaries must rise from 0.0 to 1.0 without a gap, got {list(boundaries)}")
+        return boundaries
+
+    @classmethod
+    def uniform(cls, num_groups: int) -> ExpertSchedule:
+        """`num_groups` intervals of equal length."""
+        if num_groups < 1:
+            raise ValueError(f"an expert schedule needs at least one group, got {num_groups}")
+        return cls(boundaries=tuple(k / num_groups for k in range(num_groups + 1)))
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.boundaries) - 1
+
+    def interval(self, group: int) -> tuple[float, float]:
+        """(τ_k, τ_{k+1}) of group k."""
+        return self.boundaries[group], self.boundaries[group + 1]
+
+    def group_of(self, t: float) -> int:
+        """The group that serves time t. A step belongs to the group of its start."""
+        self._check(t)
+        return min(bisect_right(self.boundaries, t) - 1, self.num_groups - 1)
+
+    def group_ending_at(self, t: float) -> int:
+        """The group whose interval reaches t from the left: it serves the far end of a step (Heun's second look)."""
+        self._check(t)
+        return max(bisect_left(self.boundaries, t) - 1, 0)
+
+    def steps_per_group(self, times: list[float]) -> list[int]:
+        """How many steps of a time grid each group runs."""
+        counts = Counter(self.group_of(t) for t in times[:-1])
+        return [counts[group] for group in range(self.num_groups)]
+
+    @staticmethod
+    def _check(t: float) -> None:
+        if not 0.0 <= t <= 1.0:
+            raise ValueError(f"flow time must be in [0, 1], got {t}")
+
+
+def time_grid(num_inference_steps: int) -> list[float]:
+    """`num_inference_steps + 1` equally spaced times from 0.0 (noise) to 1.0 (data).
+
+    Raises:
+        InputError: fewer than one step.
+    """
+    if num_inference_steps < 1:
+        raise InputError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+    return [i / num_inference_steps for i in range(num_inference_steps + 1)]
