@@ -134,6 +134,13 @@ class DecoderGraph(nn.Module):
         return pixels_to_uint8(self.decoder((latents * self.latents_std + self.latents_mean).to(dtype)))
 
 
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Casts parameters and leaves buffers: `module.half()` would round the rotary frequencies too."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
+
+
 def latents_spec(name: str, batch: str, config: LatteFlowConfig) -> TensorSpec:
     """`[batch, C, H, W]` float32."""
     shape = (batch, config.latent_channels, "latent_height", "latent_width")
@@ -150,7 +157,7 @@ def expert_component(config: LatteFlowConfig, precision: str) -> Component:
     """The graph that all experts share; weights are named as group 0's."""
     return Component(
         name="expert",
-        build=lambda: ExpertGraph(FlowTransformer(config).to(TORCH_DTYPES[precision])),
+        build=lambda: ExpertGraph(cast_parameters(FlowTransformer(config), TORCH_DTYPES[precision])),
         inputs=(
             latents_spec("latents", "rows", config),
             TensorSpec(name="timestep", dtype="float32", shape=("rows",)),
@@ -167,7 +174,7 @@ def prefix_component(config: LatteFlowConfig, precision: str, build_language_mod
     groups = range(config.schedule.num_groups)
     return Component(
         name="vlm",
-        build=lambda: PrefixGraph(build_language_model().to(TORCH_DTYPES[precision]), config),
+        build=lambda: PrefixGraph(cast_parameters(build_language_model(), TORCH_DTYPES[precision]), config),
         inputs=(
             TensorSpec(name="input_ids", dtype="int64", shape=("batch", "prefix")),
             TensorSpec(name="prefix_mask", dtype="bool", shape=("batch", "prefix")),

@@ -256,7 +256,7 @@ class FlowTransformer(nn.Module):
         offsets = torch.stack([torch.zeros_like(row), row, column], dim=-1)
         lengths = prefix_mask.long().sum(dim=1)
         positions = (lengths[:, None, None] + offsets).float()
-        angles = positions[..., self.rotary_axes] * self.rotary_frequencies
+        angles = positions.index_select(-1, self.rotary_axes) * self.rotary_frequencies
         angles = torch.cat([angles, angles], dim=-1)[:, None]
         return angles.cos(), angles.sin()
 

@@ -97,6 +97,32 @@ def sample_scene(rng: np.random.Generator, *, held_out: bool = False, count: int
             return scene
 
 
+def sample_busy_scene(rng: np.random.Generator) -> Scene:
+    """A background with one to nine shapes, none of them held out, for parts that learn what shapes look like.
+
+    Nine shapes teach as much as nine pictures. It has no caption: it may hold the same shape twice.
+    """
+    background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+    shapes = []
+    for cell in rng.permutation(len(CELLS))[: rng.integers(1, len(CELLS) + 1)]:
+        while True:
+            shape = Shape(
+                kind=_choose(rng, KINDS),
+                colour=_choose(rng, tuple(COLOURS)),
+                size=_choose(rng, tuple(RADII)),
+                cell=CELLS[cell],
+                jitter=_jitter(rng),
+            )
+            if not is_held_out(Scene((shape,), background)):
+                shapes.append(shape)
+                break
+    return Scene(tuple(shapes), background)
+
+
+def _jitter(rng: np.random.Generator) -> tuple[int, int]:
+    return int(rng.integers(-1, 2)), int(rng.integers(-1, 2))
+
+
 def _sample_any(rng: np.random.Generator, count: int) -> Scene:
     kinds = rng.permutation(len(KINDS))
     colours = rng.permutation(len(COLOURS))
@@ -107,7 +133,7 @@ def _sample_any(rng: np.random.Generator, count: int) -> Scene:
             colour=list(COLOURS)[colours[i]],
             size=list(RADII)[rng.integers(len(RADII))],
             cell=CELLS[cells[i]],
-            jitter=(int(rng.integers(-1, 2)), int(rng.integers(-1, 2))),
+            jitter=_jitter(rng),
         )
         for i in range(count)
     )

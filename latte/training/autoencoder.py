@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from diffusers import AutoencoderDC
 from torch import Tensor, nn
 
-from latte.scenes import draw, sample_scene
+from latte.scenes import Scene, draw, sample_busy_scene, sample_scene
 
 LATENT_NOISE = 0.05
 """Standard deviation of the noise on the latents: the decoder learns to forgive what a sampler gets slightly wrong."""
@@ -38,9 +38,11 @@ def small_autoencoder() -> AutoencoderDC:
     )
 
 
-def pixels_from_scenes(rng: np.random.Generator, batch_size: int, device: str) -> Tensor:
-    """Pictures of random scenes that are not held out: `[B, 3, 64, 64]` float32 in [-1, 1]."""
-    return to_pixels(np.stack([draw(sample_scene(rng)) for _ in range(batch_size)]), device)
+def pixels_from_scenes(
+    rng: np.random.Generator, batch_size: int, device: str, sampler: Callable[[np.random.Generator], Scene]
+) -> Tensor:
+    """Pictures of random scenes: `[B, 3, 64, 64]` float32 in [-1, 1]."""
+    return to_pixels(np.stack([draw(sampler(rng)) for _ in range(batch_size)]), device)
 
 
 def to_pixels(images: np.ndarray, device: str) -> Tensor:
@@ -62,7 +64,7 @@ class AutoencoderStage:
         return self.autoencoder
 
     def losses(self, step: int, rng: np.random.Generator) -> Iterator[tuple[str, Tensor]]:
-        pixels = pixels_from_scenes(rng, self.batch_size, self.device)
+        pixels = pixels_from_scenes(rng, self.batch_size, self.device, sample_busy_scene)
         latents = self.autoencoder.encode(pixels).latent.float()
         noisy = latents + LATENT_NOISE * torch.randn_like(latents)
         error = self.autoencoder.decode(noisy).sample.float() - pixels
@@ -74,6 +76,6 @@ class AutoencoderStage:
 def latents_statistics(autoencoder: AutoencoderDC, device: str = "cpu") -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each latent channel over 2,048 scenes."""
     rng = np.random.default_rng(0)
-    latents = [autoencoder.encode(pixels_from_scenes(rng, 256, device)).latent.float() for _ in range(8)]
+    latents = [autoencoder.encode(pixels_from_scenes(rng, 256, device, sample_scene)).latent.float() for _ in range(8)]
     stacked = torch.cat(latents)
     return stacked.mean(dim=(0, 2, 3)).tolist(), stacked.std(dim=(0, 2, 3)).tolist()

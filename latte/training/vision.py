@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from latte.scenes import BACKGROUNDS, COLOURS, KINDS, RADII, Scene, coverage, draw, sample_scene
+from latte.scenes import BACKGROUNDS, COLOURS, KINDS, RADII, Scene, coverage, draw, sample_busy_scene
 
 TOKENS_PER_SIDE = 4
 VISIBLE_SHARE = 0.15
@@ -65,7 +65,7 @@ class VisionStage:
         return self.module
 
     def losses(self, step: int, rng: np.random.Generator) -> Iterator[tuple[str, Tensor]]:
-        scenes = [sample_scene(rng) for _ in range(self.batch_size)]
+        scenes = [sample_busy_scene(rng) for _ in range(self.batch_size)]
         labels = torch.from_numpy(np.concatenate([token_labels(scene) for scene in scenes])).to(self.device)
         pixels = self.image_processor([draw(scene) for scene in scenes], return_tensors="pt")
         tower, heads = self.module["tower"], self.module["heads"]

@@ -1,0 +1,233 @@
+"""From a checkpoint to a bundle: trace, bind, fuse, save, verify, and the manifest last."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from diffusers import AutoencoderDC
+from torch import Tensor, nn
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
+
+from export.components import (
+    TORCH_DTYPES,
+    Component,
+    decoder_component,
+    expert_component,
+    expert_weight_source,
+    prefix_component,
+    solver_component,
+)
+from export.dc_ae import use_linear_attention
+from export.graphs import bind, fuse_for_onnxruntime, quiet_exporter, save_engine, trace
+from export.verify import verify_bundle
+from latte.checkpoint import load_checkpoint, replaced_directory, resolve_checkpoint
+from latte.model import LatteFlow
+from runtime.errors import InputError
+from runtime.manifest import (
+    FILE_NAME,
+    SCHEMA_VERSION,
+    EngineEntry,
+    Geometry,
+    Manifest,
+    ParityRow,
+    Precision,
+    PromptFormat,
+    file_entry,
+    save_manifest,
+    sha256_of,
+)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json")
+PRODUCERS = ("latte-flow", "torch", "transformers", "diffusers", "onnx", "onnxscript", "onnxruntime")
+_PLACEHOLDER = "<PROMPT>"
+
+OnStage = Callable[[str], None]
+
+
+def export_bundle(
+    checkpoint: str | Path,
+    bundle: Path,
+    *,
+    precision: Precision = "fp32",
+    opset: int = 18,
+    fuse: bool = True,
+    verify: bool = True,
+    force: bool = False,
+    on_stage: OnStage = lambda _: None,
+) -> tuple[Manifest, list[ParityRow]]:
+    """Writes the bundle of a checkpoint; it appears at `bundle` whole or not at all.
+
+    Args:
+        checkpoint: a directory, or the name of a shipped checkpoint.
+        precision: of weights and arithmetic; the solver and the autoencoder stay fp32.
+        fuse: rewrite the graphs with ONNX Runtime's optimisers; such engines run on ONNX Runtime only.
+        verify: compare with PyTorch; the report goes into the manifest.
+        force: replace an existing bundle.
+        on_stage: is told what begins.
+
+    Returns:
+        the manifest, and the rows of the verification that failed.
+
+    Raises:
+        InputError: something is in the way at `bundle`.
+        CheckpointError: the checkpoint cannot be used.
+    """
+    _check_target(bundle, force)
+    on_stage("load the checkpoint")
+    path = resolve_checkpoint(checkpoint)
+    model = load_checkpoint(path)
+    with replaced_directory(bundle) as folder:
+        engines = _export_engines(model, folder, precision, opset, fuse, on_stage)
+        for name in TOKENIZER_FILES:
+            if (path / name).is_file():
+                shutil.copyfile(path / name, folder / name)
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            producer={name: _version_of(name) for name in PRODUCERS},
+            checkpoint_sha256=checkpoint_hash(path),
+            precision=precision,
+            geometry=_geometry(model),
+            schedule=model.config.schedule,
+            prompt=prompt_format(model),
+            engines=tuple(engines),
+            tokenizer_files=tuple(file_entry(folder, n) for n in TOKENIZER_FILES if (folder / n).is_file()),
+        )
+        save_manifest(manifest, folder)
+        if verify:
+            on_stage("verify against PyTorch")
+            manifest = manifest.model_copy(update={"parity": tuple(verify_bundle(folder, model))})
+            save_manifest(manifest, folder)
+    return manifest, [row for row in manifest.parity or () if not row.passed]
+
+
+def _check_target(bundle: Path, force: bool) -> None:
+    if bundle.exists() and not bundle.is_dir():
+        raise InputError(f"{bundle} is a file; name a folder for the bundle")
+    if bundle.is_dir() and any(bundle.iterdir()):
+        if not (bundle / FILE_NAME).is_file():
+            raise InputError(f"{bundle} is not empty and holds no bundle; name another folder")
+        if not force:
+            raise InputError(f"{bundle} holds a bundle already; pass --force to replace it")
+
+
+def _export_engines(
+    model: LatteFlow, folder: Path, precision: Precision, opset: int, fuse: bool, on_stage: OnStage
+) -> list[EngineEntry]:
+    config = model.config
+    language_model = model.vlm.model.language_model
+    entries = []
+
+    def save(name: str, component: Component, graph: ir.Model, precision: Precision, group: int | None = None) -> None:
+        fused = fuse and precision != "bf16" and name in FUSED_WHERE_FASTER
+        if name.startswith("expert") and fuse and precision != "bf16":
+            fused = "expert" in FUSED_WHERE_FASTER
+        files = save_engine(fuse_for_onnxruntime(graph) if fused else graph, folder / name)
+        entries.append(
+            EngineEntry(
+                name=name,
+                group=group,
+                precision=precision,
+                opset=opset,
+                fused=fused,
+                files=tuple(file_entry(folder, f"{name}/{file}") for file in files),
+                inputs=component.inputs,
+                outputs=component.outputs,
+            )
+        )
+
+    def part(module: nn.Module, prefix: str, dtype: torch.dtype) -> Callable[[str], Tensor]:
+        return lambda name: _value(module, name.removeprefix(prefix), dtype)
+
+    dtype = TORCH_DTYPES[precision]
+    text_config = model.vlm.config.text_config
+    component = prefix_component(
+        config, precision, lambda: Qwen2VLTextModel._from_config(text_config, attn_implementation="eager")
+    )
+    on_stage("trace vlm")
+    save("vlm", component, bind(trace(component, opset), part(language_model, "language_model.", dtype)), precision)
+
+    on_stage("trace expert")
+    component = expert_component(config, precision)
+    graph = trace(component, opset)
+    sources = {"flow": model.flow, "language_model": language_model}
+    for group in range(config.schedule.num_groups):
+        on_stage(f"bind expert_{group}")
+
+        def weight(name: str, group: int = group) -> Tensor:
+            source, source_name = expert_weight_source(config, group, name)
+            return _value(sources[source], source_name, dtype)
+
+        save(f"expert_{group}", component, bind(graph, weight), precision, group)
+
+    on_stage("trace solver_step")
+    component = solver_component(config)
+    save("solver_step", component, trace(component, opset), "fp32")
+
+    on_stage("trace vae_decoder")
+
+    def build_decoder() -> nn.Module:
+        with quiet_exporter():
+            return use_linear_attention(AutoencoderDC.from_config(model.vae.config).decoder)
+
+    component = decoder_component(config, build_decoder)
+    constants = {"latents_mean": model.latents_mean, "latents_std": model.latents_std}
+    decoder = part(model.vae.decoder, "decoder.", torch.float32)
+    graph = bind(trace(component, opset), lambda name: constants[name] if name in constants else decoder(name))
+    save("vae_decoder", component, graph, "fp32")
+    return entries
+
+
+FUSED_WHERE_FASTER = frozenset({"vlm", "expert", "vae_decoder"})
+"""Components whose fused graph is faster on ONNX Runtime's CPU; see docs/log.md."""
+
+
+def _value(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
+    """A parameter in the bundle's dtype, or a buffer as it is: rotary frequencies lose too much in half precision."""
+    owner, _, attribute = name.rpartition(".")
+    parent = module.get_submodule(owner)
+    if attribute in parent._parameters:
+        return module.get_parameter(name).to(dtype)
+    return module.get_buffer(name)
+
+
+def _geometry(model: LatteFlow) -> Geometry:
+    fields = model.config.model_dump()
+    fields["layers_per_group"] = model.config.layers_per_group
+    fields["head_dim"] = model.config.head_dim
+    return Geometry.model_validate({name: fields[name] for name in Geometry.model_fields})
+
+
+def prompt_format(model: LatteFlow) -> PromptFormat:
+    """The chat template around a prompt, rendered once, so that the runtime needs no template engine."""
+    message = [{"role": "user", "content": _PLACEHOLDER}]
+    text = model.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    before, _, after = text.partition(_PLACEHOLDER)
+    return PromptFormat(
+        before=before,
+        after=after,
+        pad_token_id=model.tokenizer.pad_token_id or 0,
+        max_tokens=model.config.max_prompt_tokens,
+        special_tokens=tuple(sorted(token for token in model.tokenizer.get_added_vocab() if token.startswith("<|"))),
+    )
+
+
+def checkpoint_hash(path: Path) -> str:
+    """One SHA-256 over the config and all weights of a checkpoint."""
+    digest = hashlib.sha256()
+    for file in sorted([path / "config.json", *path.rglob("*.safetensors")]):
+        if "training" not in file.relative_to(path).parts:
+            digest.update(f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

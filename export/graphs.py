@@ -1,0 +1,164 @@
+"""From a component to an ONNX graph, and from a graph and weights to an engine's files.
+
+A graph is traced once, without weights, and serves every engine that has its form: the weights are
+bound afterwards, as external data that points into a safetensors file beside the graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import struct
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
+from safetensors.torch import save_file
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from export.components import Component
+
+GRAPH_FILE = "model.onnx"
+WEIGHTS_FILE = "weights.safetensors"
+INLINE_BYTES = 64
+"""Constants up to this size stay in the graph."""
+
+
+def trace(component: Component, opset: int) -> ir.Model:
+    """The graph of a component, its weights unbound: initializers have a name and a type, no value.
+
+    The ONNX optimiser runs on the unbound graph, so it cannot fold one group's values into all.
+    """
+    with quiet_exporter():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            module = component.build().eval()
+            inputs = component.example_inputs()
+        program = torch.onnx.export(
+            module,
+            inputs,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=opset,
+            input_names=[spec.name for spec in component.inputs],
+            output_names=[spec.name for spec in component.outputs],
+            dynamic_shapes=component.dynamic_shapes() if component.inputs else None,
+        )
+        assert program is not None
+        model = program.model
+        for value in model.graph.initializers.values():
+            value.const_value = None
+        onnxscript.optimizer.optimize_ir(model)
+        ClearMetadataAndDocStringPass()(model)
+        RemoveUnusedNodesPass()(model)
+    model.producer_name, model.producer_version = "latte-flow", ""
+    model.graph.name = component.name
+    _name_output_axes(model, component)
+    return model
+
+
+def _name_output_axes(model: ir.Model, component: Component) -> None:
+    """Gives outputs the declared axis names, where the tracer left expressions."""
+    for value, spec in zip(model.graph.outputs, component.outputs, strict=True):
+        value.shape = ir.Shape(spec.shape)
+        value.dtype = ir.DataType[{"float32": "FLOAT", "float16": "FLOAT16"}.get(spec.dtype, spec.dtype.upper())]
+
+
+@contextlib.contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Keeps the exporters' notes about themselves off the user's screen; their errors are raised as ever."""
+    names = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def bind(model: ir.Model, weight: Callable[[str], Tensor]) -> ir.Model:
+    """A copy of a traced graph in which every unbound initializer has the value that `weight` gives its name."""
+    bound = model.clone()
+    for name, value in bound.graph.initializers.items():
+        if value.const_value is None:
+            tensor = weight(name).detach().cpu().contiguous()
+            expected = tuple(value.shape) if value.shape is not None else None
+            if expected is not None and tuple(tensor.shape) != expected:
+                raise ValueError(f"weight {name} has shape {tuple(tensor.shape)}, the graph expects {expected}")
+            value.const_value = ir.tensor_adapters.TorchTensor(tensor, name=name)
+    return bound
+
+
+def save_engine(model: ir.Model, folder: Path) -> list[str]:
+    """Writes `model.onnx` and, where it has weights, `weights.safetensors`; returns the names of the files.
+
+    The graph is checked by ONNX after writing, and holds no path but the name of the file beside it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    large = {
+        name: value.const_value
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None and value.const_value.nbytes > INLINE_BYTES
+    }
+    if large:
+        save_file({name: _to_torch(tensor) for name, tensor in large.items()}, folder / WEIGHTS_FILE)
+        offsets = tensor_offsets(folder / WEIGHTS_FILE)
+        for name, tensor in large.items():
+            offset, length = offsets[name]
+            model.graph.initializers[name].const_value = ir.ExternalTensor(
+                WEIGHTS_FILE, offset, length, tensor.dtype, shape=tensor.shape, name=name, base_dir=folder
+            )
+    proto = ir.to_proto(model)
+    onnx.save(proto, folder / GRAPH_FILE)
+    onnx.checker.check_model(str(folder / GRAPH_FILE), full_check=not _has_contrib_nodes(proto))
+    return [GRAPH_FILE, WEIGHTS_FILE] if large else [GRAPH_FILE]
+
+
+def _has_contrib_nodes(proto: onnx.ModelProto) -> bool:
+    return any(entry.domain not in ("", "ai.onnx") for entry in proto.opset_import)
+
+
+def _to_torch(tensor: Any) -> Tensor:
+    if isinstance(tensor, ir.tensor_adapters.TorchTensor):
+        return tensor.raw
+    array = np.array(tensor.numpy())
+    if tensor.dtype == ir.DataType.BFLOAT16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def tensor_offsets(path: Path) -> Mapping[str, tuple[int, int]]:
+    """(offset from the file's start, length) in bytes of every tensor in a safetensors file."""
+    with path.open("rb") as file:
+        (header_size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(header_size))
+    start = 8 + header_size
+    return {
+        name: (start + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def fuse_for_onnxruntime(model: ir.Model) -> ir.Model:
+    """The graph in ONNX Runtime's own fused operators (domain `com.microsoft`); no other runtime loads it."""
+    from onnxscript.rewriter import ort_fusions
+
+    with quiet_exporter(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+        fused, _ = ort_fusions.optimize_for_ort(model)
+    return fused

@@ -1,0 +1,194 @@
+"""Whether a bundle computes what PyTorch computes: a ladder of four rungs, each with a number.
+
+    engine       every engine against its PyTorch module, over batch sizes, prefix lengths and latent sizes
+    step         every sampling step, with the reference's latents fed in
+    trajectory   the final latents, from the same noise
+    image        the decoded picture, as PSNR
+
+The first row that fails names rung, step and group. A reference that is not finite or is constant is
+itself a failure: it would agree with anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latte.model import LatteFlow
+from latte.sampling import SampleStep
+from runtime.manifest import ParityRow, Precision, load_manifest
+from runtime.noise import initial_latents
+from runtime.pipeline import LatteFlowPipeline
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """The largest relative error of a rung, ‖a − b‖ / ‖b‖, and the smallest PSNR in dB."""
+
+    engine: float
+    trajectory: float
+    image_psnr_db: float
+
+
+TOLERANCES: dict[Precision, Tolerances] = {
+    "fp32": Tolerances(engine=1e-4, trajectory=1e-3, image_psnr_db=50.0),
+    "fp16": Tolerances(engine=1e-2, trajectory=3e-2, image_psnr_db=35.0),
+    "bf16": Tolerances(engine=5e-2, trajectory=1.5e-1, image_psnr_db=25.0),
+}
+PSNR_OF_EQUAL_IMAGES = 100.0
+"""Reported where not one pixel differs."""
+SIZES = ((1, 0, (0, 0)), (2, 3, (0, 0)), (3, 17, (1, 2)))
+"""Rows, prefix tokens beyond the shortest prompt, and rows and columns beyond the default latent size."""
+STEPS = 8
+PROMPTS = ("a", "a small red circle", "a large green star above a small blue square on a white background")
+
+
+def verify_bundle(bundle: Path, model: LatteFlow, provider: str = "cpu") -> list[ParityRow]:
+    """All rungs of the ladder, in order.
+
+    Args:
+        bundle: a folder with a manifest.
+        model: the checkpoint that the bundle was exported from, in fp32.
+        provider: what runs the engines.
+    """
+    tolerances = TOLERANCES[load_manifest(bundle).precision]
+    with LatteFlowPipeline.from_pretrained(bundle, provider=provider) as pipeline, torch.no_grad():
+        rows = list(_engine_rows(pipeline, model, tolerances))
+        rows += _sampling_rows(pipeline, model, tolerances)
+    return rows
+
+
+def _engine_rows(pipeline: LatteFlowPipeline, model: LatteFlow, tolerances: Tolerances) -> Iterator[ParityRow]:
+    """Engines alone, on random inputs of several sizes. Engines get the reference's prefix, not their own."""
+    generator = torch.Generator().manual_seed(0)
+    config = model.config
+    engines = pipeline.engines
+    for batch, extra, (more_rows, more_columns) in SIZES:
+        ids, mask = _random_prompts(batch, 2 + extra, len(model.tokenizer), generator)
+        prefix = model.encode_tokens(ids, mask)
+        height, width = config.latent_size[0] + more_rows, config.latent_size[1] + more_columns
+        size = f"{batch} rows, {mask.shape[1]} tokens, {height}x{width}"
+        outputs = engines["vlm"].run({"input_ids": ids.numpy(), "prefix_mask": mask.bool().numpy()})
+        for group, reference in enumerate(prefix.kv):
+            # Padding is masked wherever it is read, so it may hold anything.
+            kept = mask.bool()[None, None, :, None, :, None].numpy()
+            value = outputs[f"prefix_kv_{group}"].numpy() * kept
+            yield _relative("engine", f"vlm, {size}", value, reference.numpy() * kept, tolerances.engine, group=group)
+        latents = torch.randn((batch, config.latent_channels, height, width), generator=generator)
+        for group in range(config.schedule.num_groups):
+            start, end = config.schedule.interval(group)
+            t = start + (end - start) * torch.rand(batch, generator=generator)
+            reference = model.flow(latents, t, prefix.kv[group], prefix.mask, group)
+            kv = prefix.kv[group].numpy().astype(pipeline.kv_dtype)
+            feed = {"latents": latents.numpy(), "timestep": t.numpy(), "prefix_kv": kv, "prefix_mask": prefix.mask.numpy()}
+            value = engines[f"expert_{group}"].run(feed)["velocity"].numpy()
+            what = f"expert_{group}, {size}"
+            yield _relative("engine", what, value, reference.numpy(), tolerances.engine, group=group)
+        images = engines["vae_decoder"].run({"latents": latents.numpy()})["image"].numpy()
+        reference = model.decode_latents(latents)
+        yield _psnr("engine", f"vae_decoder, {size}", images, reference.numpy(), tolerances.image_psnr_db)
+
+
+def _sampling_rows(pipeline: LatteFlowPipeline, model: LatteFlow, tolerances: Tolerances) -> Iterator[ParityRow]:
+    seeds = list(range(len(PROMPTS)))
+    scales = [3.0, 1.0, 5.0]
+    noise = initial_latents(seeds, (model.config.latent_channels, *model.config.latent_size))
+    reference: list[SampleStep] = []
+    final = model.generate(
+        PROMPTS,
+        num_inference_steps=STEPS,
+        guidance_scale=scales,
+        latents=torch.from_numpy(noise),
+        output_type="latent",
+        callback_on_step_end=reference.append,
+    )
+    before = [torch.from_numpy(noise), *(step.latents for step in reference)]
+    run = pipeline.prepare(list(PROMPTS), negative_prompts=[""] * len(PROMPTS), guidance_scales=scales)
+    for step in reference:
+        t_next = (step.index + 1) / STEPS
+        value = run.step(before[step.index].numpy(), step.t, t_next)
+        expected = step.latents.numpy()
+        yield _relative("step", "next latents", value, expected, tolerances.engine, group=step.group, step=step.index)
+    value = pipeline(
+        list(PROMPTS), num_inference_steps=STEPS, guidance_scale=scales, latents=noise, output_type="latent"
+    ).images
+    yield _relative("trajectory", f"final latents of {STEPS} steps", value, final, tolerances.trajectory)
+    images = pipeline(
+        list(PROMPTS), num_inference_steps=STEPS, guidance_scale=scales, latents=noise, output_type="np"
+    ).images
+    expected = model.decode_latents(torch.from_numpy(final)).numpy()
+    yield _psnr("image", "decoded pictures", images, expected, tolerances.image_psnr_db)
+
+
+def _random_prompts(batch: int, shortest: int, vocabulary: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Token ids and mask `[B, P]` int64, the lengths shortest, shortest + 1, …"""
+    lengths = torch.arange(batch) + shortest
+    ids = torch.randint(0, vocabulary, (batch, int(lengths.max())), generator=generator)
+    mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
+    return ids, mask
+
+
+def relative_error(value: np.ndarray, reference: np.ndarray) -> float | None:
+    """‖value − reference‖ / ‖reference‖; None where either is not finite or the reference is constant."""
+    value, reference = np.asarray(value, np.float64), np.asarray(reference, np.float64)
+    if value.shape != reference.shape or not np.isfinite(value).all() or not np.isfinite(reference).all():
+        return None
+    if reference.size > 1 and np.ptp(reference) == 0:
+        return None
+    return float(np.linalg.norm(value - reference) / np.linalg.norm(reference))
+
+
+def psnr_db(value: np.ndarray, reference: np.ndarray) -> float | None:
+    """Peak signal-to-noise ratio of uint8 images; None where the reference is constant or shapes differ."""
+    if value.shape != reference.shape or np.ptp(reference) == 0:
+        return None
+    error = np.mean((value.astype(np.float64) - reference.astype(np.float64)) ** 2)
+    return PSNR_OF_EQUAL_IMAGES if error == 0 else min(PSNR_OF_EQUAL_IMAGES, float(10 * np.log10(255.0**2 / error)))
+
+
+def _relative(
+    rung: str,
+    what: str,
+    value: np.ndarray,
+    reference: np.ndarray,
+    tolerance: float,
+    *,
+    group: int | None = None,
+    step: int | None = None,
+) -> ParityRow:
+    error = relative_error(value, reference)
+    passed = error is not None and error <= tolerance
+    return ParityRow.model_validate(
+        {
+            "rung": rung,
+            "what": what,
+            "group": group,
+            "step": step,
+            "metric": "relative_error",
+            "value": error,
+            "tolerance": tolerance,
+            "passed": passed,
+        }
+    )
+
+
+def _psnr(rung: str, what: str, value: np.ndarray, reference: np.ndarray, tolerance: float) -> ParityRow:
+    number = psnr_db(value, reference)
+    passed = number is not None and number >= tolerance
+    return ParityRow.model_validate(
+        {
+            "rung": rung,
+            "what": what,
+            "metric": "psnr_db",
+            "value": number,
+            "tolerance": tolerance,
+            "passed": passed,
+        }
+    )
+
+

@@ -1,0 +1,108 @@
+"""What every backend has in common: the check of a feed, and values that may stay on the device."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+
+from runtime.errors import EngineError
+from runtime.manifest import EngineEntry, TensorSpec
+
+
+class DeviceTensor(Protocol):
+    """An output that stays where it was computed until somebody asks."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> str:
+        """Name as in the manifest: "float32", "float16", …"""
+
+    def numpy(self) -> np.ndarray:
+        """A copy on the host."""
+
+
+Value = np.ndarray | DeviceTensor
+
+
+class Session(ABC):
+    """A loaded engine. Subclasses execute; the checks are here, once."""
+
+    def __init__(self, entry: EngineEntry) -> None:
+        self.entry = entry
+
+    def run(self, feed: Mapping[str, Value]) -> dict[str, DeviceTensor]:
+        """Runs the engine.
+
+        Raises:
+            EngineError: the feed does not fit the engine, or the engine failed.
+        """
+        check_feed(self.entry, feed)
+        return self._execute(feed)
+
+    @abstractmethod
+    def _execute(self, feed: Mapping[str, Value]) -> dict[str, DeviceTensor]:
+        """Runs on a feed that fits."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees what the engine holds."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Backend(ABC):
+    """Loads engines of one provider."""
+
+    name: str
+
+    @abstractmethod
+    def load(self, bundle: Path, entry: EngineEntry) -> Session:
+        """Loads an engine whose files were checked.
+
+        Raises:
+            EngineError: it cannot be loaded here.
+        """
+
+    @abstractmethod
+    def upload(self, array: np.ndarray) -> DeviceTensor:
+        """Moves an array to the device, for inputs that many runs share."""
+
+
+def check_feed(entry: EngineEntry, feed: Mapping[str, Value]) -> None:
+    """Raises `EngineError` unless names, dtypes, fixed sizes and named axes all fit the engine."""
+    expected = [spec.name for spec in entry.inputs]
+    if set(feed) != set(expected):
+        raise EngineError(f"engine {entry.name} takes {', '.join(expected)}; got {', '.join(sorted(feed))}")
+    axes: dict[str, int] = {}
+    for spec in entry.inputs:
+        value = feed[spec.name]
+        dtype, shape = str(value.dtype), tuple(value.shape)
+        if dtype != spec.dtype or not _shape_fits(spec, shape, axes):
+            raise EngineError(
+                f"engine {entry.name}: {spec.name} must be {spec.dtype} {_shown(spec.shape)}, got {dtype} {_shown(shape)}"
+                + (f" (with {', '.join(f'{name}={size}' for name, size in axes.items())})" if axes else "")
+            )
+
+
+def _shape_fits(spec: TensorSpec, shape: tuple[int, ...], axes: dict[str, int]) -> bool:
+    if len(shape) != len(spec.shape):
+        return False
+    for axis, size in zip(spec.shape, shape, strict=True):
+        if size != (axes.setdefault(axis, size) if isinstance(axis, str) else axis):
+            return False
+    return True
+
+
+def _shown(shape: tuple[int | str, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"

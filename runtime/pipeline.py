@@ -1,0 +1,346 @@
+"""Pictures from prompts, with the call arguments of diffusers' pipelines and no torch."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+from PIL import Image
+
+from runtime.backends import Backend, DeviceTensor, Session, open_backend
+from runtime.errors import InputError
+from runtime.manifest import Manifest, check_file, load_manifest
+from runtime.noise import initial_latents
+from runtime.prompts import PromptEncoder
+from runtime.sampler import GuidedBatch, Sampler, SamplerStep
+from runtime.schedule import time_grid
+
+OutputType = Literal["pil", "np", "latent"]
+DEFAULT_STEPS = 20
+DEFAULT_GUIDANCE_SCALE = 3.0
+CACHED_NEGATIVE_PROMPTS = 16
+Callback = Callable[["LatteFlowPipeline", int, float, dict[str, np.ndarray]], Mapping[str, np.ndarray] | None]
+
+
+@dataclass
+class PipelineOutput:
+    """What a call made."""
+
+    images: Any
+    """A list of PIL images ("pil"), `[B, height, width, 3]` uint8 ("np") or `[B, C, H, W]` float32 ("latent")."""
+    seeds: list[int | None]
+    """The seed that makes each image alone; None where latents or a generator were given."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time per stage."""
+    steps_per_group: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PrefixRow:
+    """An encoded prompt: its keys and values per group, `[M, 2, Hkv, P, D]`, P its own length."""
+
+    kv: tuple[np.ndarray, ...]
+
+    @property
+    def length(self) -> int:
+        return int(self.kv[0].shape[3])
+
+
+class EngineSet(Mapping[str, Session]):
+    """A bundle's engines, each loaded when it is first asked for, and once."""
+
+    def __init__(self, bundle: Path, manifest: Manifest, backend: Backend) -> None:
+        self._bundle = bundle
+        self._manifest = manifest
+        self._backend = backend
+        self._loaded: dict[str, Session] = {}
+
+    def __getitem__(self, name: str) -> Session:
+        if name not in self._loaded:
+            entry = self._manifest.engine(name)
+            for file in entry.files:
+                check_file(self._bundle, file)
+            self._loaded[name] = self._backend.load(self._bundle, entry)
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (entry.name for entry in self._manifest.engines)
+
+    def __len__(self) -> int:
+        return len(self._manifest.engines)
+
+    @property
+    def loaded(self) -> list[str]:
+        """Names of the engines in memory."""
+        return list(self._loaded)
+
+    def close(self) -> None:
+        """Frees all engines."""
+        for session in self._loaded.values():
+            session.close()
+        self._loaded.clear()
+
+
+class LatteFlowPipeline:
+    """A loaded bundle.
+
+    Example:
+        >>> pipe = LatteFlowPipeline.from_pretrained("bundle")
+        >>> pipe("a small red circle", seed=7).images[0].save("circle.png")
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest, backend: Backend) -> None:
+        self.bundle = bundle
+        self.manifest = manifest
+        self.backend = backend
+        self.engines = EngineSet(bundle, manifest, backend)
+        self._prompts = PromptEncoder.from_bundle(bundle, manifest)
+        self._negative_prefixes: OrderedDict[str, PrefixRow] = OrderedDict()
+
+    @classmethod
+    def from_pretrained(cls, bundle: str | Path, provider: str = "cpu") -> Self:
+        """Opens a bundle. Engines are loaded when a call needs them.
+
+        Raises:
+            BundleError: it cannot be used.
+            InputError: unknown provider.
+        """
+        path = Path(bundle)
+        return cls(path, load_manifest(path), open_backend(provider))
+
+    @property
+    def kv_dtype(self) -> np.dtype[Any]:
+        """NumPy dtype of the prefix KV cache."""
+        return np.dtype(self.manifest.engine("expert_0").inputs[2].dtype)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = DEFAULT_STEPS,
+        guidance_scale: float | Sequence[float] = DEFAULT_GUIDANCE_SCALE,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        generator: np.random.Generator | None = None,
+        latents: np.ndarray | None = None,
+        output_type: OutputType = "pil",
+        callback_on_step_end: Callback | None = None,
+    ) -> PipelineOutput:
+        """Draws pictures.
+
+        Args:
+            prompt: one or several; with `num_images_per_prompt`, the images of a prompt stand together.
+            negative_prompt: what guidance leads away from: one for all, or one for each prompt.
+            height, width: in pixels; multiples of the autoencoder's factor. Default: the model's size.
+            num_inference_steps: steps of Euler's method.
+            guidance_scale: s in v = v_u + s·(v_c − v_u), one for all or one for each prompt. 1 costs half.
+            seed: one for each image, or an int s for s, s + 1, … An image depends on its own seed alone.
+            generator: draws the noise of all images in order, instead of seeds.
+            latents: the noise itself, `[B, C, H, W]` float32.
+            output_type: "pil", "np" or "latent".
+            callback_on_step_end: called as `callback(pipe, step, t, {"latents": array})`; a dict that it
+                returns may hold other "latents" to go on with.
+
+        Raises:
+            InputError: an argument that cannot work.
+        """
+        prompts = _as_list("prompt", prompt)
+        if num_images_per_prompt < 1:
+            raise InputError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
+        if output_type not in ("pil", "np", "latent"):
+            raise InputError(f'output_type must be "pil", "np" or "latent", got {output_type!r}')
+        times = time_grid(num_inference_steps)
+        negatives = _one_for_each("negative_prompt", negative_prompt or "", str, len(prompts))
+        scales = _one_for_each("guidance_scale", guidance_scale, (int, float), len(prompts))
+        prompts, negatives, scales = (
+            [value for value in values for _ in range(num_images_per_prompt)] for values in (prompts, negatives, scales)
+        )
+        noise, seeds = self._noise(len(prompts), seed, generator, latents, height, width)
+        clock = _Clock()
+        run = self.prepare(prompts, negatives, scales)
+        clock.lap("prefix")
+        on_step = None if callback_on_step_end is None else _adapt(self, callback_on_step_end)
+        final = run.sampler.run(noise, times, on_step)
+        clock.lap("sample")
+        images: Any
+        if output_type == "latent":
+            images = _host(final)
+        else:
+            images = self.engines["vae_decoder"].run({"latents": final})["image"].numpy()
+            if output_type == "pil":
+                images = [Image.fromarray(image) for image in images]
+        clock.lap("decode")
+        return PipelineOutput(images, seeds, clock.seconds, self.manifest.schedule.steps_per_group(times))
+
+    def prepare(
+        self, prompts: Sequence[str], negative_prompts: Sequence[str], guidance_scales: Sequence[float]
+    ) -> PreparedRun:
+        """Encodes prompts and arranges them in rows; the result can step and sample.
+
+        Args:
+            prompts, negative_prompts, guidance_scales: one of each per image.
+        """
+        for scale in guidance_scales:
+            if not np.isfinite(scale):
+                raise InputError(f"guidance_scale must be a finite number, got {scale}")
+        guided = tuple(i for i, scale in enumerate(guidance_scales) if scale != 1.0)
+        encoded = self._encode(list(dict.fromkeys(prompts)))
+        rows = [encoded[prompt] for prompt in prompts]
+        rows += self._encode_negative([negative_prompts[i] for i in guided])
+        kv, mask = _side_by_side(rows)
+        batch = GuidedBatch(
+            prefix_kv=tuple(self.backend.upload(group) for group in kv),
+            prefix_mask=self.backend.upload(mask),
+            guidance_scale=np.asarray(guidance_scales, np.float32),
+            guided=guided,
+        )
+        return PreparedRun(Sampler(self.engines, self.manifest.schedule, batch), batch)
+
+    def _encode(self, prompts: list[str]) -> dict[str, PrefixRow]:
+        ids, mask = self._prompts.batch(prompts)
+        outputs = self.engines["vlm"].run({"input_ids": ids, "prefix_mask": mask})
+        groups = [outputs[f"prefix_kv_{group}"].numpy() for group in range(self.manifest.schedule.num_groups)]
+        lengths = mask.sum(axis=1)
+        return {
+            prompt: PrefixRow(tuple(kv[:, :, i, :, : lengths[i]] for kv in groups)) for i, prompt in enumerate(prompts)
+        }
+
+    def _encode_negative(self, prompts: list[str]) -> list[PrefixRow]:
+        """Negative prompts, most often the one empty one, are encoded once per pipeline."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._negative_prefixes]
+        if new:
+            self._negative_prefixes.update(self._encode(new))
+        rows = [self._negative_prefixes[prompt] for prompt in prompts]
+        for prompt in prompts:
+            self._negative_prefixes.move_to_end(prompt)
+        while len(self._negative_prefixes) > CACHED_NEGATIVE_PROMPTS:
+            self._negative_prefixes.popitem(last=False)
+        return rows
+
+    def _noise(
+        self,
+        count: int,
+        seed: int | Sequence[int] | None,
+        generator: np.random.Generator | None,
+        latents: np.ndarray | None,
+        height: int | None,
+        width: int | None,
+    ) -> tuple[np.ndarray, list[int | None]]:
+        if sum(value is not None for value in (seed, generator, latents)) > 1:
+            raise InputError("seed, generator and latents exclude each other; give one")
+        geometry = self.manifest.geometry
+        factor = geometry.vae_scale_factor
+        size = list(geometry.latent_size)
+        for axis, (name, pixels) in enumerate((("height", height), ("width", width))):
+            if pixels is not None:
+                if pixels < factor or pixels % factor:
+                    raise InputError(f"{name} must be a positive multiple of {factor} pixels, got {pixels}")
+                size[axis] = pixels // factor
+        shape = (geometry.latent_channels, *size)
+        if latents is not None:
+            if height is None and width is None and latents.ndim == 4:
+                shape = (geometry.latent_channels, *latents.shape[2:])
+            if latents.shape != (count, *shape) or 0 in latents.shape:
+                raise InputError(f"latents must have shape {(count, *shape)}, got {latents.shape}")
+            if not np.isfinite(latents).all():
+                raise InputError("latents must be finite numbers, got NaN or infinity")
+            return np.ascontiguousarray(latents, np.float32), [None] * count
+        if generator is not None:
+            return generator.standard_normal((count, *shape), np.float32), [None] * count
+        if seed is None:
+            seed = int(np.random.SeedSequence().generate_state(1)[0])
+        seeds = [seed + i for i in range(count)] if isinstance(seed, (int, np.integer)) else [int(s) for s in seed]
+        if len(seeds) != count:
+            raise InputError(f"seed must be one number or one for each of {count} images, got {len(seeds)}")
+        if min(seeds) < 0:
+            raise InputError(f"a seed must not be negative, got {min(seeds)}")
+        return initial_latents(seeds, shape), list(seeds)
+
+    def close(self) -> None:
+        """Frees the engines."""
+        self.engines.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """Encoded prompts, ready to be sampled from."""
+
+    sampler: Sampler
+    batch: GuidedBatch
+
+    def step(self, latents: np.ndarray, t: float, t_next: float) -> np.ndarray:
+        """One step from `latents` `[B, C, H, W]` float32; returns the next ones."""
+        return self.sampler.step(latents, latents[self.batch.row_of()], t, t_next)[0].numpy()
+
+
+def _side_by_side(rows: Sequence[PrefixRow]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Rows in one batch: per group `[M, 2, R, Hkv, P, D]`, padded on the right with zeros, and the mask `[R, P]`."""
+    width = max(row.length for row in rows)
+    mask = np.zeros((len(rows), width), bool)
+    groups = []
+    for first in rows[0].kv:
+        layers, two, heads, _, head_dim = first.shape
+        groups.append(np.zeros((layers, two, len(rows), heads, width, head_dim), first.dtype))
+    for i, row in enumerate(rows):
+        mask[i, : row.length] = True
+        for group, kv in zip(groups, row.kv, strict=True):
+            group[:, :, i, :, : row.length] = kv
+    return groups, mask
+
+
+def _adapt(pipeline: LatteFlowPipeline, callback: Callback) -> Callable[[SamplerStep], np.ndarray | None]:
+    def on_step(step: SamplerStep) -> np.ndarray | None:
+        result = callback(pipeline, step.index, step.t, {"latents": step.latents.numpy()})
+        if result is None or "latents" not in result:
+            return None
+        return np.ascontiguousarray(result["latents"], np.float32)
+
+    return on_step
+
+
+def _as_list(name: str, value: str | Sequence[str]) -> list[str]:
+    values = [value] if isinstance(value, str) else list(value)
+    if not values:
+        raise InputError(f"{name} is an empty list; give at least one")
+    return values
+
+
+def _one_for_each(name: str, value: Any, kind: type | tuple[type, ...], count: int) -> list[Any]:
+    if isinstance(value, kind):
+        return [value] * count
+    values = list(value)
+    if len(values) != count:
+        raise InputError(f"{name} must be one value or one for each of {count} prompts, got {len(values)}")
+    return values
+
+
+def _host(value: np.ndarray | DeviceTensor) -> np.ndarray:
+    return value if isinstance(value, np.ndarray) else value.numpy()
+
+
+class _Clock:
+    """Wall time between laps."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now

@@ -1,0 +1,109 @@
+"""The flow-matching loop over engines.
+
+Rows, not images, are the batch of the experts: a guided image is two rows, an unguided one is one.
+Latents and velocities stay device tensors from the first step to the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from runtime.backends.base import DeviceTensor, Session, Value
+from runtime.schedule import ExpertSchedule
+
+Engines = Mapping[str, Session]
+OnStep = Callable[["SamplerStep"], Value | None]
+"""Is called after a step; latents that it returns replace the step's."""
+
+
+@dataclass(frozen=True)
+class SamplerStep:
+    """What happened in a step."""
+
+    index: int
+    t: float
+    t_next: float
+    group: int
+    latents: DeviceTensor
+    """x after the step, `[B, C, H, W]` float32."""
+
+
+@dataclass(frozen=True)
+class GuidedBatch:
+    """B images as R rows: all conditional rows first, then the unconditional rows of the guided images."""
+
+    prefix_kv: tuple[Value, ...]
+    """Per group, `[M, 2, R, Hkv, P, D]`."""
+    prefix_mask: Value
+    """`[R, P]` bool."""
+    guidance_scale: np.ndarray
+    """`[B]` float32."""
+    guided: tuple[int, ...] = field(default=())
+    """Images that have an unconditional row, in the order of those rows."""
+
+    @property
+    def batch(self) -> int:
+        return len(self.guidance_scale)
+
+    @property
+    def rows(self) -> int:
+        return self.batch + len(self.guided)
+
+    def row_of(self) -> np.ndarray:
+        """The image of every row, `[R]` int64."""
+        return np.array([*range(self.batch), *self.guided], np.int64)
+
+    def unconditional_row(self) -> np.ndarray:
+        """The row whose velocity an image is guided away from, `[B]` int64: its own where it has none.
+
+        With its own, v_u = v_c and guidance changes nothing, whatever the scale.
+        """
+        rows = np.arange(self.batch, dtype=np.int64)
+        rows[list(self.guided)] = self.batch + np.arange(len(self.guided))
+        return rows
+
+
+class Sampler:
+    """Euler's method over the expert engines for one batch."""
+
+    def __init__(self, engines: Engines, schedule: ExpertSchedule, batch: GuidedBatch) -> None:
+        self._engines = engines
+        self._schedule = schedule
+        self._batch = batch
+        self._constants = {
+            "unconditional_row": batch.unconditional_row(),
+            "guidance_scale": batch.guidance_scale.astype(np.float32),
+            "row_of": batch.row_of(),
+        }
+
+    def run(self, latents: np.ndarray, times: Sequence[float], on_step: OnStep | None = None) -> Value:
+        """Integrates from `latents` `[B, C, H, W]` float32 along the time grid; returns the last latents."""
+        x: Value = latents
+        rows: Value = latents[self._constants["row_of"]]
+        for index, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+            x, rows = self.step(x, rows, t, t_next)
+            if on_step is not None:
+                replaced = on_step(SamplerStep(index, t, t_next, self._schedule.group_of(t), x))
+                if replaced is not None:
+                    x = replaced
+                    host = replaced if isinstance(replaced, np.ndarray) else replaced.numpy()
+                    rows = host[self._constants["row_of"]]
+        return x
+
+    def step(self, latents: Value, row_latents: Value, t: float, t_next: float) -> tuple[DeviceTensor, DeviceTensor]:
+        """One step: the next latents `[B, C, H, W]`, and the same by rows `[R, C, H, W]`."""
+        group = self._schedule.group_of(t)
+        velocity = self._engines[f"expert_{group}"].run(
+            {
+                "latents": row_latents,
+                "timestep": np.full(self._batch.rows, t, np.float32),
+                "prefix_kv": self._batch.prefix_kv[group],
+                "prefix_mask": self._batch.prefix_mask,
+            }
+        )["velocity"]
+        feed = {"latents": latents, "velocity": velocity, "step_size": np.full(self._batch.batch, t_next - t, np.float32)}
+        outputs = self._engines["solver_step"].run(feed | self._constants)
+        return outputs["next_latents"], outputs["row_latents"]
