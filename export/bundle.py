@@ -24,7 +24,7 @@ from export.components import (
     solver_component,
 )
 from export.dc_ae import use_linear_attention
-from export.graphs import bind, fuse_for_onnxruntime, quiet_exporter, save_engine, trace
+from export.graphs import bind, quiet_exporter, save_engine, trace
 from export.verify import verify_bundle
 from latte.checkpoint import load_checkpoint, replaced_directory, resolve_checkpoint
 from latte.model import LatteFlow
@@ -124,10 +124,8 @@ def _export_engines(
     entries = []
 
     def save(name: str, component: Component, graph: ir.Model, precision: Precision, group: int | None = None) -> None:
-        fused = fuse and precision != "bf16" and name in FUSED_WHERE_FASTER
-        if name.startswith("expert") and fuse and precision != "bf16":
-            fused = "expert" in FUSED_WHERE_FASTER
-        files = save_engine(fuse_for_onnxruntime(graph) if fused else graph, folder / name)
+        fused = fuse and component.name in FUSED_WHERE_FASTER
+        files = save_engine(graph, folder / name, fuse=fused)
         entries.append(
             EngineEntry(
                 name=name,
@@ -176,7 +174,7 @@ def _export_engines(
             return use_linear_attention(AutoencoderDC.from_config(model.vae.config).decoder)
 
     component = decoder_component(config, build_decoder)
-    constants = {"latents_mean": model.latents_mean, "latents_std": model.latents_std}
+    constants: dict[str, Tensor] = {"latents_mean": model.latents_mean, "latents_std": model.latents_std}
     decoder = part(model.vae.decoder, "decoder.", torch.float32)
     graph = bind(trace(component, opset), lambda name: constants[name] if name in constants else decoder(name))
     save("vae_decoder", component, graph, "fp32")
@@ -193,7 +191,8 @@ def _value(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
     parent = module.get_submodule(owner)
     if attribute in parent._parameters:
         return module.get_parameter(name).to(dtype)
-    return module.get_buffer(name)
+    buffer: Tensor = module.get_buffer(name)
+    return buffer
 
 
 def _geometry(model: LatteFlow) -> Geometry:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from latte.checkpoint import VLM_FROM_FLOW
 from latte.config import LatteFlowConfig
 from latte.model import FlowTransformer, pixels_to_uint8
-from runtime.manifest import TensorSpec
+from runtime.manifest import DType, TensorSpec
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-ONNX_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+ONNX_NAMES: dict[str, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class PrefixGraph(nn.Module):
         self.config = config
 
     def forward(self, input_ids: Tensor, prefix_mask: Tensor) -> tuple[Tensor, ...]:
-        text = self.language_model
+        text: Any = self.language_model
         length = input_ids.shape[1]
         positions = torch.arange(length, device=input_ids.device)[None, None].expand(3, input_ids.shape[0], length)
         hidden = text.embed_tokens(input_ids)
@@ -123,6 +124,9 @@ class SolverStepGraph(nn.Module):
 class DecoderGraph(nn.Module):
     """The autoencoder's decoder, from normalised latents to 8-bit pixels."""
 
+    latents_mean: Tensor
+    latents_std: Tensor
+
     def __init__(self, decoder: nn.Module, mean: Tensor, std: Tensor) -> None:
         super().__init__()
         self.decoder = decoder
@@ -134,7 +138,7 @@ class DecoderGraph(nn.Module):
         return pixels_to_uint8(self.decoder((latents * self.latents_std + self.latents_mean).to(dtype)))
 
 
-def cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def cast_parameters(module: ModuleT, dtype: torch.dtype) -> ModuleT:
     """Casts parameters and leaves buffers: `module.half()` would round the rotary frequencies too."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -169,7 +173,9 @@ def expert_component(config: LatteFlowConfig, precision: str) -> Component:
     )
 
 
-def prefix_component(config: LatteFlowConfig, precision: str, build_language_model: Callable[[], nn.Module]) -> Component:
+def prefix_component(
+    config: LatteFlowConfig, precision: str, build_language_model: Callable[[], nn.Module]
+) -> Component:
     """The VLM as prefix encoder."""
     groups = range(config.schedule.num_groups)
     return Component(

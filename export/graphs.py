@@ -104,11 +104,18 @@ def bind(model: ir.Model, weight: Callable[[str], Tensor]) -> ir.Model:
     return bound
 
 
-def save_engine(model: ir.Model, folder: Path) -> list[str]:
+def save_engine(model: ir.Model, folder: Path, *, fuse: bool = False) -> list[str]:
     """Writes `model.onnx` and, where it has weights, `weights.safetensors`; returns the names of the files.
 
-    The graph is checked by ONNX after writing, and holds no path but the name of the file beside it.
+    The graph is checked by ONNX as written, and holds no path but the name of the file beside it. With
+    `fuse` it is then rewritten for ONNX Runtime, whose operators ONNX's checker does not know.
     """
+    files = _write(model, folder)
+    onnx.checker.check_model(str(folder / GRAPH_FILE), full_check=True)
+    return _write(fuse_for_onnxruntime(model), folder) if fuse else files
+
+
+def _write(model: ir.Model, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     large = {
         name: value.const_value
@@ -116,27 +123,24 @@ def save_engine(model: ir.Model, folder: Path) -> list[str]:
         if value.const_value is not None and value.const_value.nbytes > INLINE_BYTES
     }
     if large:
-        save_file({name: _to_torch(tensor) for name, tensor in large.items()}, folder / WEIGHTS_FILE)
+        # Not in place: the values of a graph that was written before may live in the file that this replaces.
+        temporary = folder / f".{WEIGHTS_FILE}.tmp"
+        save_file({name: _to_torch(tensor) for name, tensor in large.items()}, temporary)
+        os.replace(temporary, folder / WEIGHTS_FILE)
         offsets = tensor_offsets(folder / WEIGHTS_FILE)
         for name, tensor in large.items():
             offset, length = offsets[name]
             model.graph.initializers[name].const_value = ir.ExternalTensor(
                 WEIGHTS_FILE, offset, length, tensor.dtype, shape=tensor.shape, name=name, base_dir=folder
             )
-    proto = ir.to_proto(model)
-    onnx.save(proto, folder / GRAPH_FILE)
-    onnx.checker.check_model(str(folder / GRAPH_FILE), full_check=not _has_contrib_nodes(proto))
+    onnx.save(ir.to_proto(model), folder / GRAPH_FILE)
     return [GRAPH_FILE, WEIGHTS_FILE] if large else [GRAPH_FILE]
-
-
-def _has_contrib_nodes(proto: onnx.ModelProto) -> bool:
-    return any(entry.domain not in ("", "ai.onnx") for entry in proto.opset_import)
 
 
 def _to_torch(tensor: Any) -> Tensor:
     if isinstance(tensor, ir.tensor_adapters.TorchTensor):
         return tensor.raw
-    array = np.array(tensor.numpy())
+    array = np.ascontiguousarray(tensor.numpy())
     if tensor.dtype == ir.DataType.BFLOAT16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

@@ -85,7 +85,12 @@ def _engine_rows(pipeline: LatteFlowPipeline, model: LatteFlow, tolerances: Tole
             t = start + (end - start) * torch.rand(batch, generator=generator)
             reference = model.flow(latents, t, prefix.kv[group], prefix.mask, group)
             kv = prefix.kv[group].numpy().astype(pipeline.kv_dtype)
-            feed = {"latents": latents.numpy(), "timestep": t.numpy(), "prefix_kv": kv, "prefix_mask": prefix.mask.numpy()}
+            feed = {
+                "latents": latents.numpy(),
+                "timestep": t.numpy(),
+                "prefix_kv": kv,
+                "prefix_mask": prefix.mask.numpy(),
+            }
             value = engines[f"expert_{group}"].run(feed)["velocity"].numpy()
             what = f"expert_{group}, {size}"
             yield _relative("engine", what, value, reference.numpy(), tolerances.engine, group=group)
@@ -190,5 +195,3 @@ def _psnr(rung: str, what: str, value: np.ndarray, reference: np.ndarray, tolera
             "passed": passed,
         }
     )
-
-

@@ -1,10 +1,10 @@
 """Checkpoints on disk: a directory in Hugging Face habits.
 
-    config.json                      LatteFlowConfig; written last, so its presence means complete
-    model.safetensors                the flow transformer (for `blend`, only what it does not share)
-    vlm/                             Qwen2VLForConditionalGeneration, as transformers saves it
-    vae/                             AutoencoderDC, as diffusers saves it
-    tokenizer.json, tokenizer_config.json, chat_template.jinja, preprocessor_config.json
+config.json                      LatteFlowConfig; written last, so its presence means complete
+model.safetensors                the flow transformer (for `blend`, only what it does not share)
+vlm/                             Qwen2VLForConditionalGeneration, as transformers saves it
+vae/                             AutoencoderDC, as diffusers saves it
+tokenizer.json, tokenizer_config.json, chat_template.jinja, preprocessor_config.json
 """
 
 from __future__ import annotations
@@ -286,7 +286,9 @@ def _as(module: Any, dtype: torch.dtype) -> Any:
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: t.detach().to(dtype).contiguous().cpu() for name, t in tensors.items()}, temporary, {"format": "pt"})
+    save_file(
+        {name: t.detach().to(dtype).contiguous().cpu() for name, t in tensors.items()}, temporary, {"format": "pt"}
+    )
     os.replace(temporary, path)
 
 

@@ -134,7 +134,9 @@ class FlowLayer(nn.Module):
         Returns:
             the new hidden states, and S_l.
         """
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (modulation + self.scale_shift_table).unsqueeze(2).unbind(1)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (
+            (modulation + self.scale_shift_table).unsqueeze(2).unbind(1)
+        )
         normed = self.input_layernorm(hidden) * (1 + scale_1) + shift_1
         attended, scores = self._attend(normed, time, rotary, prefix, mask, previous_scores)
         hidden = hidden + (1 + gate_1) * attended
@@ -194,6 +196,9 @@ class VelocityHead(nn.Module):
 class FlowTransformer(nn.Module):
     """The L flow layers in K expert groups, with what the groups share: embeddings of latents and time."""
 
+    rotary_axes: Tensor
+    rotary_frequencies: Tensor
+
     def __init__(self, config: LatteFlowConfig) -> None:
         super().__init__()
         self.config = config
@@ -217,10 +222,10 @@ class FlowTransformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        neutral = [self.time_modulation, *(m for head in self.heads for m in (head.modulation, head.proj))]
-        neutral += [layer.attention_gate for layer in self.layers if layer.attention_gate is not None]
-        for module in neutral:
-            nn.init.zeros_(module.weight)
+        neutral = ("time_modulation", "attention_gate", "modulation", "proj")
+        for name, module in self.named_modules():
+            if name.startswith(("time_modulation", "layers", "heads")) and name.rpartition(".")[2] in neutral:
+                nn.init.zeros_(module.get_parameter("weight"))
         nn.init.normal_(self.latent_embed.weight, std=self.config.latent_channels**-0.5)
 
     def forward(self, latents: Tensor, timestep: Tensor, prefix_kv: Tensor, prefix_mask: Tensor, group: int) -> Tensor:
@@ -293,6 +298,9 @@ class Prefix:
 
 class LatteFlow(nn.Module):
     """A whole checkpoint: the frozen VLM, the flow transformer and the autoencoder."""
+
+    latents_mean: Tensor
+    latents_std: Tensor
 
     def __init__(
         self,

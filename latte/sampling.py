@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ def sample(
     if solver not in SOLVERS:
         raise InputError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
     x = latents
-    for index, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for index, (t, t_next) in enumerate(itertools.pairwise(times)):
         group = schedule.group_of(t)
         v = velocity(x, t, group)
         if solver == "heun":

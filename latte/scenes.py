@@ -41,6 +41,9 @@ CELL_CENTRES = (10.5, 31.5, 52.5)
 RELATIONS = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 """Each relation with its inverse."""
 
+DESCRIBE = "describe the image"
+"""The question whose answer is `describe(scene)`."""
+
 _HELD_OUT_ONE_IN = 7
 _SUPERSAMPLING = 8
 

@@ -88,7 +88,9 @@ def _read_shape(pixels: np.ndarray, background: np.ndarray, distance: np.ndarray
     overlap, kind, size, centre = _best_mask(alpha, middle)
     known = overlap >= MINIMUM_OVERLAP
     cell = CELLS[3 * _nearest_cell(centre[0]) + _nearest_cell(centre[1])]
-    return FoundShape(kind if known else None, _nearest(colour, COLOURS), size if known else None, cell, centre, overlap)
+    return FoundShape(
+        kind if known else None, _nearest(colour, COLOURS), size if known else None, cell, centre, overlap
+    )
 
 
 def _best_mask(alpha: np.ndarray, middle: tuple[float, float]) -> tuple[float, str, str, tuple[float, float]]:

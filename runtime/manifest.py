@@ -20,6 +20,7 @@ SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"
 
 Precision = Literal["fp32", "fp16", "bf16"]
+DType = Literal["float32", "float16", "bfloat16", "int64", "bool", "uint8"]
 
 
 class _Frozen(BaseModel):
@@ -30,7 +31,7 @@ class TensorSpec(_Frozen):
     """One input or output: an axis is a number, or the name of a symbolic size."""
 
     name: str
-    dtype: Literal["float32", "float16", "bfloat16", "int64", "bool", "uint8"]
+    dtype: DType
     shape: tuple[int | str, ...]
 
 
@@ -143,7 +144,9 @@ def load_manifest(bundle: Path) -> Manifest:
     if not bundle.is_dir():
         raise BundleError(f"no bundle at {bundle}: expected a folder that `latte-flow export` wrote")
     if not path.is_file():
-        raise BundleError(f"{bundle} holds no {FILE_NAME}: it is no bundle, or its export did not finish; export it again")
+        raise BundleError(
+            f"{bundle} holds no {FILE_NAME}: it is no bundle, or its export did not finish; export it again"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content.get("schema_version") if isinstance(content, dict) else None

@@ -239,16 +239,15 @@ class LatteFlowPipeline:
             raise InputError("seed, generator and latents exclude each other; give one")
         geometry = self.manifest.geometry
         factor = geometry.vae_scale_factor
-        size = list(geometry.latent_size)
-        for axis, (name, pixels) in enumerate((("height", height), ("width", width))):
-            if pixels is not None:
-                if pixels < factor or pixels % factor:
-                    raise InputError(f"{name} must be a positive multiple of {factor} pixels, got {pixels}")
-                size[axis] = pixels // factor
-        shape = (geometry.latent_channels, *size)
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels is not None and (pixels < factor or pixels % factor):
+                raise InputError(f"{name} must be a positive multiple of {factor} pixels, got {pixels}")
+        rows = geometry.latent_size[0] if height is None else height // factor
+        columns = geometry.latent_size[1] if width is None else width // factor
+        shape = (geometry.latent_channels, rows, columns)
         if latents is not None:
             if height is None and width is None and latents.ndim == 4:
-                shape = (geometry.latent_channels, *latents.shape[2:])
+                shape = (geometry.latent_channels, latents.shape[2], latents.shape[3])
             if latents.shape != (count, *shape) or 0 in latents.shape:
                 raise InputError(f"latents must have shape {(count, *shape)}, got {latents.shape}")
             if not np.isfinite(latents).all():
@@ -272,7 +271,9 @@ class LatteFlowPipeline:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

@@ -6,6 +6,7 @@ Latents and velocities stay device tensors from the first step to the last.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -83,7 +84,7 @@ class Sampler:
         """Integrates from `latents` `[B, C, H, W]` float32 along the time grid; returns the last latents."""
         x: Value = latents
         rows: Value = latents[self._constants["row_of"]]
-        for index, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        for index, (t, t_next) in enumerate(itertools.pairwise(times)):
             x, rows = self.step(x, rows, t, t_next)
             if on_step is not None:
                 replaced = on_step(SamplerStep(index, t, t_next, self._schedule.group_of(t), x))
@@ -104,6 +105,10 @@ class Sampler:
                 "prefix_mask": self._batch.prefix_mask,
             }
         )["velocity"]
-        feed = {"latents": latents, "velocity": velocity, "step_size": np.full(self._batch.batch, t_next - t, np.float32)}
+        feed = {
+            "latents": latents,
+            "velocity": velocity,
+            "step_size": np.full(self._batch.batch, t_next - t, np.float32),
+        }
         outputs = self._engines["solver_step"].run(feed | self._constants)
         return outputs["next_latents"], outputs["row_latents"]

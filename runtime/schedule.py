@@ -6,6 +6,7 @@ x ← x + (t' − t)·v. The schedule is data: it stands in a checkpoint's confi
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left, bisect_right
 from collections import Counter
 
@@ -24,7 +25,7 @@ class ExpertSchedule(BaseModel):
     @field_validator("boundaries")
     @classmethod
     def _covers_the_unit_interval(cls, boundaries: tuple[float, ...]) -> tuple[float, ...]:
-        rises = all(left < right for left, right in zip(boundaries, boundaries[1:], strict=False))
+        rises = all(left < right for left, right in itertools.pairwise(boundaries))
         if len(boundaries) < 2 or boundaries[0] != 0.0 or boundaries[-1] != 1.0 or not rises:
             raise ValueError(f"boundaries must rise from 0.0 to 1.0 without a gap, got {list(boundaries)}")
         return boundaries

@@ -125,8 +125,8 @@ def train(stage: Stage, settings: TrainSettings, run_dir: Path) -> None:
                 last_save = time.monotonic()
     save()
     with torch.no_grad():
-        for name, value in average.items():
-            parameters[name].copy_(value)
+        for name, averaged in average.items():
+            parameters[name].copy_(averaged)
 
 
 def _step(

@@ -55,8 +55,9 @@ class VisionStage:
         device: str = "cpu",
     ) -> None:
         width = vlm.config.vision_config.hidden_size
-        heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, classes in HEADS.items()})
-        self.module = nn.ModuleDict({"tower": vlm.model.visual, "heads": heads}).to(device)
+        self.tower = vlm.model.visual
+        self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, classes in HEADS.items()})
+        self.module = nn.ModuleDict({"tower": self.tower, "heads": self.heads}).to(device)
         self.image_processor = image_processor
         self.batch_size = batch_size
         self.device = device
@@ -68,13 +69,14 @@ class VisionStage:
         scenes = [sample_busy_scene(rng) for _ in range(self.batch_size)]
         labels = torch.from_numpy(np.concatenate([token_labels(scene) for scene in scenes])).to(self.device)
         pixels = self.image_processor([draw(scene) for scene in scenes], return_tensors="pt")
-        tower, heads = self.module["tower"], self.module["heads"]
-        tokens = tower(pixels["pixel_values"].to(self.device), pixels["image_grid_thw"].to(self.device)).pooler_output
+        tokens = self.tower(
+            pixels["pixel_values"].to(self.device), pixels["image_grid_thw"].to(self.device)
+        ).pooler_output
         # Tokens without a shape are the many: weigh the classes so that those with one count as much.
         seen = labels[:, 0] > 0
         weight = torch.where(seen, 0.5 / seen.float().mean(), 0.5 / (~seen).float().mean())
         total = tokens.new_zeros(())
         for column, name in enumerate(HEADS):
-            loss = F.cross_entropy(heads[name](tokens).float(), labels[:, column], reduction="none")
+            loss = F.cross_entropy(self.heads[name](tokens).float(), labels[:, column], reduction="none")
             total = total + (loss * weight).mean()
         yield "loss", total

@@ -57,7 +57,9 @@ class Session(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -90,7 +92,8 @@ def check_feed(entry: EngineEntry, feed: Mapping[str, Value]) -> None:
         dtype, shape = str(value.dtype), tuple(value.shape)
         if dtype != spec.dtype or not _shape_fits(spec, shape, axes):
             raise EngineError(
-                f"engine {entry.name}: {spec.name} must be {spec.dtype} {_shown(spec.shape)}, got {dtype} {_shown(shape)}"
+                f"engine {entry.name}: {spec.name} must be {spec.dtype} {_shown(spec.shape)}, "
+                f"got {dtype} {_shown(shape)}"
                 + (f" (with {', '.join(f'{name}={size}' for name, size in axes.items())})" if axes else "")
             )
 

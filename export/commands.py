@@ -1,0 +1,155 @@
+"""The commands of the exporter: `export`, `verify` and `demo`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from export.bundle import export_bundle
+from export.demo import run_demo
+from export.verify import verify_bundle
+from latte.checkpoint import load_checkpoint
+from runtime.console import stderr, stdout
+from runtime.errors import VerificationError
+from runtime.manifest import ParityRow, Precision
+
+
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="`shapes`, or a checkpoint folder.")],
+    bundle: Annotated[Path, typer.Argument(help="Folder for the bundle.")],
+    precision: Annotated[Precision, typer.Option(help="Of weights and arithmetic.")] = "fp32",
+    opset: Annotated[int, typer.Option(help="ONNX operator set.", min=18)] = 18,
+    fuse: Annotated[bool, typer.Option(help="Rewrite graphs for ONNX Runtime, which alone then runs them.")] = True,
+    verify: Annotated[bool, typer.Option(help="Compare the engines with PyTorch.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+) -> None:
+    """Turn a checkpoint into a bundle: one engine per expert group, VLM, solver and decoder.
+
+    \b
+    Examples:
+      latte-flow export shapes bundle
+      latte-flow export my-checkpoint bundle --precision fp16 --force
+    """
+    with staged() as on_stage:
+        manifest, failed = export_bundle(
+            checkpoint,
+            bundle,
+            precision=precision,
+            opset=opset,
+            fuse=fuse,
+            verify=verify,
+            force=force,
+            on_stage=on_stage,
+        )
+    typer.echo(f"{bundle} ({manifest.bundle_hash()})")
+    raise_if_failed(failed)
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="Folder that `latte-flow export` wrote.")],
+    checkpoint: Annotated[str, typer.Argument(help="The checkpoint that it was exported from.")],
+    provider: Annotated[str, typer.Option(help="What runs the engines.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Compare a bundle with PyTorch: engines, steps, trajectory, picture. Exits with 1 if a row fails.
+
+    \b
+    Examples:
+      latte-flow verify bundle shapes
+      latte-flow verify bundle my-checkpoint --json
+    """
+    with staged() as on_stage:
+        on_stage("load the checkpoint")
+        model = load_checkpoint(checkpoint)
+        on_stage("verify against PyTorch")
+        rows = verify_bundle(bundle, model, provider)
+    if as_json:
+        passed = all(row.passed for row in rows)
+        typer.echo(json.dumps({"passed": passed, "rows": [row.model_dump() for row in rows]}))
+    else:
+        stdout.print(parity_table(rows))
+    raise_if_failed([row for row in rows if not row.passed])
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the bundle and the pictures.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Of the first picture.")] = 0,
+) -> None:
+    """Export, verify and draw with the shipped checkpoint, and say how long each stage took.
+
+    \b
+    Example:
+      latte-flow demo --out demo
+    """
+    with staged() as on_stage:
+        result = run_demo(out, seed, on_stage)
+    table = Table("stage", "seconds")
+    for name, seconds in result.seconds.items():
+        table.add_row(name, f"{seconds:.1f}")
+    stdout.print(table)
+    for path in result.files:
+        typer.echo(str(path))
+    raise_if_failed(result.failed)
+
+
+def parity_table(rows: list[ParityRow]) -> Table:
+    """The ladder as a table, a line for each measurement."""
+    table = Table("rung", "what", "group", "step", "measured", "tolerance", "")
+    for row in rows:
+        shown = (
+            "not finite"
+            if row.value is None
+            else f"{row.value:.1e}"
+            if row.metric == "relative_error"
+            else f"{row.value:.1f} dB"
+        )
+        limit = f"{row.tolerance:.0e}" if row.metric == "relative_error" else f"{row.tolerance:.0f} dB"
+        group, step = ("" if number is None else str(number) for number in (row.group, row.step))
+        verdict = "[green]ok[/]" if row.passed else "[red]FAILED[/]"
+        table.add_row(row.rung, row.what, group, step, shown, limit, verdict)
+    return table
+
+
+def raise_if_failed(failed: list[ParityRow]) -> None:
+    """Raises `VerificationError` that names the first rung, step and group that failed."""
+    if not failed:
+        return
+    first = failed[0]
+    where = "".join(
+        f", {name} {number}" for name, number in (("group", first.group), ("step", first.step)) if number is not None
+    )
+    value = "not finite or constant" if first.value is None else f"{first.value:.3g}"
+    raise VerificationError(
+        f"verification failed in {len(failed)} rows; first at rung {first.rung}: {first.what}{where}: "
+        f"{first.metric} is {value}, tolerance {first.tolerance:g}"
+    )
+
+
+@contextmanager
+def staged() -> Iterator[Callable[[str], None]]:
+    """A spinner that says what goes on, and a line with the time of each stage that is done."""
+    started = time.perf_counter()
+    current: list[str] = []
+
+    def finish() -> None:
+        if current:
+            stderr.print(f"  {current.pop()}: {time.perf_counter() - started:.1f} s")
+
+    with stderr.status("") as status:
+
+        def on_stage(name: str) -> None:
+            nonlocal started
+            finish()
+            started = time.perf_counter()
+            current.append(name)
+            status.update(name)
+
+        yield on_stage
+        finish()

@@ -1,0 +1,80 @@
+"""The main job on the shipped checkpoint, from export to pictures."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from export.bundle import OnStage, export_bundle
+from runtime.manifest import ParityRow
+from runtime.pictures import contact_sheet, make_writable_folder, save_png
+from runtime.pipeline import LatteFlowPipeline
+
+PROMPTS = (
+    "a large red circle in the center on a white background",
+    "a medium yellow star at the top right on a navy background",
+    "a small cyan diamond on the left, a black background",
+    "a large purple cross at the bottom on a beige background",
+    "a small green triangle above a large orange ring on a white background",
+    "a large blue square to the left of a small pink star on a grey background",
+    "a medium pink cross below a medium cyan circle on a black background",
+    "on a beige background, a large green diamond to the right of a medium red square",
+)
+TRAJECTORY_STEPS = 20
+TRAJECTORY_EVERY = 2
+
+
+@dataclass
+class DemoResult:
+    """What the demo made."""
+
+    files: list[Path] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    failed: list[ParityRow] = field(default_factory=list)
+
+
+def run_demo(out: Path, seed: int, on_stage: OnStage) -> DemoResult:
+    """Writes `bundle/`, `grid.png` and `trajectory.png` into `out`."""
+    make_writable_folder(out)
+    result = DemoResult()
+    current, started = "", time.perf_counter()
+
+    def stage(name: str) -> None:
+        nonlocal current, started
+        now = time.perf_counter()
+        if current:
+            result.seconds[current] = now - started
+        current, started = name, now
+        if name:
+            on_stage(name)
+
+    _, result.failed = export_bundle("shapes", out / "bundle", force=True, on_stage=stage)
+    with LatteFlowPipeline.from_pretrained(out / "bundle") as pipe:
+        stage(f"draw {len(PROMPTS)} pictures")
+        images = pipe(PROMPTS, seed=seed).images
+        save_png(contact_sheet(images, PROMPTS), out / "grid.png")
+        stage("draw a trajectory")
+        save_png(_trajectory(pipe, PROMPTS[5], seed), out / "trajectory.png")
+    stage("")
+    result.files = [out / "grid.png", out / "trajectory.png"]
+    return result
+
+
+def _trajectory(pipe: LatteFlowPipeline, prompt: str, seed: int) -> Image.Image:
+    """The same picture decoded after every few steps, with the expert group that made it."""
+    frames: list[np.ndarray] = []
+    labels: list[str] = []
+
+    def record(_: LatteFlowPipeline, step: int, t: float, tensors: dict[str, np.ndarray]) -> None:
+        if step % TRAJECTORY_EVERY == TRAJECTORY_EVERY - 1:
+            frames.append(tensors["latents"])
+            group = pipe.manifest.schedule.group_of(t)
+            labels.append(f"after step {step + 1}, t = {(step + 1) / TRAJECTORY_STEPS:g}, expert {group}")
+
+    pipe(prompt, seed=seed, num_inference_steps=TRAJECTORY_STEPS, output_type="latent", callback_on_step_end=record)
+    decoded = pipe.engines["vae_decoder"].run({"latents": np.concatenate(frames)})["image"].numpy()
+    return contact_sheet([Image.fromarray(image) for image in decoded], labels, columns=5)

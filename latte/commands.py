@@ -1,0 +1,205 @@
+"""The commands of the reference: `init`, `train` and `score`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from latte.checkpoint import (
+    DTYPES,
+    assemble,
+    load_checkpoint,
+    load_image_processor,
+    load_tokenizer,
+    load_vae,
+    load_vlm,
+    resolve_checkpoint,
+    save_checkpoint,
+)
+from latte.model import LatteFlow
+from latte.score import AnswerScore, DrawingScore, score_answers, score_drawing
+from latte.scorer import ATTRIBUTES
+from latte.training.recipe import RECIPE, STAGES, run_stage
+from latte.understanding import answer
+from runtime.console import stderr, stdout
+from runtime.errors import InputError
+from runtime.pictures import contact_sheet, save_png
+
+Variant = Literal["couple", "blend"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+StageName = Literal["autoencoder", "vision", "vlm", "flow", "all"]
+Precision = Literal["fp32", "bf16"]
+
+
+def init(
+    out: Annotated[Path, typer.Argument(help="Folder for the new checkpoint.")],
+    vlm: Annotated[Path, typer.Option(help="Folder of a Qwen2-VL, as transformers saves it.")],
+    vae: Annotated[Path, typer.Option(help="Folder of an AutoencoderDC, as diffusers saves it.")],
+    groups: Annotated[int, typer.Option(help="Expert groups; must divide the VLM's layers.")] = 4,
+    variant: Annotated[Variant, typer.Option(help="Own weights, or the VLM's.")] = "couple",
+    height: Annotated[int, typer.Option(help="Default picture height in pixels.")] = 256,
+    width: Annotated[int, typer.Option(help="Default picture width in pixels.")] = 256,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights on disk.")] = "float16",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
+) -> None:
+    """Make a checkpoint from a Qwen2-VL and a DC-AE, its flow layers ready to be trained.
+
+    \b
+    Example:
+      latte-flow init my-checkpoint --vlm Qwen2-VL-2B-Instruct --vae dc-ae-f32c32-sana-1.0-diffusers
+    """
+    if (out / "config.json").exists() and not force:
+        raise InputError(f"{out} holds a checkpoint already; pass --force to replace it")
+    autoencoder = load_vae(vae)
+    model = assemble(
+        load_vlm(vlm),
+        autoencoder,
+        load_tokenizer(vlm),
+        num_groups=groups,
+        variant=variant,
+        latent_size=_latent_size(autoencoder, height, width),
+    )
+    save_checkpoint(model, load_image_processor(vlm), out, DTYPES[dtype])
+    typer.echo(str(out))
+
+
+def _latent_size(vae: object, height: int, width: int) -> tuple[int, int]:
+    from latte.checkpoint import vae_scale_factor
+
+    factor = vae_scale_factor(vae)
+    if height < factor or width < factor or height % factor or width % factor:
+        raise InputError(
+            f"height and width must be positive multiples of {factor} for this autoencoder, got {height}x{width}"
+        )
+    return height // factor, width // factor
+
+
+def train(
+    run: Annotated[Path, typer.Argument(help="Folder of the run; the same folder again resumes it.")],
+    stage: Annotated[StageName, typer.Option(help="One stage, or all that are left.")] = "all",
+    steps: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides everything that is drawn.")] = 0,
+    precision: Annotated[Precision, typer.Option(help="bf16 is faster where the processor has it.")] = "fp32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Train a checkpoint like `shapes`: autoencoder, vision tower, VLM, flow layers.
+
+    \b
+    Examples:
+      latte-flow train run --precision bf16
+      latte-flow train run --stage flow --steps 20000 --device cuda
+    """
+    changes: dict[str, object] = {"seed": seed, "precision": precision, "device": device}
+    given = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
+    changes |= {name: value for name, value in given.items() if value is not None}
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device {device} was asked for, and PyTorch sees no CUDA device; use --device cpu")
+    if min(value for value in (steps, batch_size, learning_rate, 1) if value is not None) <= 0:
+        raise InputError("steps, batch size and learning rate must be positive")
+    for name in STAGES if stage == "all" else (stage,):
+        run_stage(name, run, RECIPE[name].model_validate(RECIPE[name].model_dump() | changes))
+    typer.echo(str(run))
+
+
+def score(
+    checkpoint: Annotated[str, typer.Argument(help="`shapes`, or a checkpoint folder.")] = "shapes",
+    prompts: Annotated[int, typer.Option(help="Held-out prompts of each kind: one shape, two shapes.")] = 500,
+    questions: Annotated[int, typer.Option(help="Held-out questions.")] = 500,
+    num_inference_steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 20,
+    guidance_scale: Annotated[float, typer.Option(help="Guidance of the sampler.")] = 3.0,
+    seed: Annotated[int, typer.Option(help="Of prompts, noise and questions.")] = 0,
+    failures: Annotated[Path | None, typer.Option(help="Write a sheet of the wrong pictures here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Score a checkpoint on combinations that its training never saw, by pixels.
+
+    \b
+    Examples:
+      latte-flow score
+      latte-flow score shapes --prompts 100 --questions 0 --failures wrong.png
+    """
+    path = resolve_checkpoint(checkpoint)
+    model = load_checkpoint(path)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=stderr) as progress:
+
+        def draw(texts: object, seeds: object) -> np.ndarray:
+            return model.generate(
+                list(texts),  # type: ignore[call-overload]
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                seed=list(seeds),  # type: ignore[call-overload]
+            )
+
+        drawings = {}
+        for shapes in (1, 2) if prompts else ():
+            task = progress.add_task(f"draw {shapes}-shape prompts", total=prompts)
+            drawings[shapes] = score_drawing(
+                draw,
+                prompts,
+                shapes,
+                seed,
+                lambda n, task=task: progress.advance(task, n),  # type: ignore[misc]
+            )
+        answers = _score_answers(model, path, questions, seed, progress) if questions else None
+    if failures is not None:
+        _save_failures(list(drawings.values()), failures)
+    _report(drawings, answers, as_json)
+
+
+def _score_answers(model: LatteFlow, path: Path, count: int, seed: int, progress: Progress) -> AnswerScore:
+    processor = load_image_processor(path)
+    task = progress.add_task("ask questions", total=count)
+    return score_answers(
+        lambda images, texts: answer(model.vlm, model.tokenizer, processor, images, texts),
+        count,
+        seed,
+        lambda n: progress.advance(task, n),
+    )
+
+
+def _report(drawings: dict[int, DrawingScore], answers: AnswerScore | None, as_json: bool) -> None:
+    if as_json:
+        report: dict[str, object] = {
+            f"{shapes}_shape": {
+                "prompts": result.prompts,
+                **{name: result.share(name) for name in ("all", *ATTRIBUTES) if name in result.stated},
+            }
+            for shapes, result in drawings.items()
+        }
+        if answers is not None:
+            report["answers"] = {"questions": sum(answers.asked.values()), "right": answers.share()}
+        typer.echo(json.dumps(report))
+        return
+    if drawings:
+        table = Table(
+            "right in the picture", *(f"{n} shape{'s' * (n > 1)}" for n in drawings), title="Held-out prompts"
+        )
+        for name in ("all", *ATTRIBUTES):
+            cells = [f"{r.share(name):.1%} of {r.stated[name]}" if name in r.stated else "" for r in drawings.values()]
+            table.add_row("all attributes" if name == "all" else name, *cells, end_section=name == "all")
+        stdout.print(table)
+    if answers is not None:
+        table = Table("question about", "right", title="Held-out questions on rendered pictures")
+        table.add_row("everything", f"{answers.share():.1%} of {sum(answers.asked.values())}", end_section=True)
+        for kind in sorted(answers.asked):
+            table.add_row(kind, f"{answers.right[kind] / answers.asked[kind]:.1%} of {answers.asked[kind]}")
+        stdout.print(table)
+
+
+def _save_failures(drawings: list[DrawingScore], path: Path) -> None:
+    wrong = [failure for result in drawings for failure in result.failures][:48]
+    if wrong:
+        images = [Image.fromarray(failure.image) for failure in wrong]
+        labels = [f"{failure.prompt}: {', '.join(failure.wrong)}" for failure in wrong]
+        save_png(contact_sheet(images, labels, columns=8), path)

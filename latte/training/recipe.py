@@ -1,0 +1,116 @@
+"""The recipe of `shapes`: its stages in order, their settings, and what each reads and leaves on disk.
+
+A run is a folder: `training/` holds each stage's state and losses, and a stage that is done leaves its
+part (`vae/`, `vlm/`) there. The last one turns the folder into a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latte.checkpoint import (
+    assemble,
+    load_image_processor,
+    load_tokenizer,
+    load_vae,
+    load_vlm,
+    replaced_directory,
+    save_checkpoint,
+)
+from latte.training.autoencoder import AutoencoderStage, latents_statistics, small_autoencoder
+from latte.training.flow import FlowStage
+from latte.training.loop import TrainSettings, train
+from latte.training.vision import VisionStage
+from latte.training.vlm import ConversationEncoder, VlmStage, small_image_processor, small_vlm, train_tokenizer
+from runtime.errors import InputError
+
+NUM_GROUPS = 4
+MAX_PROMPT_TOKENS = 128
+RECIPE: Mapping[str, TrainSettings] = {
+    "autoencoder": TrainSettings(steps=3000, batch_size=32, learning_rate=2e-3, ema_decay=0.995),
+    "vision": TrainSettings(steps=1200, batch_size=64, learning_rate=1.5e-3),
+    "vlm": TrainSettings(
+        steps=2000, batch_size=32, learning_rate=1.2e-3, warmup_steps=150, weight_decay=0.05, ema_decay=0.995
+    ),
+    "flow": TrainSettings(steps=8800, batch_size=128, learning_rate=1.5e-3, warmup_steps=400, ema_decay=0.998),
+}
+STAGES = tuple(RECIPE)
+
+
+def run_stage(name: str, run_dir: Path, settings: TrainSettings, dtype: torch.dtype = torch.float16) -> None:
+    """Trains one stage in a run's folder and saves its part.
+
+    Args:
+        dtype: of the checkpoint that the last stage writes.
+
+    Raises:
+        InputError: an earlier stage has not run yet.
+    """
+    torch.manual_seed(settings.seed)
+    _STAGE_FUNCTIONS[name](run_dir, settings, dtype)
+
+
+def _autoencoder(run_dir: Path, settings: TrainSettings, _: torch.dtype) -> None:
+    autoencoder = small_autoencoder()
+    train(AutoencoderStage(autoencoder, settings.batch_size, settings.device), settings, run_dir / "training")
+    with replaced_directory(run_dir / "vae") as part:
+        autoencoder.cpu().save_pretrained(part)
+
+
+def _vision(run_dir: Path, settings: TrainSettings, _: torch.dtype) -> None:
+    tokenizer, image_processor = train_tokenizer(), small_image_processor()
+    vlm = small_vlm(tokenizer)
+    stage = VisionStage(vlm, image_processor, settings.batch_size, settings.device)
+    train(stage, settings, run_dir / "training")
+    _save_vlm(run_dir / "vlm-vision", vlm, tokenizer, image_processor)
+
+
+def _vlm(run_dir: Path, settings: TrainSettings, _: torch.dtype) -> None:
+    source = _part(run_dir, "vlm-vision", "vision")
+    vlm, tokenizer, image_processor = load_vlm(source), load_tokenizer(source), load_image_processor(source)
+    stage = VlmStage(vlm, ConversationEncoder(tokenizer, image_processor), settings.batch_size, settings.device)
+    train(stage, settings, run_dir / "training")
+    _save_vlm(run_dir / "vlm", vlm, tokenizer, image_processor)
+
+
+def _flow(run_dir: Path, settings: TrainSettings, dtype: torch.dtype) -> None:
+    vae = load_vae(_part(run_dir, "vae", "autoencoder"))
+    source = _part(run_dir, "vlm", "vlm")
+    vlm, tokenizer = load_vlm(source), load_tokenizer(source)
+    mean, std = latents_statistics(vae)
+    size = (8, 8)
+    model = assemble(
+        vlm,
+        vae,
+        tokenizer,
+        num_groups=NUM_GROUPS,
+        latent_size=size,
+        latents_mean=tuple(mean),
+        latents_std=tuple(std),
+        max_prompt_tokens=MAX_PROMPT_TOKENS,
+    )
+    train(FlowStage(model, settings.batch_size, settings.seed, settings.device), settings, run_dir / "training")
+    save_checkpoint(model.cpu(), load_image_processor(source), run_dir / "checkpoint", dtype)
+
+
+_STAGE_FUNCTIONS = {"autoencoder": _autoencoder, "vision": _vision, "vlm": _vlm, "flow": _flow}
+
+
+def _part(run_dir: Path, part: str, stage: str) -> Path:
+    path = run_dir / part
+    if not path.is_dir():
+        raise InputError(
+            f"{run_dir} holds no {part}/ yet; run the stage before: latte-flow train {run_dir} --stage {stage}"
+        )
+    return path
+
+
+def _save_vlm(path: Path, vlm: Any, tokenizer: Any, image_processor: Any) -> None:
+    with replaced_directory(path) as part:
+        vlm.cpu().save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        image_processor.save_pretrained(part)

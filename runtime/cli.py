@@ -1,0 +1,120 @@
+"""The command `latte-flow`: puts together the commands that each package brings.
+
+A command's module is imported when that command is called and not before, so that `generate` runs
+where torch is not installed.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from runtime.console import stderr
+from runtime.errors import LatteFlowError, MissingExtraError
+
+
+@dataclass(frozen=True)
+class _Command:
+    module: str
+    function: str
+    summary: str
+    extra: str
+
+
+COMMANDS = {
+    "demo": _Command("export.commands", "demo", "Export, verify and draw with the shipped checkpoint.", "export,cpu"),
+    "generate": _Command("runtime.commands", "generate", "Draw pictures from prompts with a bundle.", "cpu"),
+    "inspect": _Command("runtime.commands", "inspect", "Show what a bundle holds.", "cpu"),
+    "export": _Command("export.commands", "export", "Turn a checkpoint into a bundle of engines.", "export,cpu"),
+    "verify": _Command("export.commands", "verify", "Compare a bundle with PyTorch, rung by rung.", "export,cpu"),
+    "init": _Command("latte.commands", "init", "Make a checkpoint from a Qwen2-VL and a DC-AE.", "export"),
+    "train": _Command("latte.commands", "train", "Train a checkpoint like `shapes`, stage by stage.", "export"),
+    "score": _Command("latte.commands", "score", "Score a checkpoint's pictures and answers by pixels.", "export"),
+}
+OPTIONAL_MODULES = frozenset(
+    {
+        "torch",
+        "transformers",
+        "diffusers",
+        "onnx",
+        "onnxscript",
+        "onnx_ir",
+        "safetensors",
+        "scipy",
+        "matplotlib",
+        "onnxruntime",
+    }
+)
+
+
+class LazyGroup(TyperGroup):
+    """Lists all commands from the table; loads the one that is called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        command = COMMANDS.get(cmd_name)
+        return TyperCommand(cmd_name, help=command.summary) if command else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        if args and args[0] in COMMANDS:
+            return args[0], load_command(args[0]), args[1:]
+        return super().resolve_command(ctx, args)
+
+
+def load_command(name: str) -> Any:
+    """The real command, its module imported.
+
+    Raises:
+        MissingExtraError: the extra that it needs is not installed.
+    """
+    command = COMMANDS[name]
+    try:
+        function = getattr(import_module(command.module), command.function)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in OPTIONAL_MODULES:
+            raise
+        raise MissingExtraError(
+            f"`latte-flow {name}` needs {error.name}, which is not installed; "
+            f'run: pip install "latte-flow[{command.extra}]"'
+        ) from error
+    single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    single.command(name, no_args_is_help=name not in ("demo", "score"))(function)
+    return typer.main.get_command(single)
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="LaTtE-Flow from checkpoint to production: train, export, verify, generate.",
+)
+
+
+@app.callback()
+def _root() -> None:
+    """An empty callback keeps this a group of commands."""
+
+
+def main() -> None:
+    """Entry point: a user's error is one line on stderr and a non-zero exit code."""
+    try:
+        app()
+    except LatteFlowError as error:
+        stderr.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        stderr.print("interrupted")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

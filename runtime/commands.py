@@ -1,0 +1,161 @@
+"""The commands of the runtime: `generate` and `inspect`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from runtime.console import stderr, stdout
+from runtime.manifest import Manifest, load_manifest
+from runtime.pictures import contact_sheet, make_writable_folder, save_png
+from runtime.pipeline import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, LatteFlowPipeline
+from runtime.schedule import ExpertSchedule
+
+GROUP_COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
+
+
+def generate(
+    bundle: Annotated[Path, typer.Argument(help="Folder that `latte-flow export` wrote.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw; one picture or more each.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNGs.")] = Path("."),
+    negative_prompt: Annotated[str, typer.Option(help="What guidance leads away from.")] = "",
+    num_inference_steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = DEFAULT_STEPS,
+    guidance_scale: Annotated[
+        float, typer.Option(help="1 is without guidance and costs half.")
+    ] = DEFAULT_GUIDANCE_SCALE,
+    num_images_per_prompt: Annotated[int, typer.Option(help="Pictures of each prompt.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first picture; the next ones count up.")] = None,
+    provider: Annotated[str, typer.Option(help="What runs the engines.")] = "cpu",
+    grid: Annotated[bool, typer.Option("--grid", help="Also write all pictures side by side.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Draw pictures from prompts with a bundle.
+
+    \b
+    Examples:
+      latte-flow generate bundle "a small red circle" -o pictures
+      latte-flow generate bundle "a blue star" "a green ring" --seed 7 --num-images-per-prompt 4 --grid
+      latte-flow generate bundle "a pink cross" --num-inference-steps 40 --guidance-scale 5 --json
+    """
+    with LatteFlowPipeline.from_pretrained(bundle, provider=provider) as pipe:
+        make_writable_folder(out)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=stderr, transient=True) as progress:
+            task = progress.add_task("sample", total=max(num_inference_steps, 0))
+            output = pipe(
+                prompts,
+                negative_prompt=negative_prompt,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                num_images_per_prompt=num_images_per_prompt,
+                seed=seed,
+                callback_on_step_end=lambda *_: progress.advance(task),
+            )
+        bundle_hash = pipe.manifest.bundle_hash()
+    of_image = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
+    files = []
+    for index, (image, prompt, image_seed) in enumerate(zip(output.images, of_image, output.seeds, strict=True)):
+        metadata = {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "seed": str(image_seed),
+            "num_inference_steps": str(num_inference_steps),
+            "guidance_scale": str(guidance_scale),
+            "bundle": bundle_hash,
+            "Software": "latte-flow",
+        }
+        path = out / f"{index:03d}-{_slug(prompt)}-{image_seed}.png"
+        save_png(image, path, metadata)
+        files.append(path)
+    if grid:
+        path = out / "grid.png"
+        save_png(
+            contact_sheet(output.images, [f"{p} (seed {s})" for p, s in zip(of_image, output.seeds, strict=True)]), path
+        )
+        files.append(path)
+    if as_json:
+        report = {
+            "files": [str(path) for path in files],
+            "seeds": output.seeds,
+            "seconds": {name: round(seconds, 4) for name, seconds in output.seconds.items()},
+            "steps_per_group": output.steps_per_group,
+            "bundle": bundle_hash,
+        }
+        typer.echo(json.dumps(report))
+    else:
+        for path in files:
+            typer.echo(str(path))
+
+
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="Folder that `latte-flow export` wrote.")],
+) -> None:
+    """Show what a bundle holds: engines, shapes, precision, sizes, and who serves which flow time.
+
+    \b
+    Example:
+      latte-flow inspect bundle
+    """
+    manifest = load_manifest(bundle)
+    geometry = manifest.geometry
+    height, width = (side * geometry.vae_scale_factor for side in geometry.latent_size)
+    stdout.print(f"bundle {manifest.bundle_hash()}, {manifest.precision}, variant {geometry.variant}")
+    stdout.print(
+        f"{height}x{width} pixels, "
+        f"latents {geometry.latent_channels}x{geometry.latent_size[0]}x{geometry.latent_size[1]}, "
+        f"{geometry.num_hidden_layers} layers in {manifest.schedule.num_groups} expert groups, "
+        f"hidden {geometry.hidden_size}"
+    )
+    stdout.print(_engine_table(manifest))
+    stdout.print(_timeline(manifest.schedule))
+    stdout.print(_parity_line(manifest))
+    stdout.print("written by " + ", ".join(f"{name} {version}" for name, version in manifest.producer.items()))
+
+
+def _engine_table(manifest: Manifest) -> Table:
+    table = Table("engine", "precision", "size", "inputs", "outputs", title=None)
+    for engine in manifest.engines:
+        size = sum(file.size for file in engine.files) / 1e6
+        shown = [
+            "\n".join(f"{spec.name} {spec.dtype} \\[{', '.join(map(str, spec.shape))}]" for spec in specs)
+            for specs in (engine.inputs, engine.outputs)
+        ]
+        precision = engine.precision + (" fused" if engine.fused else "")
+        table.add_row(engine.name, precision, f"{size:.2f} MB", *shown)
+    return table
+
+
+def _timeline(schedule: ExpertSchedule, width: int = 64) -> Text:
+    """The expert schedule as a bar from noise to data."""
+    text = Text("noise ")
+    for group in range(schedule.num_groups):
+        start, end = schedule.interval(group)
+        label = f" {group}: {start:g} to {end:g} "
+        text.append(label.center(max(len(label), round(width * (end - start)))), f"black on {_colour(group)}")
+    return text.append(" data")
+
+
+def _colour(group: int) -> str:
+    return GROUP_COLOURS[group % len(GROUP_COLOURS)]
+
+
+def _parity_line(manifest: Manifest) -> str:
+    if manifest.parity is None:
+        return "not verified; run: latte-flow verify BUNDLE CHECKPOINT"
+    failed = [row for row in manifest.parity if not row.passed]
+    if failed:
+        return f"verification FAILED in {len(failed)} of {len(manifest.parity)} rows, first: {failed[0].what}"
+    worst = max(row.value or 0.0 for row in manifest.parity if row.metric == "relative_error")
+    psnr = min(row.value or 0.0 for row in manifest.parity if row.metric == "psnr_db")
+    return f"verified: {len(manifest.parity)} rows, largest relative error {worst:.1e}, smallest PSNR {psnr:.1f} dB"
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "picture"
