@@ -1,0 +1,69 @@
+"""Fixtures that cost seconds are made once for all tests."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from export.bundle import export_bundle
+from latte.checkpoint import load_checkpoint
+from latte.model import LatteFlow
+from runtime.pipeline import LatteFlowPipeline
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint, `couple`."""
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    save_tiny(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint: Path) -> LatteFlow:
+    """The tiny checkpoint in PyTorch."""
+    return load_checkpoint(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint exported in fp32 and verified. Tests that change it take `bundle_copy`."""
+    path = tmp_path_factory.mktemp("bundle") / "tiny"
+    _, failed = export_bundle(checkpoint, path)
+    assert not failed
+    return path
+
+
+@pytest.fixture
+def bundle_copy(bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle to break."""
+    return Path(shutil.copytree(bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def pipe(bundle: Path) -> LatteFlowPipeline:
+    """The tiny bundle, opened on ONNX Runtime."""
+    return LatteFlowPipeline.from_pretrained(bundle)
+
+
+@pytest.fixture
+def run_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Runs `latte-flow` in this process: arguments to (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        from runtime.cli import main
+
+        monkeypatch.setattr("sys.argv", ["latte-flow", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

@@ -1,0 +1,120 @@
+"""The reference model does what the paper's design says, at its edges too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from latte.checkpoint import share_with_vlm
+from latte.model import FlowTransformer, LatteFlow, Prefix, residual_attention_scores
+from tests.tiny import tiny_model
+
+PROMPTS = ("a red circle", "a small blue square above a large green star on a white background")
+
+
+def velocity(model: LatteFlow, latents: torch.Tensor, prefix: Prefix, group: int) -> torch.Tensor:
+    times = torch.full((len(latents),), 0.4)
+    with torch.no_grad():
+        return model.flow(latents, times, prefix.kv[group], prefix.mask, group)
+
+
+@pytest.fixture
+def latents() -> torch.Tensor:
+    return torch.randn((2, 4, 6, 8), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("group", [0, 1])
+def test_a_prompt_gives_the_same_velocity_alone_and_padded_in_a_batch(
+    model: LatteFlow, latents: torch.Tensor, group: int
+) -> None:
+    together = velocity(model, latents, model.encode_prompts(PROMPTS), group)
+    for row, prompt in enumerate(PROMPTS):
+        alone = velocity(model, latents[row : row + 1], model.encode_prompts([prompt]), group)
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_prompt_matters(model: LatteFlow, latents: torch.Tensor) -> None:
+    same = latents[:1].expand(2, -1, -1, -1)
+    v = velocity(model, same, model.encode_prompts(PROMPTS), 0)
+    assert (v[0] - v[1]).abs().max() > 1e-3
+
+
+def test_a_group_depends_on_no_other_groups_weights(latents: torch.Tensor) -> None:
+    model = tiny_model()
+    prefix = model.encode_prompts(PROMPTS)
+    before = [velocity(model, latents, prefix, group) for group in range(2)]
+    with torch.no_grad():
+        for layer in model.config.layers_of(1):
+            for parameter in model.flow.layers[layer].parameters():
+                parameter.normal_()
+        for parameter in model.flow.heads[1].parameters():
+            parameter.normal_()
+    assert torch.equal(velocity(model, latents, prefix, 0), before[0])
+    assert not torch.allclose(velocity(model, latents, prefix, 1), before[1])
+
+
+def test_an_untrained_gate_is_neutral() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn((1, 2, 6, 8), generator=generator), torch.randn((1, 2, 5, 8), generator=generator)
+    previous = torch.randn((1, 2, 6, 5), generator=generator)
+    plain = residual_attention_scores(query, key, None, None)
+    assert torch.equal(residual_attention_scores(query, key, previous, torch.zeros(1, 2, 6, 1)), plain)
+    torch.testing.assert_close(residual_attention_scores(query, key, previous, torch.ones(1, 2, 6, 1)), plain + previous)
+
+
+def test_a_fresh_model_predicts_zero_and_has_zero_gates(model: LatteFlow, latents: torch.Tensor) -> None:
+    fresh = FlowTransformer(model.config)
+    prefix = model.encode_prompts(PROMPTS)
+    gates = [layer.attention_gate for layer in fresh.layers]
+    assert [gate is None for gate in gates] == [True, False, True, False]
+    assert all((gate.weight == 0).all() for gate in gates if gate is not None)
+    v = fresh(latents, torch.tensor([0.1, 0.2]), prefix.kv[0], prefix.mask, 0)
+    assert (v == 0).all()
+
+
+def test_prefix_cached_equals_prefix_encoded_at_every_step(model: LatteFlow, latents: torch.Tensor) -> None:
+    cached = model.encode_prompts(PROMPTS)
+    x = y = latents
+    for t in (0.0, 0.25, 0.5, 0.75):
+        group = model.config.schedule.group_of(t)
+        x = x + 0.25 * velocity(model, x, cached, group)
+        y = y + 0.25 * velocity(model, y, model.encode_prompts(PROMPTS), group)
+    assert torch.equal(x, y)
+
+
+def test_the_prefix_is_what_transformers_computes(model: LatteFlow) -> None:
+    encoded = model.tokenizer(["<|im_start|>a red circle"], return_tensors="pt")
+    cache = model.vlm.model(**encoded, use_cache=True).past_key_values
+    prefix = model.encode_tokens(encoded["input_ids"], encoded["attention_mask"])
+    for layer in range(4):
+        group, index = divmod(layer, 2)
+        torch.testing.assert_close(prefix.kv[group][index, 0], cache.layers[layer].keys)
+        torch.testing.assert_close(prefix.kv[group][index, 1], cache.layers[layer].values)
+
+
+def test_latents_continue_the_prompts_positions(model: LatteFlow) -> None:
+    """Latent (r, c) of a prompt of p tokens is rotated as a token at M-RoPE position (p, p + r, p + c)."""
+    mask = torch.tensor([[True, True, True, False]])
+    cos, _ = model.flow._rotary(mask, height=2, width=3)
+    rotary = model.vlm.model.language_model.rotary_emb
+    positions = torch.tensor([[3] * 6, [3, 3, 3, 4, 4, 4], [3, 4, 5, 3, 4, 5]])[:, None]
+    expected, _ = rotary(torch.zeros(1), positions)
+    torch.testing.assert_close(cos[0, 0], expected[0])
+
+
+def test_guidance_of_one_is_no_guidance(model: LatteFlow) -> None:
+    plain = model.generate(PROMPTS, num_inference_steps=3, guidance_scale=1.0, output_type="latent")
+    other = model.generate(
+        PROMPTS, negative_prompt="a cross", num_inference_steps=3, guidance_scale=1.0, output_type="latent"
+    )
+    assert (plain == other).all()
+
+
+def test_blend_trains_only_what_is_specific_to_generation() -> None:
+    model = tiny_model("blend")
+    share_with_vlm(model.flow, model.vlm)
+    trained = {name for name, p in model.flow.named_parameters() if p.requires_grad}
+    assert not any("proj" in name and name.startswith("layers") for name in trained)
+    assert {"latent_embed.weight", "heads.1.proj.weight", "layers.0.scale_shift_table"} <= trained
+    shared = model.vlm.model.language_model.layers[2].self_attn.q_proj.weight
+    assert model.flow.layers[2].q_proj.weight is shared

@@ -1,0 +1,122 @@
+"""Scenes, their captions and questions, and the scorer that reads them back from pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from latte.scenes import (
+    BACKGROUNDS,
+    CELLS,
+    COLOURS,
+    KINDS,
+    RADII,
+    Scene,
+    Shape,
+    caption,
+    describe,
+    draw,
+    is_held_out,
+    mirrored,
+    questions,
+    sample_busy_scene,
+    sample_scene,
+)
+from latte.scorer import judge, read_picture
+
+
+def test_the_world_is_as_rich_as_promised() -> None:
+    assert set(KINDS) >= {"circle", "square", "triangle", "diamond", "star", "ring", "cross"}
+    assert len(COLOURS) >= 8
+    assert (len(RADII), len(CELLS), len(BACKGROUNDS)) == (3, 9, 5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", RADII)
+def test_the_scorer_reads_every_shape_in_every_cell(kind: str, size: str) -> None:
+    for index, cell in enumerate(CELLS):
+        colour = list(COLOURS)[index % len(COLOURS)]
+        scene = Scene((Shape(kind, colour, size, cell),), "grey")
+        verdict = judge(scene, read_picture(draw(scene)))
+        assert verdict["all"], (scene, verdict)
+
+
+def test_the_scorer_reads_random_scenes_of_one_and_two_shapes() -> None:
+    rng = np.random.default_rng(0)
+    for i in range(200):
+        scene = sample_scene(rng, held_out=bool(i % 2))
+        _, stated = caption(scene, rng)
+        assert judge(stated, read_picture(draw(scene)))["all"], scene
+
+
+@pytest.mark.parametrize(
+    ("attribute", "wrong"),
+    [
+        ("colour", Scene((Shape("star", "green", "large", "top"),), "white")),
+        ("kind", Scene((Shape("cross", "red", "large", "top"),), "white")),
+        ("size", Scene((Shape("star", "red", "small", "top"),), "white")),
+        ("position", Scene((Shape("star", "red", "large", "left"),), "white")),
+        ("background", Scene((Shape("star", "red", "large", "top"),), "beige")),
+    ],
+)
+def test_the_scorer_finds_the_one_wrong_attribute(attribute: str, wrong: Scene) -> None:
+    prompt = Scene((Shape("star", "red", "large", "top"),), "white")
+    verdict = judge(prompt, read_picture(draw(wrong)))
+    assert [name for name, right in verdict.items() if not right] == [attribute, "all"]
+
+
+def test_the_scorer_finds_a_missing_shape_and_a_wrong_relation() -> None:
+    first, second = Shape("star", "red", "large", "top"), Shape("ring", "blue", "small", "bottom")
+    prompt = Scene((first, second), "white", "below")
+    assert not judge(prompt, read_picture(draw(Scene((first,), "white"))))["count"]
+    verdict = judge(prompt, read_picture(draw(Scene((first, second), "white", "above"))))
+    assert [name for name, right in verdict.items() if not right] == ["relation", "all"]
+
+
+def test_noise_is_no_right_picture() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    assert not judge(Scene((Shape("star", "red", "large", "top"),), "white"), read_picture(noise))["all"]
+
+
+def test_training_scenes_and_held_out_scenes_do_not_meet() -> None:
+    rng = np.random.default_rng(0)
+    assert not any(is_held_out(sample_scene(rng)) for _ in range(500))
+    assert all(is_held_out(sample_scene(rng, held_out=True)) for _ in range(500))
+    busy = [sample_busy_scene(rng) for _ in range(200)]
+    assert not any(is_held_out(Scene((shape,), scene.background)) for scene in busy for shape in scene.shapes)
+
+
+def test_a_full_caption_states_everything_and_reads_as_english() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        scene = sample_scene(rng)
+        text, stated = caption(scene, rng, full=True)
+        words = text.replace(",", "").split()
+        assert f"{scene.background} background" in text
+        for shape in stated.shapes:
+            assert {shape.kind, shape.colour, shape.size} <= set(words)
+        assert "  " not in text
+        assert " a orange" not in f" {text}"
+        assert not text.startswith(("with", "on ,", ","))
+        assert not text.endswith((",", " on", " with"))
+
+
+def test_a_scene_has_one_canonical_description_from_either_side() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        scene = sample_scene(rng, count=2)
+        assert describe(scene) == describe(mirrored(scene))
+
+
+def test_answers_are_true() -> None:
+    upper, lower = Shape("star", "red", "large", "top"), Shape("ring", "blue", "small", "bottom")
+    scene = Scene((upper, lower), "white", "above")
+    rng = np.random.default_rng(0)
+    answers = dict(pair for _ in range(100) for pair in questions(scene, rng))
+    assert answers["what colour is the star?"] == "red"
+    assert answers["how many shapes are there?"] == "two"
+    assert answers["what is above the ring?"] == "a red star"
+    assert answers["what is below the star?"] == "a blue ring"
+    assert answers["is the star below the ring?"] == "no"
+    assert answers["is the ring below the star?"] == "yes"
+    assert answers["where is the ring?"] == "bottom"
