@@ -51,7 +51,9 @@ def pipe(bundle: Path) -> LatteFlowPipeline:
 
 
 @pytest.fixture
-def run_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+def run_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
     """Runs `latte-flow` in this process: arguments to (exit code, stdout, stderr)."""
 
     def run(*arguments: object) -> tuple[int, str, str]:

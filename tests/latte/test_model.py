@@ -59,7 +59,9 @@ def test_an_untrained_gate_is_neutral() -> None:
     previous = torch.randn((1, 2, 6, 5), generator=generator)
     plain = residual_attention_scores(query, key, None, None)
     assert torch.equal(residual_attention_scores(query, key, previous, torch.zeros(1, 2, 6, 1)), plain)
-    torch.testing.assert_close(residual_attention_scores(query, key, previous, torch.ones(1, 2, 6, 1)), plain + previous)
+    torch.testing.assert_close(
+        residual_attention_scores(query, key, previous, torch.ones(1, 2, 6, 1)), plain + previous
+    )
 
 
 def test_a_fresh_model_predicts_zero_and_has_zero_gates(model: LatteFlow, latents: torch.Tensor) -> None:

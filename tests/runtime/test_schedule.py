@@ -37,7 +37,8 @@ def test_grid_points_on_boundaries_are_exact_and_all_steps_are_served(groups: in
 
 
 @pytest.mark.parametrize(
-    "boundaries", [(), (0.0,), (0.0, 0.5), (0.1, 1.0), (0.0, 0.5, 0.5, 1.0), (0.0, 0.7, 0.3, 1.0), (0.0, float("nan"), 1.0)]
+    "boundaries",
+    [(), (0.0,), (0.0, 0.5), (0.1, 1.0), (0.0, 0.5, 0.5, 1.0), (0.0, 0.7, 0.3, 1.0), (0.0, float("nan"), 1.0)],
 )
 def test_a_schedule_with_a_gap_or_overlap_is_refused(boundaries: tuple[float, ...]) -> None:
     with pytest.raises(ValidationError, match="boundaries must rise"):

@@ -1,0 +1,79 @@
+"""The ladder finds what is wrong and says where."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.attention_processor import SanaMultiscaleLinearAttention
+from safetensors.torch import load_file, save_file
+
+from export.dc_ae import LinearAttentionProcessor
+from export.verify import psnr_db, relative_error
+from runtime.manifest import file_entry, load_manifest, save_manifest
+
+
+def test_a_faithful_bundle_passes_every_rung(
+    bundle: Path, checkpoint: Path, run_command: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, _ = run_command("verify", bundle, checkpoint, "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["passed"]
+    assert {row["rung"] for row in report["rows"]} == {"engine", "step", "trajectory", "image"}
+    worst = max(row["value"] for row in report["rows"] if row["metric"] == "relative_error")
+    assert worst < 1e-4
+
+
+def test_a_wrong_weight_is_traced_to_its_engine_and_group(
+    bundle_copy: Path, checkpoint: Path, run_command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """One weight of the second expert is 2 % off, the manifest says it is meant to be so."""
+    weights = bundle_copy / "expert_1" / "weights.safetensors"
+    tensors = load_file(weights)
+    name = next(name for name in tensors if "heads" in name and tensors[name].ndim == 2)
+    tensors[name] *= 1.02
+    save_file(tensors, weights)
+    manifest = load_manifest(bundle_copy)
+    engines = [
+        engine.model_copy(update={"files": tuple(file_entry(bundle_copy, file.path) for file in engine.files)})
+        for engine in manifest.engines
+    ]
+    save_manifest(manifest.model_copy(update={"engines": tuple(engines)}), bundle_copy)
+    code, _, error = run_command("verify", bundle_copy, checkpoint)
+    assert code == 1
+    assert "first at rung engine: expert_1" in error
+    assert "group 1" in error
+
+
+def test_a_reference_that_is_constant_or_not_finite_proves_nothing() -> None:
+    same = np.ones((2, 3))
+    assert relative_error(same, same) is None
+    assert relative_error(np.arange(3.0), np.array([0.0, 1.0, np.nan])) is None
+    assert relative_error(np.array([0.0, np.inf, 2.0]), np.arange(3.0)) is None
+    assert psnr_db(np.zeros((4, 4), np.uint8), np.zeros((4, 4), np.uint8)) is None
+
+
+def test_the_measures_are_what_they_say() -> None:
+    assert relative_error(np.array([3.0, 4.4]), np.array([3.0, 4.0])) == pytest.approx(0.08)
+    a = np.array([[0, 255]], np.uint8)
+    assert psnr_db(a, a) == 100.0
+    assert psnr_db(np.array([[10, 255]], np.uint8), a) == pytest.approx(10 * np.log10(255**2 / 50))
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (8, 8), (5, 9)])
+def test_linear_attention_equals_both_of_diffusers_forms(height: int, width: int) -> None:
+    """diffusers switches to the quadratic form at H·W <= head_dim = 8; the traced form serves both."""
+    torch.manual_seed(0)
+    attention = SanaMultiscaleLinearAttention(
+        16, 16, attention_head_dim=8, norm_type="rms_norm", residual_connection=True
+    ).eval()
+    x = torch.randn(2, 16, height, width)
+    with torch.no_grad():
+        expected = attention(x)
+        attention.processor = LinearAttentionProcessor()
+        torch.testing.assert_close(attention(x), expected, rtol=1e-4, atol=1e-5)

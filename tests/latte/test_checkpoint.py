@@ -1,0 +1,146 @@
+"""Checkpoints: what is saved comes back, and what does not fit is listed whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from latte.checkpoint import load_checkpoint, save_checkpoint
+from latte.training.vlm import small_image_processor
+from runtime.errors import CheckpointError
+from tests.tiny import save_tiny, tiny_autoencoder, tiny_vlm
+
+
+@pytest.fixture
+def broken(checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint, tmp_path / "broken"))
+
+
+@pytest.mark.parametrize("variant", ["couple", "blend"])
+def test_a_saved_model_draws_the_same_picture_when_loaded(variant: str, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "saved", variant)
+    arguments = {"num_inference_steps": 4, "seed": 3, "output_type": "latent"}
+    again = load_checkpoint(tmp_path / "saved")
+    assert (again.generate("a red star", **arguments) == model.generate("a red star", **arguments)).all()
+
+
+def test_half_precision_on_disk_halves_the_files_and_nearly_keeps_the_picture(
+    checkpoint: Path, tmp_path: Path, model: object
+) -> None:
+    save_checkpoint(load_checkpoint(checkpoint), small_image_processor(), tmp_path / "half", torch.float16)
+    for part in ("model.safetensors", "vlm/model.safetensors"):
+        assert (tmp_path / "half" / part).stat().st_size < 0.6 * (checkpoint / part).stat().st_size
+    half = load_checkpoint(tmp_path / "half").generate("a red star", num_inference_steps=2, output_type="latent")
+    full = load_checkpoint(checkpoint).generate("a red star", num_inference_steps=2, output_type="latent")
+    assert abs(half - full).max() < 0.05 * abs(full).max()
+
+
+def test_every_difference_of_the_weights_is_listed(broken: Path) -> None:
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["latent_embed.weight"]
+    tensors["layers.9.q_proj.weight"] = torch.zeros(2, 2)
+    tensors["latent_embed.bias"] = torch.zeros(5)
+    tensors["time_modulation.bias"] = torch.zeros(192, dtype=torch.int32)
+    save_file(tensors, broken / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(broken)
+    message = str(caught.value)
+    assert "4 differences" in message
+    assert "missing latent_embed.weight" in message
+    assert "unexpected layers.9.q_proj.weight" in message
+    assert "latent_embed.bias has shape (5,), expected (32,)" in message
+    assert "time_modulation.bias is torch.int32" in message
+
+
+def test_a_weight_that_the_vlm_lacks_is_named(broken: Path) -> None:
+    tensors = load_file(broken / "vlm" / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layers.2.mlp.up_proj.weight"))
+    del tensors[name]
+    save_file(tensors, broken / "vlm" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"missing .*layers\.2\.mlp\.up_proj\.weight"):
+        load_checkpoint(broken)
+
+
+@pytest.mark.parametrize("part", ["model.safetensors", "vlm/model.safetensors"])
+def test_a_truncated_file_is_named(broken: Path, part: str) -> None:
+    content = (broken / part).read_bytes()
+    (broken / part).write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match="cannot be"):
+        load_checkpoint(broken)
+
+
+def test_a_checkpoint_written_halfway_is_never_loaded(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """config.json goes first and comes last, whatever stops the writer in between."""
+    model = load_checkpoint(checkpoint)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("latte.checkpoint._save_tensors", stop)
+    target = Path(shutil.copytree(checkpoint, tmp_path / "target"))
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(model, small_image_processor(), target)
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        load_checkpoint(target)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 64}, "mrope_section"),
+        ({"num_hidden_layers": 6}, "num_hidden_layers is 6 in config.json, 4 in vlm/ or vae/"),
+        ({"schedule": {"boundaries": [0.0, 0.5]}}, "boundaries must rise"),
+        ({"surprise": 1}, "surprise"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_explained(broken: Path, change: dict[str, object], message: str) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(broken)
+
+
+def test_a_name_that_leaves_the_folder_is_refused(broken: Path) -> None:
+    index = {"weight_map": {"lm_head.weight": "../../elsewhere.safetensors"}}
+    (broken / "vlm" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"elsewhere\.safetensors, which is not a file beside it"):
+        load_checkpoint(broken)
+
+
+def test_an_unknown_checkpoint_lists_the_shipped_ones() -> None:
+    with pytest.raises(CheckpointError, match="one of: shapes"):
+        load_checkpoint("nowhere")
+
+
+def test_init_makes_a_checkpoint_of_a_qwen2_vl_and_a_dc_ae(
+    tmp_path: Path, run_command: Callable[..., tuple[int, str, str]]
+) -> None:
+    vlm, tokenizer = tiny_vlm()
+    vlm.save_pretrained(tmp_path / "qwen")
+    tokenizer.save_pretrained(tmp_path / "qwen")
+    small_image_processor().save_pretrained(tmp_path / "qwen")
+    tiny_autoencoder().save_pretrained(tmp_path / "dc-ae")
+    arguments = ("init", tmp_path / "made", "--vlm", tmp_path / "qwen", "--vae", tmp_path / "dc-ae")
+    sizes = ("--groups", 2, "--height", 32, "--width", 24, "--dtype", "float32")
+    code, _, error = run_command(*arguments, *sizes)
+    assert code == 0, error
+    model = load_checkpoint(tmp_path / "made")
+    assert model.config.latent_size == (8, 6)
+    assert model.config.latents_std == (2.0,) * 4
+    layer = vlm.model.language_model.layers[3]
+    assert torch.equal(model.flow.layers[3].q_proj.weight, layer.self_attn.q_proj.weight)
+    assert torch.equal(model.flow.layers[3].down_proj.weight, layer.mlp.down_proj.weight)
+    code, _, error = run_command(*arguments, *sizes)
+    assert code == 2
+    assert "pass --force" in error
+    code, _, error = run_command(*arguments, "--groups", 3, "--force")
+    assert code == 2
+    assert "4 layers cannot be split into 3" in error

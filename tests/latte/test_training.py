@@ -1,0 +1,173 @@
+"""Every stage trains for real, but tiny: losses fall, and a resumed run is the uninterrupted one, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from latte.checkpoint import load_checkpoint
+from latte.scenes import Scene, Shape
+from latte.training.autoencoder import AutoencoderStage, small_autoencoder
+from latte.training.flow import FlowStage
+from latte.training.loop import Stage, TrainSettings, train
+from latte.training.recipe import run_stage
+from latte.training.vision import VisionStage, token_labels
+from latte.training.vlm import (
+    Conversation,
+    ConversationEncoder,
+    VlmStage,
+    sample_conversation,
+    small_image_processor,
+    small_vlm,
+    train_tokenizer,
+)
+from runtime.errors import CheckpointError, InputError
+from tests.tiny import tiny_model, tiny_vlm
+
+
+def settings(steps: int, **changes: object) -> TrainSettings:
+    values = {"steps": steps, "batch_size": 4, "learning_rate": 2e-3, "warmup_steps": 2, "ema_decay": 0.5} | changes
+    return TrainSettings.model_validate(values)
+
+
+def make_stage(name: str) -> Stage:
+    torch.manual_seed(0)
+    if name == "autoencoder":
+        return AutoencoderStage(small_autoencoder(), 4)
+    if name == "flow":
+        return FlowStage(tiny_model(), 4)
+    vlm, tokenizer = tiny_vlm()
+    if name == "vision":
+        return VisionStage(vlm, small_image_processor(), 4)
+    return VlmStage(vlm.train(), ConversationEncoder(tokenizer, small_image_processor()), 4)
+
+
+STAGES = ("autoencoder", "vision", "vlm", "flow")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_few_steps_lower_the_loss_on_the_same_batch(name: str) -> None:
+    stage = make_stage(name)
+
+    def loss_of_step_0() -> float:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return float(sum(loss for _, loss in stage.losses(0, np.random.default_rng(0))))
+
+    before = loss_of_step_0()
+    optimizer = torch.optim.AdamW([p for p in stage.trainable().parameters() if p.requires_grad], lr=2e-3)
+    for _ in range(12):
+        torch.manual_seed(0)
+        optimizer.zero_grad()
+        for _, loss in stage.losses(0, np.random.default_rng(0)):
+            loss.backward()
+        optimizer.step()
+    assert loss_of_step_0() < 0.95 * before
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_stage(name)
+    train(whole, settings(8), tmp_path / "whole")
+
+    interrupted = make_stage(name)
+    losses = type(interrupted).losses
+
+    def stop_at_5(self: Stage, step: int, rng: np.random.Generator) -> object:
+        if step == 5:
+            raise KeyboardInterrupt
+        return losses(self, step, rng)
+
+    monkeypatch.setattr(type(interrupted), "losses", stop_at_5)
+    with pytest.raises(KeyboardInterrupt):
+        train(interrupted, settings(8, save_every_seconds=1e-6), tmp_path / "halves")
+    monkeypatch.undo()
+    resumed = make_stage(name)
+    train(resumed, settings(8), tmp_path / "halves")
+
+    for (parameter_name, a), b in zip(
+        whole.trainable().named_parameters(), resumed.trainable().parameters(), strict=True
+    ):
+        assert torch.equal(a, b), parameter_name
+    logs = [(tmp_path / run / f"{name}.jsonl").read_text().splitlines() for run in ("whole", "halves")]
+    assert [json.loads(line)["step"] for line in logs[0]] == [json.loads(line)["step"] for line in logs[1]]
+
+
+def test_a_run_goes_on_only_with_the_settings_that_it_began_with(tmp_path: Path) -> None:
+    train(make_stage("autoencoder"), settings(2), tmp_path)
+    with pytest.raises(CheckpointError, match="other settings"):
+        train(make_stage("autoencoder"), settings(3), tmp_path)
+
+
+def test_a_save_that_is_cut_off_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(make_stage("autoencoder"), settings(2), tmp_path)
+    before = (tmp_path / "autoencoder.safetensors").read_bytes()
+
+    def write_half(tensors: object, path: Path, metadata: object) -> None:
+        Path(path).write_bytes(before[:1000])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("latte.training.loop.save_file", write_half)
+    with pytest.raises(OSError, match="no space"):
+        train(make_stage("autoencoder"), settings(2), tmp_path)
+    assert (tmp_path / "autoencoder.safetensors").read_bytes() == before
+    load_file(tmp_path / "autoencoder.safetensors")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    stage = make_stage("autoencoder")
+    with torch.no_grad():
+        next(stage.trainable().parameters()).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        train(stage, settings(2), tmp_path)
+
+
+def test_all_groups_are_trained_equally_often(tmp_path: Path) -> None:
+    stage = make_stage("flow")
+    names = [name for step in range(8) for name, _ in stage.losses(step, np.random.default_rng(step))]
+    assert names == ["group_0", "group_1"] * 4
+
+
+def test_the_stages_make_a_checkpoint_that_draws(tmp_path: Path) -> None:
+    """The recipe's whole path from nothing to a checkpoint, two steps a stage."""
+    for name in STAGES:
+        steps = 4 if name == "flow" else 2
+        run_stage(name, tmp_path, settings(steps))
+    image = load_checkpoint(tmp_path / "checkpoint").generate("a red circle", num_inference_steps=4)
+    assert image.shape == (1, 64, 64, 3)
+
+
+def test_a_stage_says_which_one_must_come_before(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--stage autoencoder"):
+        run_stage("flow", tmp_path, settings(2))
+
+
+def test_positions_and_patches_of_a_conversation_are_qwen2_vls_own() -> None:
+    tokenizer = train_tokenizer()
+    vlm = small_vlm(tokenizer)
+    rng = np.random.default_rng(0)
+    conversation = next(c for c in iter(lambda: sample_conversation(rng), None) if c.image is not None)
+    batch = ConversationEncoder(tokenizer, small_image_processor()).encode([conversation])
+    is_image = (batch.input_ids == vlm.config.image_token_id).int()
+    expected, _ = vlm.model.get_rope_index(batch.input_ids, is_image, image_grid_thw=batch.image_grid_thw)
+    assert torch.equal(batch.position_ids, expected)
+
+
+def test_there_is_loss_on_the_answers_alone() -> None:
+    tokenizer = train_tokenizer()
+    batch = ConversationEncoder(tokenizer, small_image_processor()).encode([Conversation((("what?", "red"),))])
+    learned = batch.labels[batch.labels != -100]
+    assert tokenizer.decode(learned) == "red<|im_end|>"
+
+
+def test_token_labels_say_what_a_token_shows() -> None:
+    labels = token_labels(Scene((Shape("star", "red", "large", "top left"),), "white"))
+    assert (labels[0] == [5, 1, 3, 0]).all()
+    assert (labels[-1, :3] == 0).all()
