@@ -140,7 +140,7 @@ def _write(model: ir.Model, folder: Path) -> list[str]:
 def _to_torch(tensor: Any) -> Tensor:
     if isinstance(tensor, ir.tensor_adapters.TorchTensor):
         return tensor.raw
-    array = np.ascontiguousarray(tensor.numpy())
+    array = np.array(tensor.numpy(), order="C")
     if tensor.dtype == ir.DataType.BFLOAT16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
