@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -315,6 +315,8 @@ def _adapt(pipeline: LatteFlowPipeline, callback: Callback) -> Callable[[Sampler
 
 
 def _as_list(name: str, value: str | Sequence[str]) -> list[str]:
+    if not isinstance(value, Iterable):
+        raise InputError(f"{name} must be text or a list of texts, got {type(value).__name__}")
     values = [value] if isinstance(value, str) else list(value)
     if not values:
         raise InputError(f"{name} is an empty list; give at least one")

@@ -1,0 +1,93 @@
+"""Who may import whom, and that the runtime needs neither torch nor the reference."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RUNTIME_PARTS_OF_LATTE = {"runtime.console", "runtime.errors", "runtime.noise", "runtime.pictures", "runtime.schedule"}
+"""What is the same for every backend, PyTorch included: written once, free of numpy-or-torch questions."""
+FORBIDDEN = {
+    "runtime": {"torch", "transformers", "diffusers", "latte", "export", "onnx", "onnxscript"},
+    "latte": {"export", "onnx", "onnxruntime", "onnxscript"},
+    "export": set(),
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_packages_import_only_what_the_design_allows(package: str) -> None:
+    for path in (ROOT / package).rglob("*.py"):
+        found = imports_of(path)
+        assert not {name.partition(".")[0] for name in found} & FORBIDDEN[package], path
+        if package == "latte":
+            assert {name for name in found if name.startswith("runtime")} <= RUNTIME_PARTS_OF_LATTE, path
+
+
+def test_vendor_libraries_are_imported_by_their_backend_alone() -> None:
+    for path in (ROOT / "runtime").rglob("*.py"):
+        if path.name != "onnxruntime.py":
+            assert not {name.partition(".")[0] for name in imports_of(path)} & {"onnxruntime", "tensorrt"}, path
+
+
+WITHOUT_MODULES = """
+import sys
+
+blocked = set(sys.argv.pop(1).split(","))
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in blocked:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+from runtime.cli import main
+sys.argv = ["latte-flow", *sys.argv[1:]]
+main()
+"""
+
+
+def run_without(blocked: set[str], *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", WITHOUT_MODULES, ",".join(blocked), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+HEAVY = {"torch", "transformers", "diffusers", "onnx", "onnxscript", "scipy"}
+
+
+def test_the_runtime_draws_with_torch_transformers_and_latte_made_unimportable(bundle: Path, tmp_path: Path) -> None:
+    blocked = HEAVY | {"latte", "export"}
+    options = ("-o", tmp_path, "--seed", 1, "--num-inference-steps", 3)
+    result = run_without(blocked, "generate", bundle, "a red circle", *options)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "000-a-red-circle-1.png").is_file()
+    assert run_without(blocked, "inspect", bundle).returncode == 0
+    assert "generate" in run_without(blocked, "--help").stdout
+
+
+@pytest.mark.parametrize("arguments", [("export", "shapes", "bundle"), ("train", "run"), ("score",), ("demo",)])
+def test_a_command_whose_extra_is_missing_names_it_in_one_line(arguments: tuple[str, ...]) -> None:
+    result = run_without(HEAVY, *arguments)
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert 'pip install "latte-flow[export' in result.stderr
+
+
+def test_drawing_without_onnx_runtime_names_its_extra(bundle: Path, tmp_path: Path) -> None:
+    result = run_without({"onnxruntime"}, "generate", bundle, "a red circle", "-o", tmp_path)
+    assert result.returncode == 2
+    assert 'pip install "latte-flow[cpu]"' in result.stderr
