@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -118,6 +119,7 @@ def score(
     num_inference_steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 20,
     guidance_scale: Annotated[float, typer.Option(help="Guidance of the sampler.")] = 3.0,
     seed: Annotated[int, typer.Option(help="Of prompts, noise and questions.")] = 0,
+    sheet: Annotated[Path | None, typer.Option(help="Write a sheet of the first pictures here.")] = None,
     failures: Annotated[Path | None, typer.Option(help="Write a sheet of the wrong pictures here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
@@ -152,8 +154,13 @@ def score(
                 lambda n, task=task: progress.advance(task, n),  # type: ignore[misc]
             )
         answers = _score_answers(model, path, questions, seed, progress) if questions else None
+    if sheet is not None:
+        examples = [example for result in drawings.values() for example in result.examples]
+        _save_sheet([image for _, image in examples], [prompt for prompt, _ in examples], sheet)
     if failures is not None:
-        _save_failures(list(drawings.values()), failures)
+        wrong = [failure for result in drawings.values() for failure in result.failures][:48]
+        labels = [f"{failure.prompt}: {', '.join(failure.wrong)}" for failure in wrong]
+        _save_sheet([failure.image for failure in wrong], labels, failures)
     _report(drawings, answers, as_json)
 
 
@@ -197,9 +204,6 @@ def _report(drawings: dict[int, DrawingScore], answers: AnswerScore | None, as_j
         stdout.print(table)
 
 
-def _save_failures(drawings: list[DrawingScore], path: Path) -> None:
-    wrong = [failure for result in drawings for failure in result.failures][:48]
-    if wrong:
-        images = [Image.fromarray(failure.image) for failure in wrong]
-        labels = [f"{failure.prompt}: {', '.join(failure.wrong)}" for failure in wrong]
-        save_png(contact_sheet(images, labels, columns=8), path)
+def _save_sheet(images: Sequence[np.ndarray], labels: Sequence[str], path: Path) -> None:
+    if images:
+        save_png(contact_sheet([Image.fromarray(image) for image in images], labels, columns=8), path)

@@ -11,6 +11,7 @@ from latte.scenes import DESCRIBE, Scene, caption, describe, draw, questions, sa
 from latte.scorer import ATTRIBUTES, judge, read_picture
 
 BATCH = 50
+EXAMPLES = 20
 
 Draw = Callable[[Sequence[str], Sequence[int]], np.ndarray]
 """Prompts and seeds to pictures `[B, 64, 64, 3]` uint8."""
@@ -36,6 +37,8 @@ class DrawingScore:
     right: dict[str, int] = field(default_factory=dict)
     stated: dict[str, int] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
+    examples: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    """The first prompts with their pictures, right or wrong."""
 
     def share(self, attribute: str = "all") -> float:
         """Share of the prompts that state an attribute whose pictures have it right."""
@@ -61,6 +64,8 @@ def score_drawing(
             part, seeds, draw_pictures([prompt for prompt, _ in part], seeds), strict=True
         ):
             verdict = judge(stated, read_picture(image))
+            if len(result.examples) < EXAMPLES:
+                result.examples.append((prompt, image))
             result.prompts += 1
             for attribute, right in verdict.items():
                 result.stated[attribute] = result.stated.get(attribute, 0) + 1

@@ -24,6 +24,7 @@ from latte.checkpoint import (
 from latte.training.autoencoder import AutoencoderStage, latents_statistics, small_autoencoder
 from latte.training.flow import FlowStage
 from latte.training.loop import TrainSettings, train
+from latte.training.plots import plot_losses
 from latte.training.vision import VisionStage
 from latte.training.vlm import ConversationEncoder, VlmStage, small_image_processor, small_vlm, train_tokenizer
 from runtime.errors import InputError
@@ -42,7 +43,7 @@ STAGES = tuple(RECIPE)
 
 
 def run_stage(name: str, run_dir: Path, settings: TrainSettings, dtype: torch.dtype = torch.float16) -> None:
-    """Trains one stage in a run's folder and saves its part.
+    """Trains one stage in a run's folder, saves its part, and draws its loss curves.
 
     Args:
         dtype: of the checkpoint that the last stage writes.
@@ -52,6 +53,7 @@ def run_stage(name: str, run_dir: Path, settings: TrainSettings, dtype: torch.dt
     """
     torch.manual_seed(settings.seed)
     _STAGE_FUNCTIONS[name](run_dir, settings, dtype)
+    plot_losses(run_dir / "training" / f"{name}.jsonl", run_dir / "training" / f"{name}.png")
 
 
 def _autoencoder(run_dir: Path, settings: TrainSettings, _: torch.dtype) -> None:

@@ -1,0 +1,70 @@
+"""What a wheel holds, and what the repository promises about itself."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import latte.checkpoint
+
+ROOT = Path(__file__).parents[1]
+SHIPPED_FILES = {
+    "config.json",
+    "model.safetensors",
+    "vlm/config.json",
+    "vlm/model.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    source = out / "source"
+    subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", ROOT, source], check=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out, source]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_the_packages_and_the_shipped_checkpoint_and_nothing_else(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    top = {name.partition("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"latte", "export", "runtime"}
+    folder = "latte/checkpoints/shapes/"
+    assert {name.removeprefix(folder) for name in names if name.startswith(folder)} == SHIPPED_FILES
+    modules = {
+        str(path.relative_to(ROOT))
+        for package in ("latte", "export", "runtime")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    assert {name for name in names if name.endswith(".py")} == modules
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_shipped_checkpoint_is_under_30_mb() -> None:
+    path = latte.checkpoint.SHIPPED["shapes"]
+    assert sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) < 30_000_000
+
+
+def test_the_readme_says_that_this_is_an_independent_implementation() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "independent implementation" in readme
+    assert "2506.06952" in readme
+    assert "2506.06952" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_every_file_that_the_readme_and_docs_link_to_exists() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
