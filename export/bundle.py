@@ -78,6 +78,10 @@ def export_bundle(
         InputError: something is in the way at `bundle`.
         CheckpointError: the checkpoint cannot be used.
     """
+    if precision == "bf16" and verify:
+        raise InputError(
+            "ONNX Runtime's CPU does not run bf16, so a bf16 bundle cannot be verified here; pass --no-verify"
+        )
     _check_target(bundle, force)
     on_stage("load the checkpoint")
     path = resolve_checkpoint(checkpoint)
@@ -124,7 +128,8 @@ def _export_engines(
     entries = []
 
     def save(name: str, component: Component, graph: ir.Model, precision: Precision, group: int | None = None) -> None:
-        fused = fuse and component.name in FUSED_WHERE_FASTER
+        # bf16 engines are for GPUs; ONNX Runtime's fused operators on the CPU do not know the type.
+        fused = fuse and precision != "bf16" and component.name in FUSED_WHERE_FASTER
         files = save_engine(graph, folder / name, fuse=fused)
         entries.append(
             EngineEntry(

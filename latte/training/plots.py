@@ -26,7 +26,8 @@ def plot_losses(log: Path, picture: Path) -> None:
         values = np.array([row[name] for row in rows])
         smooth = np.convolve(values, np.ones(width) / width, mode="valid")
         (line,) = axes.plot(steps, values, alpha=0.25, linewidth=0.8)
-        axes.plot(steps[width - 1 :], smooth, color=line.get_color(), label=name.replace("_", " "))
+        middle = np.convolve(steps, np.ones(width) / width, mode="valid")
+        axes.plot(middle, smooth, color=line.get_color(), label=name.replace("_", " "))
     axes.set(xlabel="step", ylabel="loss", yscale="log", title=f"{log.stem}, {rows[-1]['seconds'] / 60:.0f} minutes")
     axes.grid(alpha=0.3)
     if len(names) > 1:

@@ -143,6 +143,23 @@ def test_export_of_nothing_is_one_clear_line(tmp_path: Path, run_command: Callab
     assert not (tmp_path / "bundle").exists()
 
 
+def test_bf16_is_written_where_it_is_not_asked_to_be_verified(
+    checkpoint: Path, tmp_path: Path, run_command: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, _, error = run_command("export", checkpoint, tmp_path / "bundle", "--precision", "bf16")
+    assert code == 2
+    assert "pass --no-verify" in error
+    code, _, error = run_command("export", checkpoint, tmp_path / "bundle", "--precision", "bf16", "--no-verify")
+    assert code == 0, error
+    manifest = load_manifest(tmp_path / "bundle")
+    assert manifest.parity is None
+    assert manifest.engine("expert_1").inputs[2].dtype == "bfloat16"
+    graph = onnx.load(tmp_path / "bundle" / "expert_1" / "model.onnx", load_external_data=False).graph
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    assert types["flow.layers.0.q_proj.weight"] == onnx.TensorProto.BFLOAT16
+    assert types["flow.rotary_frequencies"] == onnx.TensorProto.FLOAT
+
+
 def test_the_manifest_is_the_documented_format(bundle: Path) -> None:
     """Pins the top level of manifest.json, which is described in docs/bundle.md."""
     content = json.loads((bundle / "manifest.json").read_text())
