@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from runtime.console import stderr, stdout
-from runtime.manifest import Manifest, load_manifest
+from runtime.manifest import Manifest, TensorSpec, load_manifest
 from runtime.pictures import contact_sheet, make_writable_folder, save_png
 from runtime.pipeline import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, LatteFlowPipeline
 from runtime.schedule import ExpertSchedule
@@ -114,22 +114,45 @@ def inspect(
         f"hidden {geometry.hidden_size}"
     )
     stdout.print(_engine_table(manifest))
+    stdout.print(_tensor_table(manifest))
     stdout.print(_timeline(manifest.schedule))
     stdout.print(_parity_line(manifest))
     stdout.print("written by " + ", ".join(f"{name} {version}" for name, version in manifest.producer.items()))
 
 
 def _engine_table(manifest: Manifest) -> Table:
-    table = Table("engine", "precision", "size", "inputs", "outputs", title=None)
+    table = Table("engine", "flow time", "precision", "graph", "weights")
     for engine in manifest.engines:
-        size = sum(file.size for file in engine.files) / 1e6
-        shown = [
-            "\n".join(f"{spec.name} {spec.dtype} \\[{', '.join(map(str, spec.shape))}]" for spec in specs)
-            for specs in (engine.inputs, engine.outputs)
-        ]
-        precision = engine.precision + (" fused" if engine.fused else "")
-        table.add_row(engine.name, precision, f"{size:.2f} MB", *shown)
+        graph, *weights = (f"{file.size / 1e6:.2f} MB" for file in engine.files)
+        interval = ""
+        if engine.group is not None:
+            interval = "{:g} to {:g}".format(*manifest.schedule.interval(engine.group))
+        precision = engine.precision + (", fused" if engine.fused else "")
+        table.add_row(engine.name, interval, precision, graph, *weights)
     return table
+
+
+def _tensor_table(manifest: Manifest) -> Table:
+    """Inputs and outputs; engines of one form, and tensors that differ in a number alone, share a line."""
+    table = Table("engine", "", "tensor", "dtype", "shape")
+    forms: dict[tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]], list[str]] = {}
+    for engine in manifest.engines:
+        forms.setdefault((engine.inputs, engine.outputs), []).append(engine.name)
+    for (inputs, outputs), engines in forms.items():
+        label = _numbered(engines)
+        for direction, specs in (("in", inputs), ("out", outputs)):
+            alike: dict[tuple[str, str, tuple[int | str, ...]], list[str]] = {}
+            for spec in specs:
+                alike.setdefault((spec.name.rstrip("0123456789"), spec.dtype, spec.shape), []).append(spec.name)
+            for (_, dtype, shape), names in alike.items():
+                table.add_row(label, direction, _numbered(names), dtype, f"\\[{', '.join(map(str, shape))}]")
+                label = ""
+        table.add_section()
+    return table
+
+
+def _numbered(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1].rpartition('_')[2]}"
 
 
 def _timeline(schedule: ExpertSchedule, width: int = 64) -> Text:

@@ -69,6 +69,9 @@ class EngineSet(Mapping[str, Session]):
             self._loaded[name] = self._backend.load(self._bundle, entry)
         return self._loaded[name]
 
+    def __contains__(self, name: object) -> bool:
+        return any(entry.name == name for entry in self._manifest.engines)
+
     def __iter__(self) -> Iterator[str]:
         return (entry.name for entry in self._manifest.engines)
 

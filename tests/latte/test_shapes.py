@@ -36,7 +36,5 @@ def test_it_draws_what_held_out_prompts_say(shapes: LatteFlow, count: int, at_le
 
 def test_it_answers_questions_about_held_out_pictures(shapes: LatteFlow, folder: Path) -> None:
     processor = load_image_processor(folder)
-    result = score_answers(
-        lambda images, texts: answer(shapes.vlm, shapes.tokenizer, processor, images, texts), 40
-    )
+    result = score_answers(lambda images, texts: answer(shapes.vlm, shapes.tokenizer, processor, images, texts), 40)
     assert result.share() >= 0.85, result.failures
