@@ -20,6 +20,7 @@ from export.components import (
     decoder_component,
     expert_component,
     expert_weight_source,
+    geometry_of,
     prefix_component,
     solver_component,
 )
@@ -33,7 +34,6 @@ from runtime.manifest import (
     FILE_NAME,
     SCHEMA_VERSION,
     EngineEntry,
-    Geometry,
     Manifest,
     ParityRow,
     Precision,
@@ -96,7 +96,7 @@ def export_bundle(
             producer={name: _version_of(name) for name in PRODUCERS},
             checkpoint_sha256=checkpoint_hash(path),
             precision=precision,
-            geometry=_geometry(model),
+            geometry=geometry_of(model.config),
             schedule=model.config.schedule,
             prompt=prompt_format(model),
             engines=tuple(engines),
@@ -198,13 +198,6 @@ def _value(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
         return module.get_parameter(name).to(dtype)
     buffer: Tensor = module.get_buffer(name)
     return buffer
-
-
-def _geometry(model: LatteFlow) -> Geometry:
-    fields = model.config.model_dump()
-    fields["layers_per_group"] = model.config.layers_per_group
-    fields["head_dim"] = model.config.head_dim
-    return Geometry.model_validate({name: fields[name] for name in Geometry.model_fields})
 
 
 def prompt_format(model: LatteFlow) -> PromptFormat:

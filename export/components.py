@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from latte.checkpoint import VLM_FROM_FLOW
 from latte.config import LatteFlowConfig
 from latte.model import FlowTransformer, pixels_to_uint8
-from runtime.manifest import DType, TensorSpec
+from runtime.manifest import DType, Geometry, TensorSpec
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -238,3 +238,9 @@ def expert_weight_source(config: LatteFlowConfig, group: int, name: str) -> tupl
     if config.variant == "blend" and weight in VLM_FROM_FLOW:
         return "language_model", f"layers.{layer}.{VLM_FROM_FLOW[weight]}"
     return "flow", f"layers.{layer}.{weight}"
+
+
+def geometry_of(config: LatteFlowConfig) -> Geometry:
+    """What the manifest says of a model's sizes."""
+    fields = config.model_dump() | {"layers_per_group": config.layers_per_group, "head_dim": config.head_dim}
+    return Geometry.model_validate({name: fields[name] for name in Geometry.model_fields})

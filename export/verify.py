@@ -19,8 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from export.components import geometry_of
 from latte.model import LatteFlow
 from latte.sampling import SampleStep
+from runtime.errors import InputError
 from runtime.manifest import ParityRow, Precision, load_manifest
 from runtime.noise import initial_latents
 from runtime.pipeline import LatteFlowPipeline
@@ -55,8 +57,14 @@ def verify_bundle(bundle: Path, model: LatteFlow, provider: str = "cpu") -> list
         bundle: a folder with a manifest.
         model: the checkpoint that the bundle was exported from, in fp32.
         provider: what runs the engines.
+
+    Raises:
+        InputError: the checkpoint has other sizes than the bundle.
     """
-    tolerances = TOLERANCES[load_manifest(bundle).precision]
+    manifest = load_manifest(bundle)
+    if (manifest.geometry, manifest.schedule) != (geometry_of(model.config), model.config.schedule):
+        raise InputError(f"{bundle} was exported from a checkpoint of another form; verify it against that one")
+    tolerances = TOLERANCES[manifest.precision]
     with LatteFlowPipeline.from_pretrained(bundle, provider=provider) as pipeline, torch.no_grad():
         rows = list(_engine_rows(pipeline, model, tolerances))
         rows += _sampling_rows(pipeline, model, tolerances)

@@ -13,8 +13,11 @@ from diffusers.models.attention_processor import SanaMultiscaleLinearAttention
 from safetensors.torch import load_file, save_file
 
 from export.dc_ae import LinearAttentionProcessor
-from export.verify import psnr_db, relative_error
+from export.verify import psnr_db, relative_error, verify_bundle
+from runtime.errors import InputError
 from runtime.manifest import file_entry, load_manifest, save_manifest
+from runtime.schedule import ExpertSchedule
+from tests.tiny import tiny_model
 
 
 def test_a_faithful_bundle_passes_every_rung(
@@ -48,6 +51,14 @@ def test_a_wrong_weight_is_traced_to_its_engine_and_group(
     assert code == 1
     assert "first at rung engine: expert_1" in error
     assert "group 1" in error
+
+
+def test_a_checkpoint_of_another_form_is_said_so(bundle: Path) -> None:
+    config = tiny_model().config.model_copy(update={"schedule": ExpertSchedule.uniform(2)})
+    other = tiny_model()
+    other.config = config
+    with pytest.raises(InputError, match="another form"):
+        verify_bundle(bundle, other)
 
 
 def test_a_reference_that_is_constant_or_not_finite_proves_nothing() -> None:
