@@ -25,8 +25,9 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+from transformers import Qwen2Tokenizer, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import logging as transformers_logging
 
 from latte.config import LatteFlowConfig
 from latte.model import FlowTransformer, LatteFlow
@@ -115,7 +116,7 @@ def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a local directory."""
     if not (path / "tokenizer.json").is_file():
         raise CheckpointError(f"{path} holds no tokenizer.json; save the VLM's tokenizer there")
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return Qwen2Tokenizer.from_pretrained(path, local_files_only=True)
 
 
 def load_image_processor(path: Path) -> Qwen2VLImageProcessorPil:
@@ -137,14 +138,15 @@ def _from_pretrained(kind: Any, path: Path, dtype: torch.dtype, **options: Any) 
             raise CheckpointError(f"{index} names {escaping[0]}, which is not a file beside it")
     option = "dtype" if kind is Qwen2VLForConditionalGeneration else "torch_dtype"
     try:
-        model, info = kind.from_pretrained(
-            path,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            **{option: dtype},
-            **options,
-        )
+        with _quiet_libraries():
+            model, info = kind.from_pretrained(
+                path,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                **{option: dtype},
+                **options,
+            )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be loaded as a {kind.__name__}: {_one_line(error)}") from error
     problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
@@ -270,18 +272,36 @@ def save_checkpoint(model: LatteFlow, image_processor: Any, path: Path, dtype: t
     """Writes a whole checkpoint; a reader sees the old one, none, or the new one, never a half."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").unlink(missing_ok=True)
-    with replaced_directory(path / "vlm") as part:
-        _as(model.vlm, dtype).save_pretrained(part)
-    with replaced_directory(path / "vae") as part:
-        _as(model.vae, dtype).save_pretrained(part)
+    save_part(_as(model.vlm, dtype), path / "vlm")
+    save_part(_as(model.vae, dtype), path / "vae")
     model.tokenizer.save_pretrained(path)
     image_processor.save_pretrained(path)
     _save_tensors(own_state(model.flow), path / "model.safetensors", dtype)
     write_text(path / "config.json", model.config.model_dump_json(indent=2) + "\n")
 
 
-def _as(module: Any, dtype: torch.dtype) -> Any:
-    return copy.deepcopy(module).to(dtype)
+def save_part(module: Any, path: Path, *processors: Any) -> None:
+    """Saves a model of transformers or diffusers, with its processors, in place of the folder at `path`."""
+    with replaced_directory(path) as part, _quiet_libraries():
+        for saved in (module, *processors):
+            saved.save_pretrained(part)
+
+
+def _as(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    # Not diffusers' own `to`, which warns about a list of modules to keep in fp32 that is empty here.
+    return nn.Module.to(copy.deepcopy(module), dtype)
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keeps the libraries' own progress bars off the screen: the command says what goes on."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
@@ -303,14 +323,16 @@ def write_text(path: Path, text: str) -> None:
 def replaced_directory(path: Path) -> Iterator[Path]:
     """A temporary directory beside `path` that takes its place if the block succeeds."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    retired = temporary.with_suffix(".old")
     temporary.mkdir(parents=True)
     try:
         yield temporary
         if path.exists():
-            shutil.rmtree(path)
+            os.replace(path, retired)
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)
 
 
 def _one_line(error: BaseException) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,8 +17,8 @@ from latte.checkpoint import (
     load_tokenizer,
     load_vae,
     load_vlm,
-    replaced_directory,
     save_checkpoint,
+    save_part,
 )
 from latte.training.autoencoder import AutoencoderStage, latents_statistics, small_autoencoder
 from latte.training.flow import FlowStage
@@ -33,9 +32,9 @@ NUM_GROUPS = 4
 MAX_PROMPT_TOKENS = 128
 RECIPE: Mapping[str, TrainSettings] = {
     "autoencoder": TrainSettings(steps=3000, batch_size=32, learning_rate=2e-3, ema_decay=0.995),
-    "vision": TrainSettings(steps=1200, batch_size=64, learning_rate=1.5e-3),
+    "vision": TrainSettings(steps=4800, batch_size=64, learning_rate=1.5e-3),
     "vlm": TrainSettings(
-        steps=2000, batch_size=32, learning_rate=1.2e-3, warmup_steps=150, weight_decay=0.05, ema_decay=0.995
+        steps=8000, batch_size=32, learning_rate=1.2e-3, warmup_steps=150, weight_decay=0.05, ema_decay=0.995
     ),
     "flow": TrainSettings(steps=16000, batch_size=64, learning_rate=1.5e-3, warmup_steps=400, ema_decay=0.999),
 }
@@ -59,8 +58,7 @@ def run_stage(name: str, run_dir: Path, settings: TrainSettings, dtype: torch.dt
 def _autoencoder(run_dir: Path, settings: TrainSettings, _: torch.dtype) -> None:
     autoencoder = small_autoencoder()
     train(AutoencoderStage(autoencoder, settings.batch_size, settings.device), settings, run_dir / "training")
-    with replaced_directory(run_dir / "vae") as part:
-        autoencoder.cpu().save_pretrained(part)
+    save_part(autoencoder.cpu(), run_dir / "vae")
 
 
 def _vision(run_dir: Path, settings: TrainSettings, _: torch.dtype) -> None:
@@ -68,7 +66,7 @@ def _vision(run_dir: Path, settings: TrainSettings, _: torch.dtype) -> None:
     vlm = small_vlm(tokenizer)
     stage = VisionStage(vlm, image_processor, settings.batch_size, settings.device)
     train(stage, settings, run_dir / "training")
-    _save_vlm(run_dir / "vlm-vision", vlm, tokenizer, image_processor)
+    save_part(vlm.cpu(), run_dir / "vlm-vision", tokenizer, image_processor)
 
 
 def _vlm(run_dir: Path, settings: TrainSettings, _: torch.dtype) -> None:
@@ -76,7 +74,7 @@ def _vlm(run_dir: Path, settings: TrainSettings, _: torch.dtype) -> None:
     vlm, tokenizer, image_processor = load_vlm(source), load_tokenizer(source), load_image_processor(source)
     stage = VlmStage(vlm, ConversationEncoder(tokenizer, image_processor), settings.batch_size, settings.device)
     train(stage, settings, run_dir / "training")
-    _save_vlm(run_dir / "vlm", vlm, tokenizer, image_processor)
+    save_part(vlm.cpu(), run_dir / "vlm", tokenizer, image_processor)
 
 
 def _flow(run_dir: Path, settings: TrainSettings, dtype: torch.dtype) -> None:
@@ -109,10 +107,3 @@ def _part(run_dir: Path, part: str, stage: str) -> Path:
             f"{run_dir} holds no {part}/ yet; run the stage before: latte-flow train {run_dir} --stage {stage}"
         )
     return path
-
-
-def _save_vlm(path: Path, vlm: Any, tokenizer: Any, image_processor: Any) -> None:
-    with replaced_directory(path) as part:
-        vlm.cpu().save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        image_processor.save_pretrained(part)

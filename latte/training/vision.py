@@ -15,22 +15,29 @@ from torch import Tensor, nn
 from transformers import Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from latte.scenes import BACKGROUNDS, COLOURS, KINDS, RADII, Scene, coverage, draw, sample_busy_scene
+from latte.scenes import BACKGROUNDS, CELLS, COLOURS, KINDS, RADII, Scene, coverage, draw, sample_busy_scene
 
 TOKENS_PER_SIDE = 4
 VISIBLE_SHARE = 0.15
 """A token shows a shape if it covers at least this share of it."""
-HEADS = {"kind": len(KINDS) + 1, "colour": len(COLOURS) + 1, "size": len(RADII) + 1, "background": len(BACKGROUNDS)}
+HEADS = {
+    "kind": len(KINDS) + 1,
+    "colour": len(COLOURS) + 1,
+    "size": len(RADII) + 1,
+    "cell": len(CELLS) + 1,
+    "background": len(BACKGROUNDS),
+}
+"""Classes of each head. The tower's own positions are relative; the cell makes a token say where it is."""
 
 
 def token_labels(scene: Scene) -> np.ndarray:
-    """What each token of a scene's picture shows: `[16, 4]` int64, one column per head; 0 is "no shape"."""
+    """What each token of a scene's picture shows: `[16, 5]` int64, one column per head; 0 is "no shape"."""
     assert scene.background is not None
     labels = np.zeros((TOKENS_PER_SIDE**2, len(HEADS)), np.int64)
-    labels[:, 3] = list(BACKGROUNDS).index(scene.background)
+    labels[:, 4] = list(BACKGROUNDS).index(scene.background)
     best = np.full(TOKENS_PER_SIDE**2, VISIBLE_SHARE)
     for shape in scene.shapes:
-        assert shape.size is not None
+        assert shape.size is not None and shape.cell is not None
         mask = coverage(shape.kind, RADII[shape.size], shape.centre)
         side = mask.shape[0] // TOKENS_PER_SIDE
         share = mask.reshape(TOKENS_PER_SIDE, side, TOKENS_PER_SIDE, side).sum(axis=(1, 3)).reshape(-1) / mask.sum()
@@ -39,6 +46,7 @@ def token_labels(scene: Scene) -> np.ndarray:
         labels[seen, 0] = 1 + KINDS.index(shape.kind)
         labels[seen, 1] = 1 + list(COLOURS).index(shape.colour)
         labels[seen, 2] = 1 + list(RADII).index(shape.size)
+        labels[seen, 3] = 1 + CELLS.index(shape.cell)
     return labels
 
 

@@ -169,5 +169,5 @@ def test_there_is_loss_on_the_answers_alone() -> None:
 
 def test_token_labels_say_what_a_token_shows() -> None:
     labels = token_labels(Scene((Shape("star", "red", "large", "top left"),), "white"))
-    assert (labels[0] == [5, 1, 3, 0]).all()
-    assert (labels[-1, :3] == 0).all()
+    assert (labels[0] == [5, 1, 3, 1, 0]).all()
+    assert (labels[-1, :4] == 0).all()
