@@ -37,7 +37,8 @@ def token_labels(scene: Scene) -> np.ndarray:
     labels[:, 4] = list(BACKGROUNDS).index(scene.background)
     best = np.full(TOKENS_PER_SIDE**2, VISIBLE_SHARE)
     for shape in scene.shapes:
-        assert shape.size is not None and shape.cell is not None
+        assert shape.size is not None
+        assert shape.cell is not None
         mask = coverage(shape.kind, RADII[shape.size], shape.centre)
         side = mask.shape[0] // TOKENS_PER_SIDE
         share = mask.reshape(TOKENS_PER_SIDE, side, TOKENS_PER_SIDE, side).sum(axis=(1, 3)).reshape(-1) / mask.sum()
