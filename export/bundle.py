@@ -56,7 +56,7 @@ def export_bundle(
     *,
     precision: Precision = "fp32",
     opset: int = 18,
-    fuse: bool = True,
+    fuse: bool = False,
     verify: bool = True,
     force: bool = False,
     on_stage: OnStage = lambda _: None,
@@ -82,6 +82,8 @@ def export_bundle(
         raise InputError(
             "ONNX Runtime's CPU does not run bf16, so a bf16 bundle cannot be verified here; pass --no-verify"
         )
+    if precision == "bf16" and fuse:
+        raise InputError("ONNX Runtime's fused operators do not know bf16; leave out --fuse")
     _check_target(bundle, force)
     on_stage("load the checkpoint")
     path = resolve_checkpoint(checkpoint)
@@ -128,8 +130,7 @@ def _export_engines(
     entries = []
 
     def save(name: str, component: Component, graph: ir.Model, precision: Precision, group: int | None = None) -> None:
-        # bf16 engines are for GPUs; ONNX Runtime's fused operators on the CPU do not know the type.
-        fused = fuse and precision != "bf16" and component.name in FUSED_WHERE_FASTER
+        fused = fuse and name != "solver_step"
         files = save_engine(graph, folder / name, fuse=fused)
         entries.append(
             EngineEntry(
@@ -184,10 +185,6 @@ def _export_engines(
     graph = bind(trace(component, opset), lambda name: constants[name] if name in constants else decoder(name))
     save("vae_decoder", component, graph, "fp32")
     return entries
-
-
-FUSED_WHERE_FASTER = frozenset({"vlm", "expert", "vae_decoder"})
-"""Components whose fused graph is faster on ONNX Runtime's CPU; see docs/log.md."""
 
 
 def _value(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:

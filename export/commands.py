@@ -26,7 +26,7 @@ def export(
     bundle: Annotated[Path, typer.Argument(help="Folder for the bundle.")],
     precision: Annotated[Precision, typer.Option(help="Of weights and arithmetic.")] = "fp32",
     opset: Annotated[int, typer.Option(help="ONNX operator set.", min=18)] = 18,
-    fuse: Annotated[bool, typer.Option(help="Rewrite graphs for ONNX Runtime, which alone then runs them.")] = True,
+    fuse: Annotated[bool, typer.Option(help="Rewrite graphs for ONNX Runtime, which alone then runs them.")] = False,
     verify: Annotated[bool, typer.Option(help="Compare the engines with PyTorch.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:

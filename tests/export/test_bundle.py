@@ -90,7 +90,7 @@ def test_weights_of_the_traced_expert_are_found_for_every_group_and_variant(mode
 def test_blend_and_half_precision_export_and_verify(tmp_path: Path) -> None:
     """Both at once, since an export costs a minute: shared weights come from the VLM, and fp16 holds its tolerances."""
     save_tiny(tmp_path / "checkpoint", "blend")
-    manifest, failed = export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", precision="fp16", fuse=False)
+    manifest, failed = export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", precision="fp16")
     assert not failed
     assert {e.name: e.precision for e in manifest.engines}["expert_0"] == "fp16"
     assert manifest.geometry.variant == "blend"
@@ -98,6 +98,19 @@ def test_blend_and_half_precision_export_and_verify(tmp_path: Path) -> None:
     with LatteFlowPipeline.from_pretrained(tmp_path / "bundle") as pipe:
         assert pipe.kv_dtype == np.float16
         assert pipe("a red star", num_inference_steps=2, output_type="np").images.shape == (1, 24, 32, 3)
+
+
+def test_a_fused_bundle_says_so_and_still_verifies(checkpoint: Path, tmp_path: Path) -> None:
+    manifest, failed = export_bundle(checkpoint, tmp_path / "bundle", fuse=True)
+    assert not failed
+    assert {engine.name for engine in manifest.engines if engine.fused} == {
+        "vlm",
+        "expert_0",
+        "expert_1",
+        "vae_decoder",
+    }
+    graph = onnx.load(tmp_path / "bundle" / "expert_0" / "model.onnx", load_external_data=False).graph
+    assert "SimplifiedLayerNormalization" in {node.op_type for node in graph.node}
 
 
 def test_an_interrupted_export_leaves_no_bundle(
