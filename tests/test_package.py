@@ -17,6 +17,7 @@ SHIPPED_FILES = {
     "config.json",
     "model.safetensors",
     "vlm/config.json",
+    "vlm/generation_config.json",
     "vlm/model.safetensors",
     "vae/config.json",
     "vae/diffusion_pytorch_model.safetensors",

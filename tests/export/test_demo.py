@@ -31,7 +31,8 @@ def test_the_demo_verifies_and_draws_its_prompts(
     for name in ("grid.png", "trajectory.png"):
         path = tmp_path / "demo" / name
         assert str(path) in out
-        assert min(Image.open(path).size) > 300
+        with Image.open(path) as picture:
+            assert min(picture.size) > 300
     parity = load_manifest(tmp_path / "demo" / "bundle").parity
     assert parity
     assert all(row.passed for row in parity)

@@ -30,7 +30,8 @@ def test_generate_writes_pngs_that_say_how_they_were_made(
         "003-a-ring-6.png",
         "grid.png",
     ]
-    text = Image.open(files[2]).text
+    with Image.open(files[2]) as picture:
+        text = picture.text
     assert text["prompt"] == "a ring"
     assert (text["seed"], text["num_inference_steps"], text["guidance_scale"]) == ("5", "2", "2.5")
     assert text["bundle"] == load_manifest(bundle).bundle_hash()
