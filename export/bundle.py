@@ -27,9 +27,10 @@ from export.components import (
 from export.dc_ae import use_linear_attention
 from export.graphs import bind, quiet_exporter, save_engine, trace
 from export.verify import verify_bundle
-from latte.checkpoint import load_checkpoint, replaced_directory, resolve_checkpoint
+from latte.checkpoint import load_checkpoint, resolve_checkpoint
 from latte.model import LatteFlow
 from runtime.errors import InputError
+from runtime.files import make_writable_folder, replaced_directory
 from runtime.manifest import (
     FILE_NAME,
     SCHEMA_VERSION,
@@ -120,6 +121,7 @@ def _check_target(bundle: Path, force: bool) -> None:
             raise InputError(f"{bundle} is not empty and holds no bundle; name another folder")
         if not force:
             raise InputError(f"{bundle} holds a bundle already; pass --force to replace it")
+    make_writable_folder(bundle.parent)
 
 
 def _export_engines(

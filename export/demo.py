@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from export.bundle import OnStage, export_bundle
+from runtime.files import make_writable_folder
 from runtime.manifest import ParityRow
-from runtime.pictures import contact_sheet, make_writable_folder, save_png
+from runtime.pictures import contact_sheet, save_png
 from runtime.pipeline import LatteFlowPipeline
 
 PROMPTS = (

@@ -12,8 +12,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from latte.config import LatteFlowConfig
 from latte.model import FlowTransformer, LatteFlow
 from runtime.errors import CheckpointError, InputError
+from runtime.files import make_writable_folder, replaced_directory, write_text
 
 SHIPPED = {"shapes": Path(__file__).parent / "checkpoints" / "shapes"}
 """Names that stand for a checkpoint wherever a path does."""
@@ -270,7 +269,7 @@ def assemble(
 
 def save_checkpoint(model: LatteFlow, image_processor: Any, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """Writes a whole checkpoint; a reader sees the old one, none, or the new one, never a half."""
-    path.mkdir(parents=True, exist_ok=True)
+    make_writable_folder(path)
     (path / "config.json").unlink(missing_ok=True)
     save_part(_as(model.vlm, dtype), path / "vlm")
     save_part(_as(model.vae, dtype), path / "vae")
@@ -310,29 +309,6 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype)
         {name: t.detach().to(dtype).contiguous().cpu() for name, t in tensors.items()}, temporary, {"format": "pt"}
     )
     os.replace(temporary, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name, then renames it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-@contextmanager
-def replaced_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory beside `path` that takes its place if the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    retired = temporary.with_suffix(".old")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if path.exists():
-            os.replace(path, retired)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
 
 
 def _one_line(error: BaseException) -> str:

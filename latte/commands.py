@@ -114,8 +114,8 @@ def train(
 
 def score(
     checkpoint: Annotated[str, typer.Argument(help="`shapes`, or a checkpoint folder.")] = "shapes",
-    prompts: Annotated[int, typer.Option(help="Held-out prompts of each kind: one shape, two shapes.")] = 500,
-    questions: Annotated[int, typer.Option(help="Held-out questions.")] = 500,
+    prompts: Annotated[int, typer.Option(help="Held-out prompts of each kind: one shape, two shapes.", min=0)] = 500,
+    questions: Annotated[int, typer.Option(help="Held-out questions.", min=0)] = 500,
     num_inference_steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 20,
     guidance_scale: Annotated[float, typer.Option(help="Guidance of the sampler.")] = 3.0,
     seed: Annotated[int, typer.Option(help="Of prompts, noise and questions.")] = 0,

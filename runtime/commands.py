@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from runtime.console import stderr, stdout
+from runtime.files import make_writable_folder
 from runtime.manifest import Manifest, TensorSpec, load_manifest
-from runtime.pictures import contact_sheet, make_writable_folder, save_png
+from runtime.pictures import contact_sheet, save_png
 from runtime.pipeline import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, LatteFlowPipeline
 from runtime.schedule import ExpertSchedule
 

@@ -14,6 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from runtime.errors import BundleError
+from runtime.files import write_text
 from runtime.schedule import ExpertSchedule
 
 SCHEMA_VERSION = 1
@@ -172,9 +173,7 @@ def load_manifest(bundle: Path) -> Manifest:
 
 def save_manifest(manifest: Manifest, bundle: Path) -> None:
     """Writes `manifest.json` under a temporary name, then renames it."""
-    temporary = bundle / f".{FILE_NAME}.tmp"
-    temporary.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    temporary.replace(bundle / FILE_NAME)
+    write_text(bundle / FILE_NAME, manifest.model_dump_json(indent=2) + "\n")
 
 
 def file_entry(bundle: Path, path: str) -> FileEntry:

@@ -34,21 +34,6 @@ def save_png(image: Image.Image, path: Path, metadata: Mapping[str, str] | None 
         raise InputError(f"cannot write {path}: {error.strerror or error}; choose another output folder") from error
 
 
-def make_writable_folder(path: Path) -> None:
-    """Makes the folder now, before any long work.
-
-    Raises:
-        InputError: it cannot be made or written to.
-    """
-    probe = path / f".{os.getpid()}.tmp"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"cannot write to {path}: {error.strerror or error}; choose another output folder") from error
-
-
 def contact_sheet(images: Sequence[Image.Image], labels: Sequence[str], columns: int | None = None) -> Image.Image:
     """Pictures side by side, enlarged without blur, each with its label below."""
     columns = columns or min(len(images), 4)

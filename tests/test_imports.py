@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-RUNTIME_PARTS_OF_LATTE = {"runtime.console", "runtime.errors", "runtime.noise", "runtime.pictures", "runtime.schedule"}
+RUNTIME_PARTS_OF_LATTE = {
+    "runtime.console",
+    "runtime.errors",
+    "runtime.files",
+    "runtime.noise",
+    "runtime.pictures",
+    "runtime.schedule",
+}
 """What is the same for every backend, PyTorch included: written once, free of numpy-or-torch questions."""
 FORBIDDEN = {
     "runtime": {"torch", "transformers", "diffusers", "latte", "export", "onnx", "onnxscript"},

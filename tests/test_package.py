@@ -44,11 +44,9 @@ def test_the_wheel_holds_the_packages_and_the_shipped_checkpoint_and_nothing_els
     assert {name for name in top if not name.endswith(".dist-info")} == {"latte", "export", "runtime"}
     folder = "latte/checkpoints/shapes/"
     assert {name.removeprefix(folder) for name in names if name.startswith(folder)} == SHIPPED_FILES
-    modules = {
-        str(path.relative_to(ROOT))
-        for package in ("latte", "export", "runtime")
-        for path in (ROOT / package).rglob("*.py")
-    }
+    source = wheel.parent / "source"
+    packages = ("latte", "export", "runtime")
+    modules = {str(path.relative_to(source)) for package in packages for path in (source / package).rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from runtime.console import stderr
 from runtime.errors import CheckpointError
+from runtime.files import make_writable_folder, write_text
 
 
 class TrainSettings(BaseModel):
@@ -75,7 +76,7 @@ def train(stage: Stage, settings: TrainSettings, run_dir: Path) -> None:
     Raises:
         CheckpointError: the state found was written with other settings, or is not this stage's.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_writable_folder(run_dir)
     module = stage.trainable()
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
@@ -231,6 +232,4 @@ def _cut_log(path: Path, step: int) -> None:
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        temporary = path.with_suffix(".tmp.jsonl")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, "".join(kept))

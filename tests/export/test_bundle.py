@@ -148,6 +148,16 @@ def test_exporting_over_something_asks_first(checkpoint: Path, bundle: Path, tmp
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_a_place_that_cannot_be_written_is_said_before_any_work(
+    checkpoint: Path, tmp_path: Path, run_command: Callable[..., tuple[int, str, str]]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for command in (("export", checkpoint, tmp_path / "file" / "bundle"), ("train", tmp_path / "file" / "run")):
+        code, out, error = run_command(*command)
+        assert (code, out) == (2, "")
+        assert error.strip().splitlines()[-1].startswith("error: cannot write to")
+
+
 def test_export_of_nothing_is_one_clear_line(tmp_path: Path, run_command: Callable[..., tuple[int, str, str]]) -> None:
     code, out, error = run_command("export", tmp_path / "nowhere", tmp_path / "bundle")
     assert code == 2
