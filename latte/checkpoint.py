@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from latte.config import LatteFlowConfig
 from latte.model import FlowTransformer, LatteFlow
-from runtime.errors import CheckpointError, InputError
+from runtime.errors import CheckpointError, InputError, one_line
 from runtime.files import make_writable_folder, replaced_directory, write_text
 
 SHIPPED = {"shapes": Path(__file__).parent / "checkpoints" / "shapes"}
@@ -147,7 +147,7 @@ def _from_pretrained(kind: Any, path: Path, dtype: torch.dtype, **options: Any) 
                 **options,
             )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be loaded as a {kind.__name__}: {_one_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be loaded as a {kind.__name__}: {one_line(error)}") from error
     problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
     problems += [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
     problems += [f"{item[0]} has shape {tuple(item[1])}, expected {tuple(item[2])}" for item in info["mismatched_keys"]]
@@ -173,7 +173,7 @@ def _load_flow(flow: FlowTransformer, path: Path) -> None:
                     with torch.no_grad():
                         expected[name].copy_(tensor)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {_one_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from error
     _raise_all(path, problems)
 
 
@@ -309,7 +309,3 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype)
         {name: t.detach().to(dtype).contiguous().cpu() for name, t in tensors.items()}, temporary, {"format": "pt"}
     )
     os.replace(temporary, path)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

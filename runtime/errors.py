@@ -47,3 +47,8 @@ class EngineError(LatteFlowError):
     """An engine that failed to load or to run."""
 
     exit_code = 1
+
+
+def one_line(error: BaseException) -> str:
+    """A library's message without its line breaks, or the error's class where there is none."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from PIL import Image
 
-from runtime.backends import Backend, DeviceTensor, Session, open_backend
+from runtime.backends import Backend, Session, open_backend, to_host
 from runtime.errors import InputError
 from runtime.manifest import Manifest, check_file, load_manifest
 from runtime.noise import initial_latents
@@ -176,7 +176,7 @@ class LatteFlowPipeline:
         clock.lap("sample")
         images: Any
         if output_type == "latent":
-            images = _host(final)
+            images = to_host(final)
         else:
             images = self.engines["vae_decoder"].run({"latents": final})["image"].numpy()
             if output_type == "pil":
@@ -333,10 +333,6 @@ def _one_for_each(name: str, value: Any, kind: type | tuple[type, ...], count: i
     if len(values) != count:
         raise InputError(f"{name} must be one value or one for each of {count} prompts, got {len(values)}")
     return values
-
-
-def _host(value: np.ndarray | DeviceTensor) -> np.ndarray:
-    return value if isinstance(value, np.ndarray) else value.numpy()
 
 
 class _Clock:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from runtime.backends.base import DeviceTensor, Session, Value
+from runtime.backends.base import DeviceTensor, Session, Value, to_host
 from runtime.schedule import ExpertSchedule
 
 Engines = Mapping[str, Session]
@@ -90,8 +90,7 @@ class Sampler:
                 replaced = on_step(SamplerStep(index, t, t_next, self._schedule.group_of(t), x))
                 if replaced is not None:
                     x = replaced
-                    host = replaced if isinstance(replaced, np.ndarray) else replaced.numpy()
-                    rows = host[self._constants["row_of"]]
+                    rows = to_host(replaced)[self._constants["row_of"]]
         return x
 
     def step(self, latents: Value, row_latents: Value, t: float, t_next: float) -> tuple[DeviceTensor, DeviceTensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 
-from runtime.backends.base import Backend, DeviceTensor, Session, Value
+from runtime.backends.base import Backend, DeviceTensor, Session, Value, to_host
 from runtime.errors import InputError
 
 _FACTORIES = {"cpu": "runtime.backends.onnxruntime:open_cpu"}
@@ -26,4 +26,4 @@ def open_backend(provider: str) -> Backend:
     return factory()
 
 
-__all__ = ["Backend", "DeviceTensor", "Session", "Value", "open_backend"]
+__all__ = ["Backend", "DeviceTensor", "Session", "Value", "open_backend", "to_host"]

@@ -31,6 +31,11 @@ class DeviceTensor(Protocol):
 Value = np.ndarray | DeviceTensor
 
 
+def to_host(value: Value) -> np.ndarray:
+    """The array of a value, wherever it is."""
+    return value if isinstance(value, np.ndarray) else value.numpy()
+
+
 class Session(ABC):
     """A loaded engine. Subclasses execute; the checks are here, once."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from runtime.backends.base import Backend, DeviceTensor, Session, Value
-from runtime.errors import EngineError, MissingExtraError
+from runtime.errors import EngineError, MissingExtraError, one_line
 from runtime.manifest import EngineEntry
 
 _DTYPES = {
@@ -62,7 +62,7 @@ class OrtSession(Session):
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime raises its own classes, all direct children of Exception
-            raise EngineError(f"engine {self.entry.name} failed: {' '.join(str(error).split())}") from error
+            raise EngineError(f"engine {self.entry.name} failed: {one_line(error)}") from error
         return dict(zip(self._outputs, map(OrtTensor, binding.get_outputs()), strict=True))
 
     def close(self) -> None:
@@ -90,7 +90,7 @@ class OrtBackend(Backend):
         try:
             session = ort.InferenceSession(str(path), options, providers=self._providers)
         except Exception as error:
-            raise EngineError(f"engine {entry.name} cannot be loaded by ONNX Runtime: {_one_line(error)}") from error
+            raise EngineError(f"engine {entry.name} cannot be loaded by ONNX Runtime: {one_line(error)}") from error
         return OrtSession(entry, session, self._device)
 
     def upload(self, array: np.ndarray) -> DeviceTensor:
@@ -112,7 +112,3 @@ def _require() -> None:
         raise MissingExtraError(
             'ONNX Runtime is not installed; install it with: pip install "latte-flow[cpu]" (or [gpu])'
         ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
