@@ -90,7 +90,7 @@ def load_checkpoint(name_or_path: str | Path, dtype: torch.dtype = torch.float32
     vae = load_vae(path / "vae", dtype)
     _check_geometry(config, vlm, vae)
     flow = FlowTransformer(config)
-    _load_flow(flow, path / "model.safetensors")
+    load_flow(flow, path / "model.safetensors")
     model = LatteFlow(config, flow.to(dtype), vlm, vae, load_tokenizer(path))
     if config.variant == "blend":
         share_with_vlm(flow, vlm)
@@ -155,7 +155,12 @@ def _from_pretrained(kind: Any, path: Path, dtype: torch.dtype, **options: Any) 
     return model
 
 
-def _load_flow(flow: FlowTransformer, path: Path) -> None:
+def load_flow(flow: FlowTransformer, path: Path) -> None:
+    """Fills the flow layers with the weights of a `model.safetensors`.
+
+    Raises:
+        CheckpointError: it cannot be read, or does not fit; every difference is listed.
+    """
     expected = own_state(flow)
     problems = []
     try:
@@ -284,6 +289,11 @@ def save_part(module: Any, path: Path, *processors: Any) -> None:
     with replaced_directory(path) as part, _quiet_libraries():
         for saved in (module, *processors):
             saved.save_pretrained(part)
+        # Where the part was loaded from is nobody's business: diffusers writes it down.
+        config = part / "config.json"
+        content = json.loads(config.read_text(encoding="utf-8"))
+        if content.pop("_name_or_path", None) is not None:
+            write_text(config, json.dumps(content, indent=2) + "\n")
 
 
 def _as(module: nn.Module, dtype: torch.dtype) -> nn.Module:

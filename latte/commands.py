@@ -92,6 +92,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Decides everything that is drawn.")] = 0,
     precision: Annotated[Precision, typer.Option(help="bf16 is faster where the processor has it.")] = "fp32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    start_from: Annotated[str | None, typer.Option(help="Start a stage from this checkpoint's weights.")] = None,
 ) -> None:
     """Train a checkpoint like `shapes`: autoencoder, vision tower, VLM, flow layers.
 
@@ -99,6 +100,7 @@ def train(
     Examples:
       latte-flow train run --precision bf16
       latte-flow train run --stage flow --steps 20000 --device cuda
+      latte-flow train finer --stage vlm --start-from shapes --learning-rate 1e-3
     """
     changes: dict[str, object] = {"seed": seed, "precision": precision, "device": device}
     given = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
@@ -107,8 +109,10 @@ def train(
         raise InputError(f"device {device} was asked for, and PyTorch sees no CUDA device; use --device cpu")
     if min(value for value in (steps, batch_size, learning_rate, 1) if value is not None) <= 0:
         raise InputError("steps, batch size and learning rate must be positive")
+    start = None if start_from is None else resolve_checkpoint(start_from)
     for name in STAGES if stage == "all" else (stage,):
-        run_stage(name, run, RECIPE[name].model_validate(RECIPE[name].model_dump() | changes))
+        settings = RECIPE[name].model_validate(RECIPE[name].model_dump() | changes)
+        run_stage(name, run, settings, start_from=start)
     typer.echo(str(run))
 
 

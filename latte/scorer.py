@@ -23,14 +23,16 @@ from latte.scenes import (
     KINDS,
     RADII,
     Scene,
+    Shape,
     coverage,
+    describe,
     relation_of,
 )
 
 FOREGROUND_DISTANCE = 45.0
 """RGB distance from the background above which a pixel belongs to a shape."""
 MINIMUM_AREA = 16
-"""Pixels; the smallest shape drawn covers about 60."""
+"""Pixels; the smallest shape drawn covers about 30."""
 MINIMUM_OVERLAP = 0.5
 """Intersection over union under which a blob is no known kind."""
 _HALF = 12
@@ -108,7 +110,7 @@ def _best_mask(alpha: np.ndarray, middle: tuple[float, float]) -> tuple[float, s
             index = int(np.argmax(intersection / union))
             if intersection[index] / union[index] > best[0]:
                 kind, size = names[index]
-                best = (float(intersection[index] / union[index]), kind, size, (row + 0.5, column + 0.5))
+                best = (float(intersection[index] / union[index]), kind, size, (row + 1.0, column + 1.0))
     return best
 
 
@@ -118,7 +120,7 @@ def _masks() -> tuple[list[tuple[str, str]], np.ndarray]:
     names = [(kind, size) for kind in KINDS for size in RADII]
     middle = IMAGE_SIZE // 2
     window = slice(middle - _HALF, middle + _HALF)
-    drawn = [coverage(kind, RADII[size], (middle - 0.5, middle - 0.5)) for kind, size in names]
+    drawn = [coverage(kind, RADII[size], (middle, middle)) for kind, size in names]
     return names, np.stack([mask[window, window] for mask in drawn])
 
 
@@ -128,6 +130,16 @@ def _nearest(colour: np.ndarray, names: Mapping[str, tuple[int, int, int]]) -> s
 
 def _nearest_cell(coordinate: float) -> int:
     return int(np.argmin([abs(coordinate - centre) for centre in CELL_CENTRES]))
+
+
+def describe_found(found: FoundScene) -> str:
+    """A picture in the canonical words of `describe`, or how many shapes it holds where those words do not fit."""
+    shapes = [Shape(shape.kind, shape.colour, shape.size, shape.cell) for shape in found.shapes if shape.kind]
+    relation = _relation(found.shapes) if len(found.shapes) == 2 else None
+    if len(shapes) != len(found.shapes) or len(shapes) not in (1, 2) or (len(shapes) == 2 and relation is None):
+        known = f", {len(shapes)} of them of a known kind," if len(shapes) < len(found.shapes) else ""
+        return f"{len(found.shapes)} shapes{known} on a {found.background} background"
+    return describe(Scene(tuple(shapes), found.background, relation))
 
 
 # ---- judging a picture by its prompt ----------------------------------------------------------------

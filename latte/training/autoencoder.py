@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from latte.scenes import Scene, draw, sample_busy_scene, sample_scene
 
-LATENT_NOISE = 0.05
+LATENT_NOISE = 0.1
 """Standard deviation of the noise on the latents: the decoder learns to forgive what a sampler gets slightly wrong."""
 LATENT_PENALTY = 1e-3
 """Weight of the latents' mean square. Without it their scale drifts, and a DC-AE adds its latents to the decoder's
@@ -19,10 +19,10 @@ residual stream: at thousands, its blocks cannot change the stream any more."""
 
 
 def small_autoencoder() -> AutoencoderDC:
-    """64x64 pixels to 8x8 latents of 16 channels, 1.3 million parameters."""
+    """64x64 pixels to 8x8 latents of 8 channels, 1.3 million parameters."""
     return AutoencoderDC(
         in_channels=3,
-        latent_channels=16,
+        latent_channels=8,
         encoder_block_types="ResBlock",
         decoder_block_types="ResBlock",
         encoder_block_out_channels=(32, 32, 64, 128),

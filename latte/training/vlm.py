@@ -21,7 +21,16 @@ from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGen
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from latte.scenes import DESCRIBE, IMAGE_SIZE, caption, describe, draw, questions, sample_scene
+from latte.scenes import (
+    DESCRIBE,
+    IMAGE_SIZE,
+    caption,
+    describe,
+    draw,
+    questions,
+    relation_questions,
+    sample_scene,
+)
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -56,7 +65,7 @@ CHAT_TEMPLATE = (
 )
 PATCH_SIZE = 8
 VOCABULARY_SIZE = 640
-TURNS = 4
+TURNS = 5
 IMAGE_SHARE = 0.7
 """Share of training rows about a picture; the others are about a caption."""
 
@@ -150,7 +159,9 @@ def sample_conversation(rng: np.random.Generator) -> Conversation:
     """One training row."""
     scene = sample_scene(rng)
     if rng.random() < IMAGE_SHARE:
-        asked = questions(scene, rng) + [(DESCRIBE, describe(scene))] * 2
+        asked = [*questions(scene, rng), (DESCRIBE, describe(scene))]
+        # Whether one shape is above the other takes two places and a comparison: it is learned last, so asked more.
+        asked += [pair for _ in range(2) for pair in relation_questions(scene, rng)]
         return Conversation(_some(asked, rng), draw(scene))
     text, stated = caption(scene, rng)
     return Conversation(((text, describe(stated)), *_some(questions(stated, rng), rng)))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latte.checkpoint import load_checkpoint, save_checkpoint
+from latte.checkpoint import SHIPPED, load_checkpoint, save_checkpoint
 from latte.training.vlm import small_image_processor
 from runtime.errors import CheckpointError
 from tests.tiny import save_tiny, tiny_autoencoder, tiny_vlm
@@ -39,6 +39,19 @@ def test_half_precision_on_disk_halves_the_files_and_nearly_keeps_the_picture(
     half = load_checkpoint(tmp_path / "half").generate("a red star", num_inference_steps=2, output_type="latent")
     full = load_checkpoint(checkpoint).generate("a red star", num_inference_steps=2, output_type="latent")
     assert abs(half - full).max() < 0.05 * abs(full).max()
+
+
+@pytest.mark.parametrize("shipped", [True, False])
+def test_no_file_names_a_path_of_the_machine_that_wrote_it(shipped: bool, checkpoint: Path, tmp_path: Path) -> None:
+    """diffusers writes down where a model was loaded from."""
+    path = SHIPPED["shapes"]
+    if not shipped:
+        path = tmp_path / "again"
+        save_checkpoint(load_checkpoint(checkpoint), small_image_processor(), path)
+    for file in path.rglob("*.json"):
+        text = file.read_text(encoding="utf-8")
+        assert "_name_or_path" not in text, file
+        assert str(checkpoint.parent) not in text, file
 
 
 def test_every_difference_of_the_weights_is_listed(broken: Path) -> None:

@@ -140,8 +140,17 @@ def test_the_stages_make_a_checkpoint_that_draws(tmp_path: Path) -> None:
     for name in STAGES:
         steps = 4 if name == "flow" else 2
         run_stage(name, tmp_path, settings(steps))
-    image = load_checkpoint(tmp_path / "checkpoint").generate("a red circle", num_inference_steps=4)
-    assert image.shape == (1, 64, 64, 3)
+    checkpoint = load_checkpoint(tmp_path / "checkpoint")
+    assert checkpoint.generate("a red circle", num_inference_steps=4).shape == (1, 64, 64, 3)
+
+    # Every stage starts from a checkpoint's weights where it is told to: with no step to speak of, they stay.
+    finer = tmp_path / "finer"
+    for name in STAGES:
+        run_stage(name, finer, settings(1, learning_rate=1e-12, ema_decay=0.0), start_from=tmp_path / "checkpoint")
+    same = load_checkpoint(finer / "checkpoint")
+    for part in ("flow", "vlm", "vae"):
+        pairs = zip(getattr(checkpoint, part).parameters(), getattr(same, part).parameters(), strict=True)
+        assert all(torch.allclose(before, after, atol=1e-6) for before, after in pairs)
 
 
 def test_a_stage_says_which_one_must_come_before(tmp_path: Path) -> None:
