@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from diffusers import AutoencoderDC
 from torch import Tensor, nn
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel, Qwen2VLTextModel
 
 from export.components import (
     TORCH_DTYPES,
@@ -21,8 +21,9 @@ from export.components import (
     expert_component,
     expert_weight_source,
     geometry_of,
-    prefix_component,
+    language_component,
     solver_component,
+    vision_component,
 )
 from export.dc_ae import use_linear_attention
 from export.graphs import bind, quiet_exporter, save_engine, trace
@@ -39,6 +40,7 @@ from runtime.manifest import (
     ParityRow,
     Precision,
     PromptFormat,
+    Understanding,
     file_entry,
     save_manifest,
     sha256_of,
@@ -102,6 +104,7 @@ def export_bundle(
             geometry=geometry_of(model.config),
             schedule=model.config.schedule,
             prompt=prompt_format(model),
+            understanding=understanding_of(model),
             engines=tuple(engines),
             tokenizer_files=tuple(file_entry(folder, n) for n in TOKENIZER_FILES if (folder / n).is_file()),
         )
@@ -151,12 +154,19 @@ def _export_engines(
         return lambda name: _value(module, name.removeprefix(prefix), dtype)
 
     dtype = TORCH_DTYPES[precision]
-    text_config = model.vlm.config.text_config
-    component = prefix_component(
-        config, precision, lambda: Qwen2VLTextModel._from_config(text_config, attn_implementation="eager")
-    )
+    on_stage("trace vision_encoder")
+    component = vision_component_of(model, precision)
+    tower = part(model.vlm.model.visual, "tower.", dtype)
+    save("vision_encoder", component, bind(trace(component, opset), tower), precision)
+
     on_stage("trace vlm")
-    save("vlm", component, bind(trace(component, opset), part(language_model, "language_model.", dtype)), precision)
+    component = language_component_of(model, precision)
+    text = part(language_model, "language_model.", dtype)
+
+    def text_weight(name: str) -> Tensor:
+        return _value(model.vlm.lm_head, "weight", dtype) if name == "lm_head.weight" else text(name)
+
+    save("vlm", component, bind(trace(component, opset), text_weight), precision)
 
     on_stage("trace expert")
     component = expert_component(config, precision)
@@ -189,6 +199,29 @@ def _export_engines(
     return entries
 
 
+def vision_component_of(model: LatteFlow, precision: Precision) -> Component:
+    """`vision_encoder` of a model."""
+    vision_config = model.vlm.config.vision_config
+    return vision_component(
+        precision,
+        vision_config,
+        lambda: Qwen2VisionTransformerPretrainedModel._from_config(vision_config, attn_implementation="eager"),
+    )
+
+
+def language_component_of(model: LatteFlow, precision: Precision) -> Component:
+    """`vlm` of a model."""
+    vlm_config = model.vlm.config
+
+    def build() -> tuple[nn.Module, nn.Linear | None]:
+        text_config = vlm_config.text_config
+        text = Qwen2VLTextModel._from_config(text_config, attn_implementation="eager")
+        head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        return text, None if vlm_config.tie_word_embeddings else head
+
+    return language_component(model.config, precision, vlm_config, build)
+
+
 def _value(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
     """A parameter in the bundle's dtype, or a buffer as it is: rotary frequencies lose too much in half precision."""
     owner, _, attribute = name.rpartition(".")
@@ -210,6 +243,20 @@ def prompt_format(model: LatteFlow) -> PromptFormat:
         pad_token_id=model.tokenizer.pad_token_id or 0,
         max_tokens=model.config.max_prompt_tokens,
         special_tokens=tuple(sorted(token for token in model.tokenizer.get_added_vocab() if token.startswith("<|"))),
+    )
+
+
+def understanding_of(model: LatteFlow) -> Understanding:
+    """What the manifest says about answering."""
+    config, generation = model.vlm.config, model.vlm.generation_config
+    ends = (config.text_config.eos_token_id, generation.eos_token_id, model.tokenizer.eos_token_id)
+    flat = {token for end in ends if end is not None for token in (end if isinstance(end, (list, tuple)) else [end])}
+    return Understanding(
+        image_token_id=config.image_token_id,
+        eos_token_ids=tuple(sorted(flat)),
+        patch_size=config.vision_config.patch_size,
+        spatial_merge_size=config.vision_config.spatial_merge_size,
+        max_context_tokens=config.text_config.max_position_embeddings,
     )
 
 

@@ -1,4 +1,4 @@
-"""The commands of the exporter: `export`, `verify` and `demo`."""
+"""The commands of the exporter: `export`, `verify`, `roundtrip` and `demo`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,22 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from export.bundle import export_bundle
 from export.demo import run_demo
+from export.roundtrip import count_agreements, run_roundtrip, sheet_of
 from export.verify import verify_bundle
 from latte.checkpoint import load_checkpoint
 from runtime.console import stderr, stdout
 from runtime.errors import VerificationError
 from runtime.manifest import ParityRow, Precision
+from runtime.pictures import save_png
+from runtime.pipeline import LatteFlowPipeline
+
+MAX_SHOWN = 48
+"""Pictures on a sheet of disagreements."""
 
 
 def export(
@@ -78,11 +85,48 @@ def verify(
     raise_if_failed([row for row in rows if not row.passed])
 
 
+def roundtrip(
+    bundle: Annotated[Path, typer.Argument(help="Bundle of `shapes`, or of a checkpoint of the same world.")],
+    prompts: Annotated[int, typer.Option(help="Held-out prompts.", min=1)] = 100,
+    shapes: Annotated[int, typer.Option(help="Shapes in each prompt.", min=1, max=2)] = 1,
+    seed: Annotated[int, typer.Option(help="Of prompts and noise.")] = 0,
+    provider: Annotated[str, typer.Option(help="What runs the engines.")] = "cpu",
+    sheet: Annotated[Path | None, typer.Option(help="Write the pictures that do not agree here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Draw prompts, ask the same bundle what it sees, and compare both with the pixels.
+
+    \b
+    Examples:
+      latte-flow roundtrip bundle
+      latte-flow roundtrip bundle --shapes 2 --prompts 500 --sheet disagreements.png
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with LatteFlowPipeline.from_pretrained(bundle, provider=provider) as pipe, Progress(*columns, console=stderr) as p:
+        task = p.add_task("draw and ask", total=prompts)
+        trips = run_roundtrip(pipe, prompts, shapes, seed, lambda n: p.advance(task, n))
+    counts = count_agreements(trips)
+    apart = [trip for trip in trips if trip.agreement != "all three"]
+    if sheet is not None and apart:
+        save_png(sheet_of(apart[:MAX_SHOWN]), sheet)
+    if as_json:
+        typer.echo(json.dumps({"prompts": prompts, "shapes": shapes, "seed": seed, "agreements": counts}))
+        return
+    table = Table(
+        "agree", "pictures", "share", title=f"{prompts} held-out prompts of {shapes} shape{'s' * (shapes > 1)}"
+    )
+    for agreement, count in counts.items():
+        table.add_row(agreement, str(count), f"{count / prompts:.1%}", end_section=agreement == "all three")
+    stdout.print(table)
+    if sheet is not None and apart:
+        typer.echo(str(sheet))
+
+
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the bundle and the pictures.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Of the first picture.")] = 0,
 ) -> None:
-    """Export, verify and draw with the shipped checkpoint, and say how long each stage took.
+    """Export, verify, draw and ask with the shipped checkpoint, and say how long each stage took.
 
     \b
     Example:
@@ -96,6 +140,8 @@ def demo(
     stdout.print(table)
     for path in result.files:
         typer.echo(str(path))
+    for question, answer in result.answers:
+        typer.echo(f"{question} {answer}")
     raise_if_failed(result.failed)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from latte.checkpoint import VLM_FROM_FLOW
 from latte.config import LatteFlowConfig
-from latte.model import FlowTransformer, pixels_to_uint8
+from latte.model import FlowTransformer, pixels_to_uint8, rotate
 from runtime.manifest import DType, Geometry, TensorSpec
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -33,6 +33,8 @@ class Component:
     outputs: tuple[TensorSpec, ...]
     example_axes: dict[str, int]
     """A size for every named axis, for tracing. Sizes differ, so that no two axes are taken for one."""
+    variadic: int = 0
+    """How many of the last inputs the graph takes as `*args`."""
 
     def example_inputs(self) -> tuple[Tensor, ...]:
         """Zeros of every input's shape and dtype at the example sizes."""
@@ -42,9 +44,11 @@ class Component:
             tensors.append(torch.ones(shape, dtype=getattr(torch, spec.dtype)))
         return tuple(tensors)
 
-    def dynamic_shapes(self) -> tuple[dict[int, str], ...]:
+    def dynamic_shapes(self) -> tuple[Any, ...]:
         """Named axes of every input, as `torch.onnx.export` takes them."""
-        return tuple({i: axis for i, axis in enumerate(spec.shape) if isinstance(axis, str)} for spec in self.inputs)
+        axes = [{i: axis for i, axis in enumerate(spec.shape) if isinstance(axis, str)} for spec in self.inputs]
+        fixed = len(axes) - self.variadic
+        return (*axes[:fixed], tuple(axes[fixed:])) if self.variadic else tuple(axes)
 
 
 class ExpertGraph(nn.Module):
@@ -59,45 +63,109 @@ class ExpertGraph(nn.Module):
         return self.flow(latents.to(dtype), timestep, prefix_kv, prefix_mask, 0).float()
 
 
-class PrefixGraph(nn.Module):
-    """The VLM over a prompt: keys and values of every layer, one tensor per expert group."""
+class LanguageGraph(nn.Module):
+    """The VLM's text model: the encoder of prompts, and the decoder of answers, with one set of weights.
 
-    def __init__(self, language_model: nn.Module, config: LatteFlowConfig) -> None:
+    `past_kv` are the keys and values of what came before, one tensor per expert group; what comes out is
+    past and new side by side, so that the output of a run is the next one's input.
+    """
+
+    def __init__(
+        self, language_model: nn.Module, lm_head: nn.Linear | None, config: LatteFlowConfig, image_token_id: int
+    ):
         super().__init__()
         self.language_model = language_model
+        self.lm_head = lm_head
         self.config = config
+        self.image_token_id = image_token_id
 
-    def forward(self, input_ids: Tensor, prefix_mask: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, input_ids: Tensor, image_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, *past_kv: Tensor
+    ) -> tuple[Tensor, ...]:
         text: Any = self.language_model
-        length = input_ids.shape[1]
-        positions = torch.arange(length, device=input_ids.device)[None, None].expand(3, input_ids.shape[0], length)
+        rows, tokens = input_ids.shape
+        past = past_kv[0].shape[4]
         hidden = text.embed_tokens(input_ids)
-        rotary = tuple(part.to(hidden.dtype) for part in text.rotary_emb(hidden.float(), positions))
-        index = torch.arange(length, device=input_ids.device)
-        visible = (index[None, :] <= index[:, None])[None, None] & prefix_mask[:, None, None, :]
+        # The images' embeddings take their places in order; `masked_scatter` would be NonZero, which TensorRT rejects.
+        is_image = input_ids == self.image_token_id
+        place = is_image.reshape(-1).long().cumsum(0).sub(1).clamp(min=0).reshape(rows, tokens)
+        hidden = torch.where(is_image[..., None], nn.functional.embedding(place, image_embeds.to(hidden.dtype)), hidden)
+        rotary = tuple(part.to(hidden.dtype) for part in text.rotary_emb(hidden.float(), position_ids))
+        query = past + torch.arange(tokens, device=input_ids.device)
+        key = torch.arange(attention_mask.shape[1], device=input_ids.device)
+        visible = (key[None, :] <= query[:, None])[None, None] & attention_mask[:, None, None, :]
         lowest = torch.finfo(hidden.dtype).min
         mask = torch.zeros((), dtype=hidden.dtype).expand(visible.shape).masked_fill(~visible, lowest)
-        cache = KeyValueRecorder()
+        cache = KeyValueCache(
+            {
+                layer: (kv[index, 0], kv[index, 1])
+                for group, kv in enumerate(past_kv)
+                for index, layer in enumerate(self.config.layers_of(group))
+            }
+        )
         for layer in text.layers:
             hidden = layer(
                 hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, use_cache=True
             )
+        last = attention_mask[:, past:].long().sum(dim=1).sub(1).clamp(min=0)
+        last_hidden = text.norm(hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[-1])).squeeze(1))
+        head = text.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         groups = range(self.config.schedule.num_groups)
-        return tuple(
+        kv = (
             torch.stack([torch.stack(cache.layers[layer]) for layer in self.config.layers_of(group)])
             for group in groups
         )
+        return nn.functional.linear(last_hidden, head).float(), *kv
 
 
-class KeyValueRecorder:
-    """The part of transformers' cache that its attention calls: remembers each layer's keys and values."""
+class KeyValueCache:
+    """The part of transformers' cache that its attention calls: appends to each layer's keys and values."""
 
-    def __init__(self) -> None:
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+    def __init__(self, layers: dict[int, tuple[Tensor, Tensor]]) -> None:
+        self.layers = layers
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        self.layers[layer_idx] = (key, value)
-        return key, value
+        past_key, past_value = self.layers[layer_idx]
+        self.layers[layer_idx] = (torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2))
+        return self.layers[layer_idx]
+
+
+class VisionGraph(nn.Module):
+    """The VLM's vision tower over the patches of several images, which do not see each other.
+
+    transformers' own loop splits by image on the host, which cannot be traced; this one masks.
+    """
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, pixel_values: Tensor, position_ids: Tensor, image_ids: Tensor) -> Tensor:
+        tower: Any = self.tower
+        merged = pixel_values.shape[1]
+        weight = tower.patch_embed.proj.weight
+        hidden = nn.functional.linear(pixel_values.flatten(0, 1).to(weight.dtype), weight.flatten(1))
+        cos, sin = (part.unsqueeze(1) for part in tower.rotary_pos_emb(hidden.float(), position_ids.flatten(0, 1)))
+        image_of = image_ids[:, None].expand(-1, merged).reshape(-1)
+        apart = image_of[:, None] != image_of[None, :]
+        mask = (
+            torch.zeros((), dtype=torch.float32).expand(apart.shape).masked_fill(apart, torch.finfo(torch.float32).min)
+        )
+        for block in tower.blocks:
+            hidden = hidden + self._attend(block.attn, block.norm1(hidden), cos, sin, mask)
+            hidden = hidden + block.mlp(block.norm2(hidden))
+        embeds: Tensor = tower.merger(hidden)
+        return embeds.float()
+
+    @staticmethod
+    def _attend(attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        patches = hidden.shape[0]
+        query, key, value = attention.qkv(hidden).reshape(patches, 3, attention.num_heads, -1).unbind(1)
+        query, key = (rotate(part, (cos, sin)).transpose(0, 1) for part in (query, key))
+        scores = torch.matmul(query, key.transpose(1, 2)) * attention.scaling
+        weights = (scores.float() + mask).softmax(dim=-1).to(value.dtype)
+        attended = torch.matmul(weights, value.transpose(0, 1)).transpose(0, 1)
+        return attention.proj(attended.reshape(patches, -1))
 
 
 class SolverStepGraph(nn.Module):
@@ -151,9 +219,9 @@ def latents_spec(name: str, batch: str, config: LatteFlowConfig) -> TensorSpec:
     return TensorSpec(name=name, dtype="float32", shape=shape)
 
 
-def prefix_kv_spec(name: str, batch: str, config: LatteFlowConfig, precision: str) -> TensorSpec:
-    """`[M, 2, batch, Hkv, P, D]`."""
-    shape = (config.layers_per_group, 2, batch, config.num_key_value_heads, "prefix", config.head_dim)
+def kv_spec(name: str, batch: str, length: str, config: LatteFlowConfig, precision: str) -> TensorSpec:
+    """`[M, 2, batch, Hkv, length, D]`."""
+    shape = (config.layers_per_group, 2, batch, config.num_key_value_heads, length, config.head_dim)
     return TensorSpec(name=name, dtype=ONNX_NAMES[precision], shape=shape)
 
 
@@ -165,7 +233,7 @@ def expert_component(config: LatteFlowConfig, precision: str) -> Component:
         inputs=(
             latents_spec("latents", "rows", config),
             TensorSpec(name="timestep", dtype="float32", shape=("rows",)),
-            prefix_kv_spec("prefix_kv", "rows", config, precision),
+            kv_spec("prefix_kv", "rows", "prefix", config, precision),
             TensorSpec(name="prefix_mask", dtype="bool", shape=("rows", "prefix")),
         ),
         outputs=(latents_spec("velocity", "rows", config),),
@@ -173,20 +241,57 @@ def expert_component(config: LatteFlowConfig, precision: str) -> Component:
     )
 
 
-def prefix_component(
-    config: LatteFlowConfig, precision: str, build_language_model: Callable[[], nn.Module]
+def language_component(
+    config: LatteFlowConfig, precision: str, vlm_config: Any, build: Callable[[], tuple[nn.Module, nn.Linear | None]]
 ) -> Component:
-    """The VLM as prefix encoder."""
+    """`vlm`: prompts and answers.
+
+    Args:
+        vlm_config: the VLM's `Qwen2VLConfig`.
+        build: makes the text model, and the output layer unless it is tied to the embedding.
+    """
     groups = range(config.schedule.num_groups)
+
+    def build_graph() -> nn.Module:
+        return cast_parameters(LanguageGraph(*build(), config, vlm_config.image_token_id), TORCH_DTYPES[precision])
+
     return Component(
         name="vlm",
-        build=lambda: PrefixGraph(cast_parameters(build_language_model(), TORCH_DTYPES[precision]), config),
+        build=build_graph,
         inputs=(
-            TensorSpec(name="input_ids", dtype="int64", shape=("batch", "prefix")),
-            TensorSpec(name="prefix_mask", dtype="bool", shape=("batch", "prefix")),
+            TensorSpec(name="input_ids", dtype="int64", shape=("batch", "tokens")),
+            TensorSpec(name="image_embeds", dtype="float32", shape=("image_tokens", config.hidden_size)),
+            TensorSpec(name="position_ids", dtype="int64", shape=(3, "batch", "tokens")),
+            TensorSpec(name="attention_mask", dtype="bool", shape=("batch", "total")),
+            *(kv_spec(f"past_kv_{group}", "batch", "past", config, precision) for group in groups),
         ),
-        outputs=tuple(prefix_kv_spec(f"prefix_kv_{group}", "batch", config, precision) for group in groups),
-        example_axes={"batch": 3, "prefix": 5},
+        outputs=(
+            TensorSpec(name="logits", dtype="float32", shape=("batch", vlm_config.text_config.vocab_size)),
+            *(kv_spec(f"kv_{group}", "batch", "total", config, precision) for group in groups),
+        ),
+        example_axes={"batch": 3, "tokens": 5, "image_tokens": 4, "past": 6, "total": 11},
+        variadic=len(groups),
+    )
+
+
+def vision_component(precision: str, vision_config: Any, build_tower: Callable[[], nn.Module]) -> Component:
+    """`vision_encoder`; the patches that merge into one token stand together.
+
+    Args:
+        vision_config: the VLM's `Qwen2VLVisionConfig`.
+    """
+    merged = vision_config.spatial_merge_size**2
+    features = vision_config.in_channels * vision_config.temporal_patch_size * vision_config.patch_size**2
+    return Component(
+        name="vision_encoder",
+        build=lambda: VisionGraph(cast_parameters(build_tower(), TORCH_DTYPES[precision])),
+        inputs=(
+            TensorSpec(name="pixel_values", dtype="float32", shape=("image_tokens", merged, features)),
+            TensorSpec(name="position_ids", dtype="int64", shape=("image_tokens", merged, 2)),
+            TensorSpec(name="image_ids", dtype="int64", shape=("image_tokens",)),
+        ),
+        outputs=(TensorSpec(name="image_embeds", dtype="float32", shape=("image_tokens", vision_config.hidden_size)),),
+        example_axes={"image_tokens": 6},
     )
 
 

@@ -1,4 +1,4 @@
-"""The main job on the shipped checkpoint, from export to pictures."""
+"""The main job on the shipped checkpoint, from export to pictures, and to answers about one of them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ PROMPTS = (
     "a medium pink cross below a medium cyan circle on a black background",
     "on a beige background, a large green diamond to the right of a medium red square",
 )
+ASKED_PICTURE = 1
+QUESTIONS = ("describe the image", "what colour is the star?", "where is the star?", "what is the background colour?")
 TRAJECTORY_STEPS = 20
 TRAJECTORY_EVERY = 2
 
@@ -34,12 +36,14 @@ class DemoResult:
     """What the demo made."""
 
     files: list[Path] = field(default_factory=list)
+    answers: list[tuple[str, str]] = field(default_factory=list)
+    """Questions about a picture of the grid, and what the bundle answered."""
     seconds: dict[str, float] = field(default_factory=dict)
     failed: list[ParityRow] = field(default_factory=list)
 
 
 def run_demo(out: Path, seed: int, on_stage: OnStage) -> DemoResult:
-    """Writes `bundle/`, `grid.png` and `trajectory.png` into `out`."""
+    """Writes `bundle/`, `grid.png`, `trajectory.png` and `answers.png` into `out`."""
     make_writable_folder(out)
     result = DemoResult()
     current, started = "", time.perf_counter()
@@ -60,8 +64,14 @@ def run_demo(out: Path, seed: int, on_stage: OnStage) -> DemoResult:
         save_png(contact_sheet(images, PROMPTS), out / "grid.png")
         stage("draw a trajectory")
         save_png(_trajectory(pipe, PROMPTS[5], seed), out / "trajectory.png")
+        stage("ask about a picture")
+        asked = images[ASKED_PICTURE]
+        answers = pipe.ask([asked] * len(QUESTIONS), QUESTIONS)
+        result.answers = list(zip(QUESTIONS, answers, strict=True))
+        labels = [f"{question} {answer}" for question, answer in result.answers]
+        save_png(contact_sheet([asked] * len(labels), labels, columns=len(labels)), out / "answers.png")
     stage("")
-    result.files = [out / "grid.png", out / "trajectory.png"]
+    result.files = [out / "grid.png", out / "trajectory.png", out / "answers.png"]
     return result
 
 

@@ -1,9 +1,10 @@
-"""Whether a bundle computes what PyTorch computes: a ladder of four rungs, each with a number.
+"""Whether a bundle computes what PyTorch computes: a ladder of five rungs, each with a number.
 
     engine       every engine against its PyTorch module, over batch sizes, prefix lengths and latent sizes
     step         every sampling step, with the reference's latents fed in
     trajectory   the final latents, from the same noise
     image        the decoded picture, as PSNR
+    answer       the logits of every token of an answer about two images
 
 The first row that fails names rung, step and group. A reference that is not finite or is constant is
 itself a failure: it would agree with anything.
@@ -22,7 +23,10 @@ from torch import Tensor
 from export.components import geometry_of
 from latte.model import LatteFlow
 from latte.sampling import SampleStep
+from runtime.backends import to_host
+from runtime.chat import user_message
 from runtime.errors import InputError
+from runtime.language import LanguageModel
 from runtime.manifest import ParityRow, Precision, load_manifest
 from runtime.noise import initial_latents
 from runtime.pipeline import LatteFlowPipeline
@@ -47,6 +51,7 @@ PSNR_OF_EQUAL_IMAGES = 100.0
 SIZES = ((1, 0, (0, 0)), (2, 3, (0, 0)), (3, 17, (1, 2)))
 """Rows, prefix tokens beyond the shortest prompt, and rows and columns beyond the default latent size."""
 STEPS = 8
+ANSWER_TOKENS = 4
 PROMPTS = ("a", "a small red circle", "a large green star above a small blue square on a white background")
 
 
@@ -68,6 +73,7 @@ def verify_bundle(bundle: Path, model: LatteFlow, provider: str = "cpu") -> list
     with LatteFlowPipeline.from_pretrained(bundle, provider=provider) as pipeline, torch.no_grad():
         rows = list(_engine_rows(pipeline, model, tolerances))
         rows += _sampling_rows(pipeline, model, tolerances)
+        rows += _answer_rows(pipeline, model, tolerances)
     return rows
 
 
@@ -81,11 +87,11 @@ def _engine_rows(pipeline: LatteFlowPipeline, model: LatteFlow, tolerances: Tole
         prefix = model.encode_tokens(ids, mask)
         height, width = config.latent_size[0] + more_rows, config.latent_size[1] + more_columns
         size = f"{batch} rows, {mask.shape[1]} tokens, {height}x{width}"
-        outputs = engines["vlm"].run({"input_ids": ids.numpy(), "prefix_mask": mask.bool().numpy()})
+        outputs = LanguageModel(engines).forward(ids.numpy(), mask.bool().numpy())
         for group, reference in enumerate(prefix.kv):
             # Padding is masked wherever it is read, so it may hold anything.
             kept = mask.bool()[None, None, :, None, :, None].numpy()
-            value = outputs[f"prefix_kv_{group}"].numpy() * kept
+            value = outputs.kv[group].numpy() * kept
             yield _relative("engine", f"vlm, {size}", value, reference.numpy() * kept, tolerances.engine, group=group)
         latents = torch.randn((batch, config.latent_channels, height, width), generator=generator)
         for group in range(config.schedule.num_groups):
@@ -134,6 +140,41 @@ def _sampling_rows(pipeline: LatteFlowPipeline, model: LatteFlow, tolerances: To
     images = pipeline.engines["vae_decoder"].run({"latents": value})["image"].numpy()
     expected = model.decode_latents(torch.from_numpy(final)).numpy()
     yield _psnr("image", "decoded pictures", images, expected, tolerances.image_psnr_db)
+
+
+def _answer_rows(pipeline: LatteFlowPipeline, model: LatteFlow, tolerances: Tolerances) -> Iterator[ParityRow]:
+    """Two noisy pictures of different sizes and a question; the reference's tokens are fed to both sides."""
+    rng = np.random.default_rng(0)
+    answerer = pipeline.answerer
+    side = pipeline.manifest.understanding.patch_size * pipeline.manifest.understanding.spatial_merge_size
+    pictures = [rng.integers(0, 256, (rows * side, columns * side, 3), np.uint8) for rows, columns in ((3, 4), (5, 2))]
+    inputs = answerer.chat([[user_message(pictures, PROMPTS[1])]])
+    assert inputs.images is not None
+    merge = pipeline.manifest.understanding.spatial_merge_size
+    grid = torch.tensor([(1, rows * merge, columns * merge) for rows, columns in inputs.images.grids])
+    pixels = torch.from_numpy(inputs.images.pixel_values).flatten(0, 1)
+    embeds = answerer.encode_images(inputs.images)
+    reference = model.vlm.model.visual(pixels, grid).pooler_output
+    what = f"vision_encoder, {len(pictures)} images, {len(reference)} tokens"
+    yield _relative("engine", what, to_host(embeds), reference.numpy(), tolerances.engine)
+
+    ids = torch.from_numpy(inputs.input_ids)
+    output = answerer.language.forward(inputs.input_ids, inputs.attention_mask, inputs.position_ids, embeds)
+    for step in range(ANSWER_TOKENS):
+        logits = model.vlm(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=(ids == model.vlm.config.image_token_id).int(),
+            pixel_values=pixels,
+            image_grid_thw=grid,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        value = output.logits.numpy()
+        yield _relative("answer", "logits", value, logits.numpy(), tolerances.engine, step=step)
+        token = logits.argmax(dim=-1, keepdim=True)
+        ids = torch.cat([ids, token], dim=1)
+        positions = np.full((3, 1, 1), inputs.next_position[0] + step)
+        output = answerer.language.forward(token.numpy(), np.ones(ids.shape, bool), positions, past=output.kv)
 
 
 def _random_prompts(batch: int, shortest: int, vocabulary: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

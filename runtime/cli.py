@@ -27,11 +27,23 @@ class _Command:
 
 
 COMMANDS = {
-    "demo": _Command("export.commands", "demo", "Export, verify and draw with the shipped checkpoint.", "export,cpu"),
+    "demo": _Command(
+        "export.commands", "demo", "Export, verify, draw and ask with the shipped checkpoint.", "export,cpu"
+    ),
     "generate": _Command("runtime.commands", "generate", "Draw pictures from prompts with a bundle.", "cpu"),
+    "ask": _Command("runtime.commands", "ask", "Ask a question about images with a bundle.", "cpu"),
     "inspect": _Command("runtime.commands", "inspect", "Show what a bundle holds.", "cpu"),
     "export": _Command("export.commands", "export", "Turn a checkpoint into a bundle of engines.", "export,cpu"),
     "verify": _Command("export.commands", "verify", "Compare a bundle with PyTorch, rung by rung.", "export,cpu"),
+    "repository": _Command("model_repository.commands", "repository", "Write a Triton model repository.", "triton,cpu"),
+    "serve": _Command(
+        "model_repository.commands", "serve", "Serve a bundle with Triton on this machine.", "triton,cpu"
+    ),
+    "client": _Command("model_repository.commands", "app", "Talk to a running service.", "triton"),
+    "roundtrip": _Command(
+        "export.commands", "roundtrip", "Draw prompts, ask what is seen, compare with the pixels.", "export,cpu"
+    ),
+    "bench": _Command("export.benchmarks.commands", "app", "Measure side by side, on this machine.", "export,cpu"),
     "init": _Command("latte.commands", "init", "Make a checkpoint from a Qwen2-VL and a DC-AE.", "export"),
     "train": _Command("latte.commands", "train", "Train a checkpoint like `shapes`, stage by stage.", "export"),
     "score": _Command("latte.commands", "score", "Score a checkpoint's pictures and answers by pixels.", "export"),
@@ -48,6 +60,8 @@ OPTIONAL_MODULES = frozenset(
         "scipy",
         "matplotlib",
         "onnxruntime",
+        "tritonclient",
+        "google",
     }
 )
 
@@ -76,7 +90,7 @@ def load_command(name: str) -> Any:
     """
     command = COMMANDS[name]
     try:
-        function = getattr(import_module(command.module), command.function)
+        function = getattr(import_module(command.module), command.function)  # or a group of commands
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in OPTIONAL_MODULES:
             raise
@@ -84,6 +98,8 @@ def load_command(name: str) -> Any:
             f"`latte-flow {name}` needs {error.name}, which is not installed; "
             f'run: pip install "latte-flow[{command.extra}]"'
         ) from error
+    if isinstance(function, typer.Typer):
+        return typer.main.get_command(function)
     single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     single.command(name, no_args_is_help=name not in ("demo", "score"))(function)
     return typer.main.get_command(single)

@@ -1,9 +1,10 @@
-"""The commands of the runtime: `generate` and `inspect`."""
+"""The commands of the runtime: `generate`, `ask` and `inspect`."""
 
 from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from runtime.answers import DEFAULT_MAX_NEW_TOKENS
 from runtime.console import stderr, stdout
+from runtime.errors import InputError
 from runtime.files import make_writable_folder
 from runtime.manifest import Manifest, TensorSpec, load_manifest
 from runtime.pictures import contact_sheet, save_png
@@ -93,6 +96,57 @@ def generate(
     else:
         for path in files:
             typer.echo(str(path))
+
+
+def ask(
+    bundle: Annotated[Path, typer.Argument(help="Folder that `latte-flow export` wrote.")],
+    images_and_question: Annotated[
+        list[str],
+        typer.Argument(metavar="[IMAGE]... QUESTION", help="Image files, none or several, and the question last."),
+    ],
+    max_new_tokens: Annotated[int, typer.Option(help="The answer is cut here.")] = DEFAULT_MAX_NEW_TOKENS,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
+    provider: Annotated[str, typer.Option(help="What runs the engines.")] = "cpu",
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer while it is written.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Ask a question about images with the same bundle that draws them.
+
+    \b
+    Examples:
+      latte-flow ask bundle picture.png "what colour is the circle?"
+      latte-flow ask bundle a.png b.png "describe the images" --stream
+      latte-flow ask bundle "what can you see?" --temperature 0.7 --top-p 0.9 --seed 3 --json
+    """
+    *images, question = images_and_question
+    if stream and as_json:
+        raise InputError("--stream and --json exclude each other; give one")
+    with LatteFlowPipeline.from_pretrained(bundle, provider=provider) as pipe:
+        started = time.perf_counter()
+        pieces = []
+        for piece in pipe.ask_stream(
+            images,
+            question,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop or (),
+        ):
+            pieces.append(piece)
+            if stream:
+                typer.echo(piece, nl=False)
+        seconds = time.perf_counter() - started
+        bundle_hash = pipe.manifest.bundle_hash()
+    answer = "".join(pieces)
+    if as_json:
+        report = {"question": question, "images": images, "answer": answer, "seconds": round(seconds, 4)}
+        typer.echo(json.dumps(report | {"bundle": bundle_hash}))
+    else:
+        typer.echo("" if stream else answer)
 
 
 def inspect(

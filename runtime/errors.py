@@ -6,7 +6,12 @@
     ├── CheckpointError    the same of a checkpoint
     ├── MissingExtraError  a part of the toolkit that is not installed
     ├── VerificationError  engines that do not compute what PyTorch computes
-    └── EngineError        an engine that failed to load or to run
+    ├── EngineError        an engine that failed to load or to run
+    └── ServiceError       a service that did not do what was asked, though it could have been
+        ├── QueueFullError    no place now
+        ├── DrainingError     it is shutting down
+        ├── DeadlineError     not in time
+        └── CancelledError    the client did not want it any more
 
 Each message is one line that says what came, what was expected and what to do; the command line
 prints it and exits with the class's `exit_code`.
@@ -47,6 +52,28 @@ class EngineError(LatteFlowError):
     """An engine that failed to load or to run."""
 
     exit_code = 1
+
+
+class ServiceError(LatteFlowError):
+    """A service that did not do what was asked."""
+
+    exit_code = 1
+
+
+class QueueFullError(ServiceError):
+    """No place now; the same request may be sent again."""
+
+
+class DrainingError(ServiceError):
+    """The service is shutting down; the same request may be sent to another one."""
+
+
+class DeadlineError(ServiceError):
+    """Not done in time."""
+
+
+class CancelledError(ServiceError):
+    """The client did not want it any more."""
 
 
 def one_line(error: BaseException) -> str:

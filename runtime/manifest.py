@@ -17,7 +17,7 @@ from runtime.errors import BundleError
 from runtime.files import write_text
 from runtime.schedule import ExpertSchedule
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE_NAME = "manifest.json"
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -90,10 +90,20 @@ class PromptFormat(_Frozen):
     special_tokens: tuple[str, ...] = Field(description="refused inside a prompt")
 
 
+class Understanding(_Frozen):
+    """What answering a question about images needs beside the tokenizer's and the image processor's files."""
+
+    image_token_id: int = Field(ge=0, description="stands where an image's embeddings go")
+    eos_token_ids: tuple[int, ...] = Field(min_length=1, description="each ends an answer")
+    patch_size: int = Field(ge=1, description="pixels")
+    spatial_merge_size: int = Field(ge=1, description="patches of a token, in each direction")
+    max_context_tokens: int = Field(ge=1, description="limit of a conversation with its images and its answer")
+
+
 class ParityRow(_Frozen):
     """One measurement of the verification."""
 
-    rung: Literal["engine", "step", "trajectory", "image"]
+    rung: Literal["engine", "step", "trajectory", "image", "answer"]
     what: str
     group: int | None = None
     step: int | None = None
@@ -113,6 +123,7 @@ class Manifest(_Frozen):
     geometry: Geometry
     schedule: ExpertSchedule
     prompt: PromptFormat
+    understanding: Understanding
     engines: tuple[EngineEntry, ...]
     tokenizer_files: tuple[FileEntry, ...]
     parity: tuple[ParityRow, ...] | None = Field(default=None, description="None: exported without verification")
@@ -139,7 +150,7 @@ def load_manifest(bundle: Path) -> Manifest:
     """Reads and checks `manifest.json`, and that every file it names is there in its size.
 
     Raises:
-        BundleError: no bundle, an incomplete one, or one of a newer schema.
+        BundleError: no bundle, an incomplete one, or one of another schema.
     """
     path = bundle / FILE_NAME
     if not bundle.is_dir():
@@ -153,7 +164,11 @@ def load_manifest(bundle: Path) -> Manifest:
         version = content.get("schema_version") if isinstance(content, dict) else None
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise BundleError(
-                f"{path} has schema version {version}, this latte-flow reads up to {SCHEMA_VERSION}; upgrade latte-flow"
+                f"{path} has schema version {version}, this latte-flow reads {SCHEMA_VERSION}; upgrade latte-flow"
+            )
+        if isinstance(version, int) and version < SCHEMA_VERSION:
+            raise BundleError(
+                f"{path} has schema version {version}, this latte-flow reads {SCHEMA_VERSION}; export the bundle again"
             )
         manifest = Manifest.model_validate(content)
     except (ValidationError, ValueError) as error:

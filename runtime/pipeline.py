@@ -1,4 +1,4 @@
-"""Pictures from prompts, with the call arguments of diffusers' pipelines and no torch."""
+"""A loaded bundle: pictures from prompts, with the call arguments of diffusers' pipelines, and answers to questions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -13,10 +14,16 @@ from typing import Any, Literal, Self
 import numpy as np
 from PIL import Image
 
-from runtime.backends import Backend, Session, open_backend, to_host
+from runtime.answers import DEFAULT_MAX_NEW_TOKENS, Answerer, AnswerSettings
+from runtime.backends import Backend, open_backend, to_host
+from runtime.chat import ChatProcessor, Message, user_message
+from runtime.engines import EngineSet
 from runtime.errors import InputError
-from runtime.manifest import Manifest, check_file, load_manifest
+from runtime.images import Picture
+from runtime.language import LanguageModel
+from runtime.manifest import Manifest, load_manifest
 from runtime.noise import initial_latents
+from runtime.prefixes import PrefixRow, arrange_rows
 from runtime.prompts import PromptEncoder
 from runtime.sampler import GuidedBatch, Sampler, SamplerStep
 from runtime.schedule import time_grid
@@ -41,61 +48,14 @@ class PipelineOutput:
     steps_per_group: list[int] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class PrefixRow:
-    """An encoded prompt: its keys and values per group, `[M, 2, Hkv, P, D]`, P its own length."""
-
-    kv: tuple[np.ndarray, ...]
-
-    @property
-    def length(self) -> int:
-        return int(self.kv[0].shape[3])
-
-
-class EngineSet(Mapping[str, Session]):
-    """A bundle's engines, each loaded when it is first asked for, and once."""
-
-    def __init__(self, bundle: Path, manifest: Manifest, backend: Backend) -> None:
-        self._bundle = bundle
-        self._manifest = manifest
-        self._backend = backend
-        self._loaded: dict[str, Session] = {}
-
-    def __getitem__(self, name: str) -> Session:
-        if name not in self._loaded:
-            entry = self._manifest.engine(name)
-            for file in entry.files:
-                check_file(self._bundle, file)
-            self._loaded[name] = self._backend.load(self._bundle, entry)
-        return self._loaded[name]
-
-    def __contains__(self, name: object) -> bool:
-        return any(entry.name == name for entry in self._manifest.engines)
-
-    def __iter__(self) -> Iterator[str]:
-        return (entry.name for entry in self._manifest.engines)
-
-    def __len__(self) -> int:
-        return len(self._manifest.engines)
-
-    @property
-    def loaded(self) -> list[str]:
-        """Names of the engines in memory."""
-        return list(self._loaded)
-
-    def close(self) -> None:
-        """Frees all engines."""
-        for session in self._loaded.values():
-            session.close()
-        self._loaded.clear()
-
-
 class LatteFlowPipeline:
     """A loaded bundle.
 
     Example:
         >>> pipe = LatteFlowPipeline.from_pretrained("bundle")
-        >>> pipe("a small red circle", seed=7).images[0].save("circle.png")
+        >>> picture = pipe("a small red circle", seed=7).images[0]
+        >>> pipe.ask(picture, "what colour is the circle?")
+        'red'
     """
 
     def __init__(self, bundle: Path, manifest: Manifest, backend: Backend) -> None:
@@ -104,6 +64,7 @@ class LatteFlowPipeline:
         self.backend = backend
         self.engines = EngineSet(bundle, manifest, backend)
         self._prompts = PromptEncoder.from_bundle(bundle, manifest)
+        self._language = LanguageModel(self.engines)
         self._negative_prefixes: OrderedDict[str, PrefixRow] = OrderedDict()
 
     @classmethod
@@ -184,6 +145,64 @@ class LatteFlowPipeline:
         clock.lap("decode")
         return PipelineOutput(images, seeds, clock.seconds, self.manifest.schedule.steps_per_group(times))
 
+    def ask(
+        self,
+        images: Picture | Sequence[Any] | None = None,
+        question: str | Sequence[str] | None = None,
+        *,
+        messages: Sequence[Any] | None = None,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> str | list[str]:
+        """Answers a question about images, or goes on with a conversation.
+
+        Args:
+            images: a picture (path, PIL image or `[H, W, 3]` uint8), several for one question, or None. With
+                several questions: what each is about, one entry for each.
+            question: text, or a list of texts for a batch; the result is then a list.
+            messages: instead of both, a conversation in the Hugging Face chat format, or a list of such.
+            max_new_tokens: an answer is cut here, and where the model's context ends.
+            temperature: 0 is greedy.
+            top_p: sample from the likeliest tokens of this probability together.
+            seed: of the sampling.
+            stop: an answer ends before the first of these texts.
+
+        Raises:
+            InputError: something is no picture or no question, or all together are too long for the model.
+        """
+        conversations, single = _conversations(images, question, messages)
+        settings = AnswerSettings(max_new_tokens, temperature, top_p, seed, tuple(stop))
+        answers = self.answerer.answer(conversations, settings)
+        return answers[0] if single else answers
+
+    def ask_stream(
+        self,
+        images: Picture | Sequence[Picture] | None = None,
+        question: str | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """As `ask` for one conversation, piece by piece as the answer is written."""
+        conversations, single = _conversations(images, question, messages)
+        if not single:
+            raise InputError("ask_stream answers one conversation; for several, call ask")
+        settings = AnswerSettings(max_new_tokens, temperature, top_p, seed, tuple(stop))
+        return (piece for (piece,) in self.answerer.stream(conversations, settings) if piece)
+
+    @cached_property
+    def answerer(self) -> Answerer:
+        """What answers; made when the first question comes, for its processor takes a second to import."""
+        chat = ChatProcessor.from_bundle(self.bundle, self.manifest, self._prompts.tokenizer)
+        return Answerer(self.engines, chat, self._prompts.tokenizer, self.manifest.understanding)
+
     def prepare(
         self, prompts: Sequence[str], negative_prompts: Sequence[str], guidance_scales: Sequence[float]
     ) -> PreparedRun:
@@ -195,33 +214,32 @@ class LatteFlowPipeline:
         for scale in guidance_scales:
             if not np.isfinite(scale):
                 raise InputError(f"guidance_scale must be a finite number, got {scale}")
-        guided = tuple(i for i, scale in enumerate(guidance_scales) if scale != 1.0)
-        encoded = self._encode(list(dict.fromkeys(prompts)))
-        rows = [encoded[prompt] for prompt in prompts]
-        rows += self._encode_negative([negative_prompts[i] for i in guided])
-        kv, mask = _side_by_side(rows)
-        batch = GuidedBatch(
-            prefix_kv=tuple(self.backend.upload(group) for group in kv),
-            prefix_mask=self.backend.upload(mask),
-            guidance_scale=np.asarray(guidance_scales, np.float32),
-            guided=guided,
-        )
+        guided = [i for i, scale in enumerate(guidance_scales) if scale != 1.0]
+        conditional = self.encode_prompts(prompts)
+        unconditional = self.encode_negative_prompts([negative_prompts[i] for i in guided])
+        batch = arrange_rows(self.backend, conditional, unconditional, guidance_scales)
         return PreparedRun(Sampler(self.engines, self.manifest.schedule, batch), batch)
 
-    def _encode(self, prompts: list[str]) -> dict[str, PrefixRow]:
-        ids, mask = self._prompts.batch(prompts)
-        outputs = self.engines["vlm"].run({"input_ids": ids, "prefix_mask": mask})
-        groups = [outputs[f"prefix_kv_{group}"].numpy() for group in range(self.manifest.schedule.num_groups)]
-        lengths = mask.sum(axis=1)
-        return {
-            prompt: PrefixRow(tuple(kv[:, :, i, :, : lengths[i]] for kv in groups)) for i, prompt in enumerate(prompts)
-        }
+    def check_prompt(self, prompt: str) -> None:
+        """Raises `InputError` for a prompt that cannot be encoded."""
+        self._prompts.tokens(prompt)
 
-    def _encode_negative(self, prompts: list[str]) -> list[PrefixRow]:
-        """Negative prompts, most often the one empty one, are encoded once per pipeline."""
+    def encode_prompts(self, prompts: Sequence[str]) -> list[PrefixRow]:
+        """What the experts read of each prompt. Equal prompts go through the VLM once."""
+        distinct = list(dict.fromkeys(prompts))
+        ids, mask = self._prompts.batch(distinct)
+        groups = [kv.numpy() for kv in self._language.forward(ids, mask).kv]
+        lengths = mask.sum(axis=1)
+        rows = {
+            prompt: PrefixRow(tuple(kv[:, :, i, :, : lengths[i]] for kv in groups)) for i, prompt in enumerate(distinct)
+        }
+        return [rows[prompt] for prompt in prompts]
+
+    def encode_negative_prompts(self, prompts: Sequence[str]) -> list[PrefixRow]:
+        """The same for negative prompts, most often the one empty one: each is encoded once per pipeline."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._negative_prefixes]
         if new:
-            self._negative_prefixes.update(self._encode(new))
+            self._negative_prefixes.update(zip(new, self.encode_prompts(new), strict=True))
         rows = [self._negative_prefixes[prompt] for prompt in prompts]
         for prompt in prompts:
             self._negative_prefixes.move_to_end(prompt)
@@ -292,21 +310,6 @@ class PreparedRun:
         return self.sampler.step(latents, latents[self.batch.row_of()], t, t_next)[0].numpy()
 
 
-def _side_by_side(rows: Sequence[PrefixRow]) -> tuple[list[np.ndarray], np.ndarray]:
-    """Rows in one batch: per group `[M, 2, R, Hkv, P, D]`, padded on the right with zeros, and the mask `[R, P]`."""
-    width = max(row.length for row in rows)
-    mask = np.zeros((len(rows), width), bool)
-    groups = []
-    for first in rows[0].kv:
-        layers, two, heads, _, head_dim = first.shape
-        groups.append(np.zeros((layers, two, len(rows), heads, width, head_dim), first.dtype))
-    for i, row in enumerate(rows):
-        mask[i, : row.length] = True
-        for group, kv in zip(groups, row.kv, strict=True):
-            group[:, :, i, :, : row.length] = kv
-    return groups, mask
-
-
 def _adapt(pipeline: LatteFlowPipeline, callback: Callback) -> Callable[[SamplerStep], np.ndarray | None]:
     def on_step(step: SamplerStep) -> np.ndarray | None:
         result = callback(pipeline, step.index, step.t, {"latents": step.latents.numpy()})
@@ -315,6 +318,32 @@ def _adapt(pipeline: LatteFlowPipeline, callback: Callback) -> Callable[[Sampler
         return np.ascontiguousarray(result["latents"], np.float32)
 
     return on_step
+
+
+def _conversations(
+    images: Any, question: str | Sequence[str] | None, messages: Sequence[Any] | None
+) -> tuple[list[Sequence[Message]], bool]:
+    """Conversations, and whether there is one alone rather than a list of one."""
+    if messages is not None:
+        if images is not None or question is not None:
+            raise InputError("give either messages, or images and a question")
+        single = not messages or isinstance(messages[0], Mapping)
+        return ([messages] if single else list(messages)), single
+    if question is None:
+        raise InputError("there is no question; give one, or messages")
+    if isinstance(question, str):
+        return [[user_message(_pictures(images), question)]], True
+    questions = _as_list("question", question)
+    about = [None] * len(questions) if images is None else list(images)
+    if len(about) != len(questions):
+        raise InputError(f"images must have one entry for each of {len(questions)} questions, got {len(about)}")
+    return [[user_message(_pictures(of_one), text)] for of_one, text in zip(about, questions, strict=True)], False
+
+
+def _pictures(images: Any) -> list[Picture]:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, (list, tuple)) else [images]
 
 
 def _as_list(name: str, value: str | Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ class PromptEncoder:
     """Token ids of prompts, as `apply_chat_template` and the tokenizer of transformers give them."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_format: PromptFormat) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._format = prompt_format
 
     @classmethod
@@ -37,7 +37,7 @@ class PromptEncoder:
             if token in prompt:
                 raise InputError(f"a prompt must not hold the model's special token {token}; remove it")
         text = self._format.before + prompt + self._format.after
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         if len(ids) > self._format.max_tokens:
             raise InputError(
                 f"a prompt has {len(ids)} tokens in its chat template, the model's limit is "

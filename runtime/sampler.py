@@ -93,21 +93,25 @@ class Sampler:
                     rows = to_host(replaced)[self._constants["row_of"]]
         return x
 
-    def step(self, latents: Value, row_latents: Value, t: float, t_next: float) -> tuple[DeviceTensor, DeviceTensor]:
-        """One step: the next latents `[B, C, H, W]`, and the same by rows `[R, C, H, W]`."""
-        group = self._schedule.group_of(t)
+    def step(
+        self, latents: Value, row_latents: Value, t: float | np.ndarray, t_next: float | np.ndarray
+    ) -> tuple[DeviceTensor, DeviceTensor]:
+        """One step: the next latents `[B, C, H, W]`, and the same by rows `[R, C, H, W]`.
+
+        Args:
+            t, t_next: of all images, or of each, `[B]`; all t are of one expert group.
+        """
+        images = self._batch.batch
+        start, end = np.broadcast_to(t, images), np.broadcast_to(t_next, images)
+        group = self._schedule.group_of(float(start[0]))
         velocity = self._engines[f"expert_{group}"].run(
             {
                 "latents": row_latents,
-                "timestep": np.full(self._batch.rows, t, np.float32),
+                "timestep": start[self._constants["row_of"]].astype(np.float32),
                 "prefix_kv": self._batch.prefix_kv[group],
                 "prefix_mask": self._batch.prefix_mask,
             }
         )["velocity"]
-        feed = {
-            "latents": latents,
-            "velocity": velocity,
-            "step_size": np.full(self._batch.batch, t_next - t, np.float32),
-        }
+        feed = {"latents": latents, "velocity": velocity, "step_size": (end - start).astype(np.float32)}
         outputs = self._engines["solver_step"].run(feed | self._constants)
         return outputs["next_latents"], outputs["row_latents"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +50,16 @@ def bundle_copy(bundle: Path, tmp_path: Path) -> Path:
 def pipe(bundle: Path) -> LatteFlowPipeline:
     """The tiny bundle, opened on ONNX Runtime."""
     return LatteFlowPipeline.from_pretrained(bundle)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """`latte-flow demo` as a user runs it: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, "-m", "runtime.cli", "demo", "--out", str(folder)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return folder, finished.stdout
 
 
 @pytest.fixture

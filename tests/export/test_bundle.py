@@ -22,8 +22,15 @@ from tests.tiny import save_tiny
 
 def test_there_is_an_engine_for_every_role_and_group(bundle: Path) -> None:
     manifest = load_manifest(bundle)
-    assert [engine.name for engine in manifest.engines] == ["vlm", "expert_0", "expert_1", "solver_step", "vae_decoder"]
-    assert [engine.group for engine in manifest.engines] == [None, 0, 1, None, None]
+    assert [engine.name for engine in manifest.engines] == [
+        "vision_encoder",
+        "vlm",
+        "expert_0",
+        "expert_1",
+        "solver_step",
+        "vae_decoder",
+    ]
+    assert [engine.group for engine in manifest.engines] == [None, None, 0, 1, None, None]
     assert {engine.opset for engine in manifest.engines} == {18}
 
 
@@ -104,6 +111,7 @@ def test_a_fused_bundle_says_so_and_still_verifies(checkpoint: Path, tmp_path: P
     manifest, failed = export_bundle(checkpoint, tmp_path / "bundle", fuse=True)
     assert not failed
     assert {engine.name for engine in manifest.engines if engine.fused} == {
+        "vision_encoder",
         "vlm",
         "expert_0",
         "expert_1",
@@ -194,11 +202,12 @@ def test_the_manifest_is_the_documented_format(bundle: Path) -> None:
         "geometry",
         "schedule",
         "prompt",
+        "understanding",
         "engines",
         "tokenizer_files",
         "parity",
     ]
-    assert content["schema_version"] == 1
+    assert content["schema_version"] == 2
     assert list(content["engines"][1]) == [
         "name",
         "group",

@@ -154,17 +154,22 @@ def test_an_unknown_provider_lists_the_known_ones(bundle: Path) -> None:
 
 
 def test_a_feed_that_does_not_fit_an_engine_is_explained(pipe: LatteFlowPipeline) -> None:
-    ids, mask = np.zeros((2, 5), np.int64), np.ones((2, 5), bool)
-    with pytest.raises(EngineError, match="takes input_ids, prefix_mask; got input_ids"):
-        pipe.engines["vlm"].run({"input_ids": ids})
-    with pytest.raises(EngineError, match=r"prefix_mask must be bool \[batch, prefix\], got bool \[2, 4\]"):
-        pipe.engines["vlm"].run({"input_ids": ids, "prefix_mask": mask[:, :4]})
-    with pytest.raises(EngineError, match="input_ids must be int64"):
-        pipe.engines["vlm"].run({"input_ids": ids.astype(np.float32), "prefix_mask": mask})
+    entry = pipe.manifest.engine("vae_decoder")
+    latents = np.zeros((1, *pipe.manifest.geometry.latent_size), np.float32)
+    with pytest.raises(EngineError, match="engine vae_decoder takes latents; got images"):
+        pipe.engines[entry.name].run({"images": latents})
+    with pytest.raises(EngineError, match=r"latents must be float32 \[batch, 4, .*\], got float32 \[1, 6, 8\]"):
+        pipe.engines[entry.name].run({"latents": latents})
+    with pytest.raises(EngineError, match=r"latents must be float32 .* got float64"):
+        pipe.engines[entry.name].run({"latents": latents[None].astype(np.float64)})
+    kv = [np.zeros((2, 2, rows, 2, 3, 8), np.float32) for rows in (1, 2)]
+    feed = {"latents": np.zeros((1, 4, 6, 8), np.float32), "timestep": np.zeros(1, np.float32)}
+    with pytest.raises(EngineError, match=r"prefix_kv must be .* got float32 \[2, 2, 2, 2, 3, 8\] \(with rows=1"):
+        pipe.engines["expert_0"].run(feed | {"prefix_kv": kv[1], "prefix_mask": np.ones((1, 3), bool)})
 
 
 def test_an_engine_that_the_bundle_lacks_is_named(pipe: LatteFlowPipeline) -> None:
-    with pytest.raises(BundleError, match="no engine 'expert_9'; it has vlm, expert_0"):
+    with pytest.raises(BundleError, match="no engine 'expert_9'; it has vision_encoder, vlm, expert_0"):
         pipe.engines["expert_9"]
 
 

@@ -1,0 +1,79 @@
+"""The engine `vlm` as a language model: prompts to keys and values, and token by token to answers.
+
+One session serves both. Keys and values stay on the device from run to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime.backends import DeviceTensor, Session, Value
+from runtime.manifest import EngineEntry
+
+
+@dataclass(frozen=True)
+class LanguageOutput:
+    """What a run leaves."""
+
+    logits: DeviceTensor
+    """Of each row's last token, `[B, vocabulary]` float32."""
+    kv: tuple[DeviceTensor, ...]
+    """Keys and values so far, one tensor per expert group, `[M, 2, B, Hkv, T, D]`."""
+
+
+class LanguageModel:
+    """Feeds the engine `vlm`."""
+
+    def __init__(self, engines: Mapping[str, Session]) -> None:
+        self._engines = engines
+
+    def forward(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        position_ids: np.ndarray | None = None,
+        image_embeds: Value | None = None,
+        past: tuple[Value, ...] | None = None,
+    ) -> LanguageOutput:
+        """One run over new tokens.
+
+        Args:
+            input_ids: `[B, S]` int64, padded on the right.
+            attention_mask: True where a token may be seen, `[B, T]` bool; T = past tokens + S.
+            position_ids: M-RoPE positions, `[3, B, S]` int64; by default those of text that begins here.
+            image_embeds: embeddings of all image tokens of the batch in order, `[image tokens, hidden]` float32.
+            past: the `kv` of the run before.
+        """
+        session = self._engines["vlm"]
+        rows, tokens = input_ids.shape
+        if position_ids is None:
+            position_ids = np.broadcast_to(np.arange(tokens), (3, rows, tokens)).astype(np.int64)
+        feed: dict[str, Value] = {
+            "input_ids": input_ids,
+            "image_embeds": no_images(session.entry) if image_embeds is None else image_embeds,
+            "position_ids": np.ascontiguousarray(position_ids),
+            "attention_mask": attention_mask,
+        }
+        past = empty_past(session.entry, rows) if past is None else past
+        feed |= {f"past_kv_{group}": kv for group, kv in enumerate(past)}
+        outputs = session.run(feed)
+        return LanguageOutput(outputs["logits"], tuple(outputs[f"kv_{group}"] for group in range(len(past))))
+
+
+def no_images(entry: EngineEntry) -> np.ndarray:
+    """The one row that stands for no image embeddings."""
+    (spec,) = (spec for spec in entry.inputs if spec.name == "image_embeds")
+    return np.zeros((1, int(spec.shape[1])), np.float32)
+
+
+def empty_past(entry: EngineEntry, rows: int) -> tuple[np.ndarray, ...]:
+    """Keys and values of nothing yet, `[M, 2, rows, Hkv, 0, D]` per expert group."""
+    sizes = {"batch": rows, "past": 0}
+    return tuple(
+        np.zeros([sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape], spec.dtype)
+        for spec in entry.inputs
+        if spec.name.startswith("past_kv_")
+    )

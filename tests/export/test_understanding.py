@@ -1,0 +1,172 @@
+"""Not only `shapes`: any Qwen2-VL goes through `init` and `export`, and answers as transformers answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from export.bundle import language_component_of, vision_component_of
+from export.verify import relative_error
+from latte.checkpoint import assemble, load_checkpoint, load_image_processor
+from latte.model import LatteFlow
+from latte.training.vlm import SPECIAL_TOKENS, train_tokenizer
+from runtime.answers import AnswerSettings
+from runtime.chat import user_message
+from runtime.pipeline import LatteFlowPipeline
+from tests.reference import reference_logits, reference_tokens
+from tests.tiny import tiny_autoencoder
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> tuple[LatteFlow, LatteFlowPipeline]:
+    """A Qwen2-VL unlike `shapes`: 14-pixel patches, an output layer of its own, two ends of an answer."""
+    from runtime.cli import load_command
+
+    folder = tmp_path_factory.mktemp("foreign")
+    tokenizer = train_tokenizer()
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    torch.manual_seed(3)
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 48,
+            "intermediate_size": 80,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]},
+            "bos_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|im_end|>"],
+        },
+        vision_config={"depth": 3, "embed_dim": 32, "hidden_size": 48, "num_heads": 4, "mlp_ratio": 2},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )
+    vlm = Qwen2VLForConditionalGeneration._from_config(config)
+    with torch.no_grad():
+        for parameter in vlm.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    vlm.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
+    vlm.save_pretrained(folder / "vlm")
+    tokenizer.save_pretrained(folder / "vlm")
+    Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 40}).save_pretrained(
+        folder / "vlm"
+    )
+    tiny_autoencoder().save_pretrained(folder / "vae")
+    command = "--vlm {0}/vlm --vae {0}/vae --groups 2 --height 32 --width 32 --dtype float32"
+    load_command("init").main([str(folder / "checkpoint"), *command.format(folder).split()], standalone_mode=False)
+    # Its flow layers are untrained and predict nothing, which verification rightly refuses as a reference.
+    arguments = [str(folder / "checkpoint"), str(folder / "bundle"), "--no-verify"]
+    load_command("export").main(arguments, standalone_mode=False)
+    return load_checkpoint(folder / "checkpoint"), LatteFlowPipeline.from_pretrained(folder / "bundle")
+
+
+def picture(seed: int, width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+CONVERSATIONS = {
+    "text": [],
+    "a small picture": [picture(0, 30, 20)],
+    "a wide picture": [picture(1, 224, 56)],
+    "a picture that is made smaller": [picture(2, 400, 300)],
+    "two pictures": [picture(3, 90, 140), picture(4, 56, 28)],
+}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_it_answers_as_transformers_does(name: str, foreign: tuple[LatteFlow, LatteFlowPipeline]) -> None:
+    model, pipe = foreign
+    images, question = CONVERSATIONS[name], "what colour is the background?"
+    processor = load_image_processor(pipe.bundle)
+    answerer = pipe.answerer
+    inputs = answerer.chat([[user_message(images, question)]])
+    embeds = None if inputs.images is None else answerer.encode_images(inputs.images)
+    output = answerer.language.forward(inputs.input_ids, inputs.attention_mask, inputs.position_ids, embeds)
+    expected = reference_logits(model, processor, images, question)
+    error = relative_error(output.logits.numpy(), expected.numpy())
+    assert error is not None
+    assert error < 1e-4
+    tokens = [int(token[0]) for token in answerer.tokens(inputs, AnswerSettings(max_new_tokens=32))]
+    reference = reference_tokens(model, processor, images, question, 32)
+    assert tokens[: len(reference)] == reference
+    assert len(reference) == 32 or reference[-1] in pipe.manifest.understanding.eos_token_ids
+
+
+def test_the_manifest_knows_both_ends(foreign: tuple[LatteFlow, LatteFlowPipeline]) -> None:
+    model, pipe = foreign
+    names = ("<|endoftext|>", "<|im_end|>")
+    expected = sorted(model.tokenizer.convert_tokens_to_ids(name) for name in names)
+    assert list(pipe.manifest.understanding.eos_token_ids) == expected
+    assert pipe.manifest.understanding.patch_size == 14
+
+
+def test_names_and_shapes_fit_qwen2_vl_2b() -> None:
+    """At the published size, without its weights: every weight that the graphs ask for is in the checkpoint."""
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": 151_936,
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 32_768,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        vision_config={"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4},
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        vlm = Qwen2VLForConditionalGeneration._from_config(config)
+        model = assemble(vlm, tiny_autoencoder(), None, num_groups=4, latent_size=(8, 8))
+        language = language_component_of(model, "fp16")
+        vision = vision_component_of(model, "fp16")
+        graphs = {
+            "language_model.": (language.build(), vlm.model.language_model),
+            "tower.": (vision.build(), vlm.model.visual),
+        }
+    for prefix, (graph, source) in graphs.items():
+        wanted = {name.removeprefix(prefix): tuple(p.shape) for name, p in graph.named_parameters()}
+        assert wanted == {name: tuple(p.shape) for name, p in source.named_parameters()}
+    shapes = {spec.name: spec.shape for spec in (*language.inputs, *language.outputs, *vision.inputs, *vision.outputs)}
+    assert shapes["past_kv_3"] == (7, 2, "batch", 2, "past", 128)
+    assert shapes["logits"] == ("batch", 151_936)
+    assert shapes["pixel_values"] == ("image_tokens", 4, 1176)
+    assert shapes["image_embeds"] == ("image_tokens", 1536)
+    assert sum(p.numel() for p in vlm.parameters()) == pytest.approx(2.21e9, rel=0.01)
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def test_a_wrong_weight_of_the_tower_is_found(bundle_copy: Path, checkpoint: Path, run_command: Run) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from runtime.manifest import file_entry, load_manifest, save_manifest
+
+    weights = bundle_copy / "vision_encoder" / "weights.safetensors"
+    tensors = load_file(weights)
+    tensors["tower.merger.mlp.2.weight"] *= 1.02
+    save_file(tensors, weights)
+    manifest = load_manifest(bundle_copy)
+    engines = [
+        engine.model_copy(update={"files": tuple(file_entry(bundle_copy, file.path) for file in engine.files)})
+        for engine in manifest.engines
+    ]
+    save_manifest(manifest.model_copy(update={"engines": tuple(engines)}), bundle_copy)
+    code, _, error = run_command("verify", bundle_copy, checkpoint)
+    assert code == 1
+    assert "first at rung engine: vision_encoder" in error

@@ -1,0 +1,132 @@
+"""Pictures become the patches that transformers makes of them, and what is no picture is said so."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.image_utils import load_image
+from transformers.vision_utils import get_vision_position_ids
+
+from latte.checkpoint import load_image_processor
+from runtime.errors import InputError
+from runtime.images import MAX_PIXELS, ImageProcessor, open_picture
+from runtime.pipeline import LatteFlowPipeline
+
+RunCommand = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def processor(pipe: LatteFlowPipeline) -> ImageProcessor:
+    return ImageProcessor.from_bundle(pipe.bundle, pipe.manifest)
+
+
+def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    rng = np.random.default_rng(width * 1000 + height)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 4), np.uint8), "RGBA").convert(mode)
+
+
+SAVED = {
+    "a square": (noise(64, 64), {}),
+    "a wide one": (noise(300, 40), {}),
+    "a tall one": (noise(9, 500), {}),
+    "a small one": (noise(5, 4), {}),
+    "a large one": (noise(1100, 900), {}),
+    "grey": (noise(70, 50, "L"), {}),
+    "a palette": (noise(70, 50).convert("P"), {}),
+    "black and white": (noise(70, 50, "1"), {}),
+    "alpha": (noise(70, 50, "RGBA"), {}),
+    "grey with alpha": (noise(70, 50, "LA"), {}),
+    "turned by EXIF": (
+        noise(90, 40),
+        {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_patches_are_those_of_transformers(
+    name: str, tmp_path: Path, processor: ImageProcessor, checkpoint: Path
+) -> None:
+    image, options = SAVED[name]
+    path = tmp_path / "image.png"
+    image.save(path, **options)
+    expected = load_image_processor(checkpoint)([load_image(str(path))], return_tensors="np")
+    patches = processor([path])
+    _, rows, columns = expected["image_grid_thw"][0]
+    assert patches.grids == ((rows // 2, columns // 2),)
+    flat = patches.pixel_values.reshape(expected["pixel_values"].shape)
+    assert np.abs(flat - expected["pixel_values"]).max() <= 1e-6
+    assert patches.pixel_values.dtype == np.float32
+
+
+def test_exif_turns_a_picture(tmp_path: Path) -> None:
+    image, options = SAVED["turned by EXIF"]
+    image.save(tmp_path / "turned.png", **options)
+    assert open_picture(tmp_path / "turned.png").size == (40, 90)
+
+
+def test_several_pictures_stand_one_after_another(processor: ImageProcessor) -> None:
+    pictures = [noise(64, 64), noise(128, 64), noise(80, 200)]
+    together, alone = processor(pictures), [processor([picture]) for picture in pictures]
+    assert together.grids == tuple(one.grids[0] for one in alone)
+    assert np.array_equal(together.pixel_values, np.concatenate([one.pixel_values for one in alone]))
+    assert np.array_equal(np.unique(together.image_ids, return_counts=True)[1], together.tokens)
+    grid = torch.tensor([(1, 2 * rows, 2 * columns) for rows, columns in together.grids])
+    assert np.array_equal(together.position_ids.reshape(-1, 2), get_vision_position_ids(grid, 2).numpy())
+    last = together.of_images(slice(2, 3))
+    assert np.array_equal(last.pixel_values, alone[2].pixel_values)
+
+
+def test_arrays_and_pil_images_are_pictures_too(processor: ImageProcessor) -> None:
+    image = noise(64, 48)
+    assert np.array_equal(processor([image]).pixel_values, processor([np.asarray(image)]).pixel_values)
+    with pytest.raises(InputError, match=r"must be \[H, W, 3\] uint8, got float32"):
+        processor([np.zeros((64, 64, 3), np.float32)])
+    with pytest.raises(InputError, match="got int"):
+        processor([7])  # type: ignore[list-item]
+
+
+def bomb(path: Path, side: int) -> None:
+    """A PNG of a few bytes that claims `side` times `side` pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)))
+
+
+def truncated(path: Path) -> None:
+    noise(64, 64).save(path)
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+BAD_PICTURES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda path: None, "no image at"),
+    "not an image": (lambda path: path.write_text("a picture"), "is not an image that Pillow knows"),
+    "empty": (lambda path: path.touch(), "is not an image that Pillow knows"),
+    "a folder": (lambda path: path.mkdir(), "cannot be read as an image"),
+    "truncated": (truncated, "cannot be decoded"),
+    "1x1": (lambda path: noise(1, 1).save(path, "PNG"), "has 1x1 pixels, each side needs at least 4"),
+    "20,000x10": (lambda path: noise(20_000, 10).save(path, "PNG"), "one side may be at most 200 times the other"),
+    "a bomb": (lambda path: bomb(path, 9_000), f"the limit is {MAX_PIXELS} in all"),
+    "a larger bomb": (lambda path: bomb(path, 100_000), f"more than {MAX_PIXELS} pixels"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PICTURES)
+def test_a_bad_picture_is_one_clear_line(name: str, tmp_path: Path, bundle: Path, run_command: RunCommand) -> None:
+    make, message = BAD_PICTURES[name]
+    make(tmp_path / "picture.png")
+    code, out, error = run_command("ask", bundle, tmp_path / "picture.png", "what is it?")
+    assert (code, out) == (2, "")
+    (line,) = error.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message in line
