@@ -9,10 +9,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import latte.checkpoint
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = {"latte", "export", "runtime", "model_repository"}
 SHIPPED_FILES = {
     "config.json",
     "model.safetensors",
@@ -41,12 +43,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_packages_and_the_shipped_checkpoint_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     top = {name.partition("/")[0] for name in names}
-    assert {name for name in top if not name.endswith(".dist-info")} == {"latte", "export", "runtime"}
+    assert {name for name in top if not name.endswith(".dist-info")} == PACKAGES
     folder = "latte/checkpoints/shapes/"
     assert {name.removeprefix(folder) for name in names if name.startswith(folder)} == SHIPPED_FILES
     source = wheel.parent / "source"
-    packages = ("latte", "export", "runtime")
-    modules = {str(path.relative_to(source)) for package in packages for path in (source / package).rglob("*.py")}
+    modules = {str(path.relative_to(source)) for package in PACKAGES for path in (source / package).rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -61,6 +62,23 @@ def test_the_readme_says_that_this_is_an_independent_implementation() -> None:
     assert "independent implementation" in readme
     assert "2506.06952" in readme
     assert "2506.06952" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_what_is_deployed_is_what_the_service_is() -> None:
+    """No container engine runs here: the files are parsed, and held to the names and ports of the service."""
+    compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text(encoding="utf-8"))
+    (service,) = compose["services"].values()
+    assert (ROOT / "deploy" / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+    deployment, access = yaml.safe_load_all((ROOT / "deploy" / "kubernetes.yaml").read_text(encoding="utf-8"))
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"http": 8000, "grpc": 8001, "metrics": 8002}
+    assert deployment["spec"]["selector"]["matchLabels"] == access["spec"]["selector"]
+    dockerfile = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")
+    for probe in (service["healthcheck"]["test"], container["livenessProbe"]["exec"]["command"]):
+        assert any(word.endswith("/v2/models/latte_flow/generate") for word in probe)
+    for source in re.findall(r"^COPY (\S+)", dockerfile, re.MULTILINE):
+        assert source.startswith("deploy/models") or (ROOT / source).exists(), source
 
 
 def test_every_file_that_the_readme_and_docs_link_to_exists() -> None:

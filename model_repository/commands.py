@@ -1,0 +1,181 @@
+"""The commands of the service: `repository`, `serve` and `client`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from model_repository.client import Client, Response
+from model_repository.layout import write_repository
+from model_repository.schema import Layout, Platform
+from model_repository.server import TritonServer
+from runtime.console import stderr
+from runtime.errors import InputError, ServiceError
+from runtime.files import make_writable_folder
+from runtime.pictures import save_png
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help='Talk to a running service.\n\n\b\nExample:\n  latte-flow client generate "a red star" --seed 7',
+)
+Url = Annotated[str, typer.Option(help="Of Triton's gRPC endpoint.")]
+LayoutOption = Annotated[Layout, typer.Option(help="All engines in one process, or each as a Triton model.")]
+LOCAL = "127.0.0.1:8001"
+
+
+def repository(
+    bundle: Annotated[Path, typer.Argument(help="Folder that `latte-flow export` wrote.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the model repository.")],
+    layout: Annotated[
+        Layout, typer.Option(help="All engines in one process, or each as a Triton model.")
+    ] = "in-process",
+    platform: Annotated[Platform, typer.Option(help="What runs the engines of the layout per-engine.")] = "python",
+    provider: Annotated[str, typer.Option(help="What runs the engines in a Python process.")] = "cpu",
+    gpu: Annotated[
+        list[str] | None, typer.Option(metavar="ENGINE=NUMBER", help="Place an engine; may be given again.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing repository.")] = False,
+) -> None:
+    """Write a Triton model repository from a bundle; it holds the bundle too.
+
+    \b
+    Examples:
+      latte-flow repository bundle models
+      latte-flow repository bundle models --layout per-engine --platform onnxruntime --gpu expert_0=0 --gpu expert_1=1
+    """
+    placement = {}
+    for item in gpu or ():
+        engine, equals, number = item.partition("=")
+        if not equals or not number.isdecimal():
+            raise InputError(f"--gpu takes ENGINE=NUMBER, got {item!r}")
+        placement[engine] = int(number)
+    write_repository(bundle, out, layout=layout, platform=platform, provider=provider, placement=placement, force=force)
+    typer.echo(str(out))
+
+
+def serve(
+    bundle: Annotated[Path, typer.Argument(help="Folder that `latte-flow export` wrote.")],
+    http_port: Annotated[int, typer.Option(help="HTTP; 0 takes a free one.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="gRPC; 0 takes a free one.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="Prometheus metrics; 0 takes a free one.")] = 8002,
+    layout: Annotated[
+        Layout, typer.Option(help="All engines in one process, or each as a Triton model.")
+    ] = "in-process",
+    provider: Annotated[str, typer.Option(help="What runs the engines.")] = "cpu",
+) -> None:
+    """Serve a bundle on this machine with the bundled Triton server, until Ctrl-C; requests in flight finish.
+
+    \b
+    Examples:
+      latte-flow serve bundle
+      latte-flow serve bundle --http-port 0 --grpc-port 0 --metrics-port 0
+    """
+    with tempfile.TemporaryDirectory(prefix="latte-flow-models-") as folder:
+        models = Path(folder) / "models"
+        write_repository(bundle, models, layout=layout, provider=provider, execution_environment=Path(sys.prefix))
+        server = TritonServer(models, http_port, grpc_port, metrics_port)
+        try:
+            with stderr.status("start the server"):
+                server.wait_until_ready()
+            typer.echo(f"http    http://{server.http_url}/v2/models/latte_flow/generate")
+            typer.echo(f"grpc    {server.grpc_url}")
+            typer.echo(f"metrics {server.metrics_url}")
+            code = server.process.wait()
+            raise ServiceError(f"the Triton server ended by itself with code {code}")
+        except KeyboardInterrupt:
+            stderr.print("finish what is in flight …")
+        finally:
+            server.drain()
+
+
+@app.callback()
+def _root() -> None:
+    """An empty callback keeps this a group of commands."""
+
+
+@app.command(name="generate", no_args_is_help=True)
+def client_generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    url: Url = LOCAL,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNGs.")] = Path("."),
+    negative_prompt: Annotated[str, typer.Option(help="What guidance leads away from.")] = "",
+    num_inference_steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 20,
+    guidance_scale: Annotated[float, typer.Option(help="1 is without guidance.")] = 3.0,
+    num_images: Annotated[int, typer.Option(help="Pictures of the prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the first picture.")] = 0,
+    priority: Annotated[int, typer.Option(help="-2 to 2; a higher one is served first.")] = 0,
+    deadline: Annotated[float | None, typer.Option(help="Seconds after which to give up.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Draw through a service; Ctrl-C cancels there too.
+
+    \b
+    Example:
+      latte-flow client generate "a small red circle" --seed 7 -o pictures
+    """
+    make_writable_folder(out)
+    options = {"deadline": deadline} if deadline is not None else {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, transient=True) as progress:
+        task = progress.add_task("draw", total=num_inference_steps * num_images)
+
+        def on_response(response: Response) -> None:
+            if response.event == "progress":
+                progress.advance(task)
+
+        images = Client(url).generate(
+            prompt,
+            on_response=on_response,
+            negative_prompt=negative_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_images=num_images,
+            seed=seed,
+            priority=priority,
+            progress=True,
+            **options,
+        )
+    files = []
+    for index, image in enumerate(images):
+        path = out / f"{index:03d}-{seed + index}.png"
+        save_png(image, path, {"prompt": prompt, "seed": str(seed + index), "Software": "latte-flow"})
+        files.append(str(path))
+    typer.echo(json.dumps({"files": files}) if as_json else "\n".join(files))
+
+
+@app.command(name="ask", no_args_is_help=True)
+def client_ask(
+    images_and_question: Annotated[list[str], typer.Argument(metavar="[IMAGE]... QUESTION")],
+    url: Url = LOCAL,
+    max_new_tokens: Annotated[int, typer.Option(help="The answer is cut here.")] = 128,
+) -> None:
+    """Ask through a service.
+
+    \b
+    Example:
+      latte-flow client ask picture.png "what colour is the circle?"
+    """
+    *images, question = images_and_question
+    typer.echo(Client(url).ask(images, question, max_new_tokens=max_new_tokens))
+
+
+@app.command(name="health", no_args_is_help=False)
+def client_health(url: Url = LOCAL) -> None:
+    """Exit with 0 if the service draws a picture in time, with 1 if not.
+
+    \b
+    Example:
+      latte-flow client health --url localhost:8001
+    """
+    if not Client(url).is_alive():
+        raise ServiceError(f"{url} does not draw; look at the server's log, or load the model again")
+    typer.echo(f"{url} draws")

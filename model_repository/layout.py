@@ -1,0 +1,182 @@
+"""From a bundle to a Triton model repository: configs through protobuf, the models' sources, the bundle beside them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from model_repository.schema import INPUTS, MODEL, OUTPUTS, Field, Layout, Platform, engine_model
+from runtime.errors import InputError
+from runtime.files import replaced_directory, write_text
+from runtime.manifest import FILE_NAME, EngineEntry, load_manifest
+from runtime.requests import Limits
+
+CONFIG_FILE = "config.pbtxt"
+ENGINE_FILE = "engine.json"
+VERSION = "1"
+TRITON_TYPES = {
+    "float32": model_config_pb2.TYPE_FP32,
+    "float16": model_config_pb2.TYPE_FP16,
+    "bfloat16": model_config_pb2.TYPE_BF16,
+    "int64": model_config_pb2.TYPE_INT64,
+    "bool": model_config_pb2.TYPE_BOOL,
+    "uint8": model_config_pb2.TYPE_UINT8,
+}
+SOURCES = Path(__file__).parent
+
+
+def write_repository(
+    bundle: Path,
+    out: Path,
+    *,
+    layout: Layout = "in-process",
+    platform: Platform = "python",
+    provider: str = "cpu",
+    limits: Limits | None = None,
+    placement: Mapping[str, int] | None = None,
+    execution_environment: Path | None = None,
+    force: bool = False,
+) -> None:
+    """Writes the repository of a bundle; it appears at `out` whole or not at all.
+
+    Args:
+        layout: all engines in the process of the model `latte_flow`, or each as a model of its own.
+        platform: what runs the engines of the layout per-engine.
+        provider: what runs the engines in a Python process.
+        limits: what the service accepts.
+        placement: engine name to the number of its GPU, in the layout per-engine; the others run on the CPU.
+        execution_environment: the virtual environment that Python models run in, where it is not the server's own.
+        force: replace a repository.
+
+    Raises:
+        BundleError: the bundle cannot be used.
+        InputError: something is in the way at `out`, or the options do not fit each other.
+    """
+    manifest = load_manifest(bundle)
+    if layout == "in-process" and (platform != "python" or placement):
+        raise InputError("the layout in-process runs its engines in Python; choose a platform and GPUs with per-engine")
+    if unknown := sorted(set(placement or {}) - {engine.name for engine in manifest.engines}):
+        raise InputError(f"the bundle has no engine {unknown[0]!r} to place on a GPU")
+    if out.exists() and not (out / MODEL / CONFIG_FILE).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{out} is not empty and holds no {MODEL} repository; name another folder")
+    if (out / MODEL / CONFIG_FILE).is_file() and not force:
+        raise InputError(f"{out} holds a model repository already; pass --force to replace it")
+    environment = {} if execution_environment is None else {"EXECUTION_ENV_PATH": str(execution_environment.absolute())}
+    service = {"provider": provider, "layout": layout} | environment
+    service |= {name: str(value) for name, value in asdict(limits or Limits()).items()}
+    with replaced_directory(out) as folder:
+        version = _write_model(folder / MODEL, service_config(service), "latte_flow")
+        copy_bundle(bundle, version / "bundle")
+        for engine in manifest.engines if layout == "per-engine" else ():
+            parameters = {"provider": provider} | environment if platform == "python" else {}
+            config = engine_config(engine, platform, (placement or {}).get(engine.name), parameters)
+            version = _write_model(folder / config.name, config, "engine" if platform == "python" else None)
+            _write_engine(bundle, engine, version, platform)
+
+
+def _write_model(folder: Path, config: Any, source: str | None) -> Path:
+    """A model's folder with its config and, where it is in Python, its source; returns the folder of the version."""
+    version = folder / VERSION
+    version.mkdir(parents=True)
+    write_text(folder / CONFIG_FILE, text_format.MessageToString(config))
+    if source is not None:
+        shutil.copyfile(SOURCES / source / "model.py", version / "model.py")
+    return version
+
+
+def _write_engine(bundle: Path, engine: EngineEntry, version: Path, platform: Platform) -> None:
+    """An engine's files in the folder of its version."""
+    files = engine.files
+    if platform == "tensorrt":
+        plan = f"{engine.name}/model.plan"
+        if not (bundle / plan).is_file():
+            raise InputError(f"{bundle} holds no {plan}; build it first, or choose --platform onnxruntime")
+        _link(bundle / plan, version / "model.plan")
+        return
+    for file in files:
+        _link(bundle / file.path, version / Path(file.path).name)
+    if platform == "python":
+        moved = tuple(file.model_copy(update={"path": Path(file.path).name}) for file in files)
+        entry = engine.model_copy(update={"files": moved})
+        write_text(version / ENGINE_FILE, entry.model_dump_json(indent=2) + "\n")
+
+
+def engine_config(engine: EngineEntry, platform: Platform, gpu: int | None, parameters: Mapping[str, str]) -> Any:
+    """The configuration of an engine's own model. Its batches are the scheduler's: Triton's batcher is off."""
+    config = model_config_pb2.ModelConfig(name=engine_model(engine.name), max_batch_size=0)
+    if platform == "python":
+        config.backend = "python"
+    else:
+        config.platform = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}[platform]
+    for specs, tensors, kind in (
+        (engine.inputs, config.input, model_config_pb2.ModelInput),
+        (engine.outputs, config.output, model_config_pb2.ModelOutput),
+    ):
+        for spec in specs:
+            dims = [-1 if isinstance(axis, str) else axis for axis in spec.shape]
+            tensors.append(kind(name=spec.name, data_type=TRITON_TYPES[spec.dtype], dims=dims))
+    _place(config, gpu)
+    _set_parameters(config, parameters)
+    return config
+
+
+def service_config(parameters: Mapping[str, str]) -> Any:
+    """The configuration of the model `latte_flow`."""
+    config = model_config_pb2.ModelConfig(name=MODEL, backend="python", max_batch_size=0)
+    config.model_transaction_policy.decoupled = True
+    _place(config, None)
+    for field in INPUTS:
+        config.input.append(
+            model_config_pb2.ModelInput(name=field.name, data_type=_type(field), dims=field.dims, optional=True)
+        )
+    for field in OUTPUTS:
+        config.output.append(model_config_pb2.ModelOutput(name=field.name, data_type=_type(field), dims=field.dims))
+    _set_parameters(config, parameters)
+    if parameters["layout"] == "per-engine":
+        # Other models cannot be called while this one is initialised, so Triton sends a first request: an empty prompt.
+        warmup = config.model_warmup.add(name="an empty prompt")
+        prompt = warmup.inputs["prompt"]
+        prompt.data_type, prompt.zero_data = model_config_pb2.TYPE_STRING, True
+        prompt.dims.append(1)
+    return config
+
+
+def _place(config: Any, gpu: int | None) -> None:
+    group = config.instance_group.add(count=1)
+    if gpu is None:
+        group.kind = model_config_pb2.ModelInstanceGroup.KIND_CPU
+    else:
+        group.kind = model_config_pb2.ModelInstanceGroup.KIND_GPU
+        group.gpus.append(gpu)
+
+
+def _set_parameters(config: Any, parameters: Mapping[str, str]) -> None:
+    for name, value in parameters.items():
+        config.parameters[name].string_value = value
+
+
+def _type(field: Field) -> Any:
+    name = "STRING" if field.dtype == "BYTES" else field.dtype
+    return model_config_pb2.DataType.Value(f"TYPE_{name}")
+
+
+def copy_bundle(bundle: Path, target: Path) -> None:
+    """The bundle's files, linked where the file system can; the manifest last."""
+    for entry in load_manifest(bundle).files():
+        _link(bundle / entry.path, target / entry.path)
+    _link(bundle / FILE_NAME, target / FILE_NAME)
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,204 @@
+"""The Triton server of the `nvidia-pytriton` wheel, for one machine and for tests: started, watched, drained.
+
+It listens on the loopback interface. Production uses NVIDIA's container; see docs/serving.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from http.client import HTTPConnection
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import tritonclient.http
+from tritonclient.utils import InferenceServerException
+
+from model_repository.schema import MODEL
+from runtime.errors import InputError, MissingExtraError, ServiceError, one_line
+
+HOST = "127.0.0.1"
+START_SECONDS = 120.0
+DRAIN_SECONDS = 60.0
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class TritonServer:
+    """A running `tritonserver` with one model repository.
+
+    Example:
+        >>> with TritonServer(Path("repository")) as server:
+        ...     print(server.grpc_url)
+    """
+
+    def __init__(self, repository: Path, http_port: int = 0, grpc_port: int = 0, metrics_port: int = 0) -> None:
+        self._ports = [port or free_port() for port in (http_port, grpc_port, metrics_port)]
+        self._folder = tempfile.TemporaryDirectory(prefix="latte-flow-triton-")
+        folder = Path(self._folder.name)
+        self.log_file = folder / "log.txt"
+        executable, libraries = _prepare(folder)
+        self._shared_memory = f"latte-flow-{os.getpid()}-{uuid.uuid4().hex[:8]}-"
+        ports = dict(zip(("http", "grpc", "metrics"), self._ports, strict=True))
+        command = [
+            str(executable),
+            f"--model-repository={repository.absolute()}",
+            f"--backend-directory={folder / 'backends'}",
+            "--model-control-mode=explicit",
+            "--load-model=*",
+            "--disable-auto-complete-config",
+            "--exit-timeout-secs=30",
+            f"--backend-config=python,shm-region-prefix-name={self._shared_memory}",
+            *(f"--{name}-address={HOST}" for name in ports),
+            *(f"--{name}-port={port}" for name, port in ports.items()),
+        ]
+        environment = os.environ | {"LD_LIBRARY_PATH": str(libraries)}
+        with self.log_file.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+
+    @property
+    def http_url(self) -> str:
+        return f"{HOST}:{self._ports[0]}"
+
+    @property
+    def grpc_url(self) -> str:
+        return f"{HOST}:{self._ports[1]}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://{HOST}:{self._ports[2]}/metrics"
+
+    def wait_until_ready(self, on_wait: Callable[[], None] = lambda: None) -> None:
+        """Returns once the model has answered a request.
+
+        Raises:
+            ServiceError: the server ended, or did not answer in time; its last lines are in the message.
+        """
+        give_up = time.monotonic() + START_SECONDS
+        while time.monotonic() < give_up:
+            if self.process.poll() is not None:
+                raise ServiceError(f"the Triton server ended with code {self.process.returncode}: {self._last_lines()}")
+            if is_alive(self.http_url):
+                return
+            on_wait()
+            time.sleep(0.1)
+        raise ServiceError(f"the Triton server did not answer within {START_SECONDS:g} s: {self._last_lines()}")
+
+    def drain(self) -> None:
+        """Refuses new requests, lets those in flight finish, and ends the server."""
+        if self.process.poll() is None:
+            with (
+                contextlib.suppress(InferenceServerException, OSError),
+                tritonclient.http.InferenceServerClient(self.http_url, network_timeout=DRAIN_SECONDS) as client,
+            ):
+                client.unload_model(MODEL)
+                give_up = time.monotonic() + DRAIN_SECONDS
+                while time.monotonic() < give_up and any(
+                    entry["name"] == MODEL and entry.get("reason") != "unloaded"
+                    for entry in client.get_model_repository_index()
+                ):
+                    time.sleep(0.05)
+        self.close()
+
+    def reload(self) -> None:
+        """Loads what the repository holds now; the old model serves until the new one can, and finishes what it has.
+
+        Raises:
+            ServiceError: the new one cannot be loaded; the old one goes on.
+        """
+        with tritonclient.http.InferenceServerClient(self.http_url, network_timeout=START_SECONDS) as client:
+            try:
+                client.load_model(MODEL)
+            except InferenceServerException as error:
+                raise ServiceError(f"the Triton server keeps the old model: {one_line(error)}") from error
+
+    def close(self) -> None:
+        """Ends the server and its stubs, and removes its temporary files."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(timeout=DRAIN_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+        # A stub that was killed leaves its region behind.
+        for region in SHARED_MEMORY.glob(f"{self._shared_memory}*"):
+            region.unlink(missing_ok=True)
+        self._folder.cleanup()
+
+    def _last_lines(self) -> str:
+        lines = self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        telling = [line for line in lines if line.startswith("E") or "rror" in line] or lines
+        return " | ".join(telling[-2:])
+
+    def __enter__(self) -> Self:
+        self.wait_until_ready()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def is_alive(url: str, timeout: float = 5.0) -> bool:
+    """Whether the model draws: Triton calls itself ready also when the model's process is dead."""
+    body = b'{"prompt": "", "num_inference_steps": 1, "guidance_scale": 1.0}'
+    connection = http_connection(url, timeout)
+    try:
+        connection.request("POST", f"/v2/models/{MODEL}/generate", body, {"Content-Type": "application/json"})
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+def http_connection(url: str, timeout: float) -> HTTPConnection:
+    """A plain connection to `host:port`."""
+    host, _, port = url.rpartition(":")
+    return HTTPConnection(host, int(port), timeout=timeout)
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _prepare(folder: Path) -> tuple[Path, Path]:
+    """Lays out a backend folder with the stub of this Python; returns the server and its libraries' folder."""
+    spec = find_spec("pytriton")
+    if spec is None or spec.origin is None:
+        raise MissingExtraError('the bundled Triton server is not installed; run: pip install "latte-flow[triton]"')
+    if int(np.__version__.partition(".")[0]) >= 2:
+        raise InputError(
+            f"the bundled Triton server returns wrong tensors with numpy {np.__version__}; run: pip install 'numpy<2'"
+        )
+    site = Path(spec.origin).parents[1]
+    server = site / "pytriton" / "tritonserver"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = server / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.is_file():
+        raise InputError(f"the bundled Triton server has no stub for Python {version}; use 3.8 to 3.13")
+    backend = folder / "backends" / "python"
+    backend.mkdir(parents=True)
+    for file in ("libtriton_python.so", "triton_python_backend_utils.py"):
+        os.symlink(server / "backends" / "python" / file, backend / file)
+    shutil.copy2(stub, backend / stub.name)
+    return server / "bin" / "tritonserver", site / "nvidia_pytriton.libs"

@@ -1,0 +1,30 @@
+"""A real Triton server with the tiny bundle."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from model_repository.layout import write_repository
+from model_repository.server import TritonServer
+from runtime.requests import Limits
+
+LIMITS = Limits(max_queued_images=64)
+
+
+@pytest.fixture(scope="session")
+def repository(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle as a model repository."""
+    out = tmp_path_factory.mktemp("models") / "models"
+    write_repository(bundle, out, limits=LIMITS, execution_environment=Path(sys.prefix))
+    return out
+
+
+@pytest.fixture(scope="session")
+def server(repository: Path) -> Iterator[TritonServer]:
+    """A server for tests that leave it as they found it."""
+    with TritonServer(repository) as running:
+        yield running

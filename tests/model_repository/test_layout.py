@@ -1,0 +1,98 @@
+"""A model repository is made by protobuf, whole, and says what the service accepts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from model_repository.layout import write_repository
+from model_repository.schema import INPUTS, OUTPUTS
+from runtime.errors import BundleError, InputError
+from runtime.manifest import load_manifest
+
+RunCommand = Callable[..., tuple[int, str, str]]
+
+
+def test_the_config_is_one_that_triton_reads(repository: Path) -> None:
+    text = (repository / "latte_flow" / "config.pbtxt").read_text()
+    config = text_format.Parse(text, model_config_pb2.ModelConfig())
+    assert (config.name, config.backend, config.max_batch_size) == ("latte_flow", "python", 0)
+    assert config.model_transaction_policy.decoupled
+    assert [(i.name, i.optional) for i in config.input] == [(field.name, True) for field in INPUTS]
+    assert [o.name for o in config.output] == [field.name for field in OUTPUTS]
+    assert config.parameters["max_steps"].string_value == "200"
+    assert config.parameters["max_queued_images"].string_value == "64"
+
+
+def test_it_holds_the_bundle_and_names_nothing_outside(bundle: Path, tmp_path: Path, run_command: RunCommand) -> None:
+    code, out, error = run_command("repository", bundle, tmp_path / "models")
+    assert (code, error) == (0, "")
+    assert out == f"{tmp_path / 'models'}\n"
+    copied = tmp_path / "models" / "latte_flow" / "1" / "bundle"
+    assert load_manifest(copied) == load_manifest(bundle)
+    config = (tmp_path / "models" / "latte_flow" / "config.pbtxt").read_text()
+    assert str(tmp_path) not in config
+    assert "EXECUTION_ENV_PATH" not in config
+
+
+@pytest.mark.parametrize("platform", ["python", "onnxruntime"])
+def test_each_engine_can_be_a_model_of_its_own(
+    platform: str, bundle: Path, tmp_path: Path, run_command: RunCommand
+) -> None:
+    options = ("--layout", "per-engine", "--platform", platform, "--gpu", "expert_1=3")
+    code, _, error = run_command("repository", bundle, tmp_path / "models", *options)
+    assert code == 0, error
+    for engine in load_manifest(bundle).engines:
+        folder = tmp_path / "models" / f"latte_flow_{engine.name}"
+        config = text_format.Parse((folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+        assert config.name == folder.name
+        assert config.platform == ("onnxruntime_onnx" if platform == "onnxruntime" else "")
+        assert [tensor.name for tensor in config.input] == [spec.name for spec in engine.inputs]
+        assert [list(tensor.dims) for tensor in config.output] == [
+            [-1 if isinstance(axis, str) else axis for axis in spec.shape] for spec in engine.outputs
+        ]
+        group = config.instance_group[0]
+        assert list(group.gpus) == ([3] if engine.name == "expert_1" else [])
+        assert (folder / "1" / "model.onnx").is_file()
+        assert (folder / "1" / "model.py").is_file() == (platform == "python")
+    service = (tmp_path / "models" / "latte_flow" / "config.pbtxt").read_text()
+    assert "per-engine" in service
+
+
+BAD_OPTIONS = {
+    "a platform in process": (("--platform", "onnxruntime"), "the layout in-process runs its engines in Python"),
+    "no plan": (("--layout", "per-engine", "--platform", "tensorrt"), "holds no vision_encoder/model.plan; build it"),
+    "no such engine": (("--layout", "per-engine", "--gpu", "expert_9=0"), "no engine 'expert_9'"),
+    "no number": (("--layout", "per-engine", "--gpu", "expert_0"), "--gpu takes ENGINE=NUMBER"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_options_that_do_not_fit_are_one_clear_line(
+    name: str, bundle: Path, tmp_path: Path, run_command: RunCommand
+) -> None:
+    options, message = BAD_OPTIONS[name]
+    code, out, error = run_command("repository", bundle, tmp_path / "models", *options)
+    assert (code, out) == (2, "")
+    (line,) = error.strip().splitlines()
+    assert message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_in_the_way_stays(bundle: Path, tmp_path: Path, run_command: RunCommand) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="name another folder"):
+        write_repository(bundle, tmp_path, force=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    write_repository(bundle, tmp_path / "models")
+    code, _, error = run_command("repository", bundle, tmp_path / "models")
+    assert code == 2
+    assert "--force" in error
+    assert run_command("repository", bundle, tmp_path / "models", "--force")[0] == 0
+    with pytest.raises(BundleError):
+        write_repository(tmp_path, tmp_path / "others")
+    assert not (tmp_path / "others").exists()
