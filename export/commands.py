@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from export.bundle import export_bundle
@@ -18,7 +17,7 @@ from export.demo import run_demo
 from export.roundtrip import count_agreements, run_roundtrip, sheet_of
 from export.verify import verify_bundle
 from latte.checkpoint import load_checkpoint
-from runtime.console import stderr, stdout
+from runtime.console import progress_bar, stderr, stdout
 from runtime.errors import VerificationError
 from runtime.manifest import ParityRow, Precision
 from runtime.pictures import save_png
@@ -101,8 +100,7 @@ def roundtrip(
       latte-flow roundtrip bundle
       latte-flow roundtrip bundle --shapes 2 --prompts 500 --sheet disagreements.png
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with LatteFlowPipeline.from_pretrained(bundle, provider=provider) as pipe, Progress(*columns, console=stderr) as p:
+    with LatteFlowPipeline.from_pretrained(bundle, provider=provider) as pipe, progress_bar() as p:
         task = p.add_task("draw and ask", total=prompts)
         trips = run_roundtrip(pipe, prompts, shapes, seed, lambda n: p.advance(task, n))
     counts = count_agreements(trips)

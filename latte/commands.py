@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from latte.checkpoint import (
@@ -30,7 +30,7 @@ from latte.score import AnswerScore, DrawingScore, score_answers, score_drawing
 from latte.scorer import ATTRIBUTES
 from latte.training.recipe import RECIPE, STAGES, run_stage
 from latte.understanding import answer
-from runtime.console import stderr, stdout
+from runtime.console import progress_bar, stdout
 from runtime.errors import InputError
 from runtime.pictures import contact_sheet, save_png
 
@@ -136,8 +136,7 @@ def score(
     """
     path = resolve_checkpoint(checkpoint)
     model = load_checkpoint(path)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr) as progress:
+    with progress_bar() as progress:
 
         def draw(texts: object, seeds: object) -> np.ndarray:
             return model.generate(

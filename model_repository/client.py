@@ -24,6 +24,7 @@ from tritonclient.utils import InferenceServerException
 
 from model_repository.schema import CANCELLED, INPUTS, INVALID, MODEL, NUMPY_DTYPES, UNAVAILABLE
 from runtime.errors import CancelledError, InputError, ServiceError, one_line
+from runtime.pictures import png_bytes
 
 _FIELDS = {field.name: field for field in INPUTS}
 RETRIES = 5
@@ -214,6 +215,4 @@ def _encoded(picture: Any) -> bytes:
         except OSError as error:
             raise InputError(f"cannot read {picture}: {error.strerror or error}") from error
     image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="PNG")
-    return buffer.getvalue()
+    return png_bytes(image.convert("RGB"))

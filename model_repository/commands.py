@@ -9,24 +9,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from model_repository.client import Client, Response
 from model_repository.layout import write_repository
 from model_repository.schema import Layout, Platform
 from model_repository.server import TritonServer
-from runtime.console import stderr
+from runtime.console import command_group, progress_bar, stderr
 from runtime.errors import InputError, ServiceError
 from runtime.files import make_writable_folder
 from runtime.pictures import save_png
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    help='Talk to a running service.\n\n\b\nExample:\n  latte-flow client generate "a red star" --seed 7',
-)
+app = command_group('Talk to a running service.\n\n\b\nExample:\n  latte-flow client generate "a red star" --seed 7')
 Url = Annotated[str, typer.Option(help="Of Triton's gRPC endpoint.")]
 LayoutOption = Annotated[Layout, typer.Option(help="All engines in one process, or each as a Triton model.")]
 LOCAL = "127.0.0.1:8001"
@@ -35,9 +28,7 @@ LOCAL = "127.0.0.1:8001"
 def repository(
     bundle: Annotated[Path, typer.Argument(help="Folder that `latte-flow export` wrote.")],
     out: Annotated[Path, typer.Argument(help="Folder for the model repository.")],
-    layout: Annotated[
-        Layout, typer.Option(help="All engines in one process, or each as a Triton model.")
-    ] = "in-process",
+    layout: LayoutOption = "in-process",
     platform: Annotated[Platform, typer.Option(help="What runs the engines of the layout per-engine.")] = "python",
     provider: Annotated[str, typer.Option(help="What runs the engines in a Python process.")] = "cpu",
     gpu: Annotated[
@@ -67,9 +58,7 @@ def serve(
     http_port: Annotated[int, typer.Option(help="HTTP; 0 takes a free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="gRPC; 0 takes a free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Prometheus metrics; 0 takes a free one.")] = 8002,
-    layout: Annotated[
-        Layout, typer.Option(help="All engines in one process, or each as a Triton model.")
-    ] = "in-process",
+    layout: LayoutOption = "in-process",
     provider: Annotated[str, typer.Option(help="What runs the engines.")] = "cpu",
 ) -> None:
     """Serve a bundle on this machine with the bundled Triton server, until Ctrl-C; requests in flight finish.
@@ -97,11 +86,6 @@ def serve(
             server.drain()
 
 
-@app.callback()
-def _root() -> None:
-    """An empty callback keeps this a group of commands."""
-
-
 @app.command(name="generate", no_args_is_help=True)
 def client_generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
@@ -124,8 +108,7 @@ def client_generate(
     """
     make_writable_folder(out)
     options = {"deadline": deadline} if deadline is not None else {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, transient=True) as progress:
+    with progress_bar(transient=True) as progress:
         task = progress.add_task("draw", total=num_inference_steps * num_images)
 
         def on_response(response: Response) -> None:

@@ -15,7 +15,7 @@ from tritonclient.grpc import model_config_pb2
 from model_repository.schema import INPUTS, MODEL, OUTPUTS, Field, Layout, Platform, engine_model
 from runtime.errors import InputError
 from runtime.files import replaced_directory, write_text
-from runtime.manifest import FILE_NAME, EngineEntry, load_manifest
+from runtime.manifest import FILE_NAME, EngineEntry, Manifest, load_manifest
 from runtime.requests import Limits
 
 CONFIG_FILE = "config.pbtxt"
@@ -73,7 +73,7 @@ def write_repository(
     service |= {name: str(value) for name, value in asdict(limits or Limits()).items()}
     with replaced_directory(out) as folder:
         version = _write_model(folder / MODEL, service_config(service), "latte_flow")
-        copy_bundle(bundle, version / "bundle")
+        copy_bundle(bundle, manifest, version / "bundle")
         for engine in manifest.engines if layout == "per-engine" else ():
             parameters = {"provider": provider} | environment if platform == "python" else {}
             config = engine_config(engine, platform, (placement or {}).get(engine.name), parameters)
@@ -93,17 +93,16 @@ def _write_model(folder: Path, config: Any, source: str | None) -> Path:
 
 def _write_engine(bundle: Path, engine: EngineEntry, version: Path, platform: Platform) -> None:
     """An engine's files in the folder of its version."""
-    files = engine.files
     if platform == "tensorrt":
         plan = f"{engine.name}/model.plan"
         if not (bundle / plan).is_file():
             raise InputError(f"{bundle} holds no {plan}; build it first, or choose --platform onnxruntime")
         _link(bundle / plan, version / "model.plan")
         return
-    for file in files:
+    for file in engine.files:
         _link(bundle / file.path, version / Path(file.path).name)
     if platform == "python":
-        moved = tuple(file.model_copy(update={"path": Path(file.path).name}) for file in files)
+        moved = tuple(file.model_copy(update={"path": Path(file.path).name}) for file in engine.files)
         entry = engine.model_copy(update={"files": moved})
         write_text(version / ENGINE_FILE, entry.model_dump_json(indent=2) + "\n")
 
@@ -167,9 +166,9 @@ def _type(field: Field) -> Any:
     return model_config_pb2.DataType.Value(f"TYPE_{name}")
 
 
-def copy_bundle(bundle: Path, target: Path) -> None:
+def copy_bundle(bundle: Path, manifest: Manifest, target: Path) -> None:
     """The bundle's files, linked where the file system can; the manifest last."""
-    for entry in load_manifest(bundle).files():
+    for entry in manifest.files():
         _link(bundle / entry.path, target / entry.path)
     _link(bundle / FILE_NAME, target / FILE_NAME)
 

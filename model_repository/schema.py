@@ -20,6 +20,7 @@ from PIL import Image
 from runtime.answers import AnswerSettings
 from runtime.chat import Message, user_message
 from runtime.errors import InputError
+from runtime.pictures import png_bytes
 from runtime.requests import GenerationRequest
 
 MODEL = "latte_flow"
@@ -183,9 +184,7 @@ def write_images(pixels: np.ndarray, image_format: ImageFormat) -> tuple[str, np
     """The output tensor of pictures `[n, height, width, 3]` uint8: its name and value."""
     if image_format == "raw":
         return "images", pixels
-    files = []
-    for image in pixels:
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, format="PNG")
-        files.append(buffer.getvalue() if image_format == "png" else base64.b64encode(buffer.getvalue()))
+    files = [png_bytes(Image.fromarray(image)) for image in pixels]
+    if image_format == "png_base64":
+        files = [base64.b64encode(file) for file in files]
     return "png", np.array(files, dtype=np.object_)

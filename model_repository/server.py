@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
 from http.client import HTTPConnection
 from importlib.util import find_spec
 from pathlib import Path
@@ -81,7 +80,7 @@ class TritonServer:
     def metrics_url(self) -> str:
         return f"http://{HOST}:{self._ports[2]}/metrics"
 
-    def wait_until_ready(self, on_wait: Callable[[], None] = lambda: None) -> None:
+    def wait_until_ready(self) -> None:
         """Returns once the model has answered a request.
 
         Raises:
@@ -93,7 +92,6 @@ class TritonServer:
                 raise ServiceError(f"the Triton server ended with code {self.process.returncode}: {self._last_lines()}")
             if is_alive(self.http_url):
                 return
-            on_wait()
             time.sleep(0.1)
         raise ServiceError(f"the Triton server did not answer within {START_SECONDS:g} s: {self._last_lines()}")
 

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from runtime.errors import BundleError, InputError, one_line
 from runtime.images import ImagePatches, ImageProcessor, Picture
 from runtime.manifest import Manifest, check_file
+from runtime.prompts import refuse_special_tokens
 
 Message = Mapping[str, Any]
 TEMPLATE_FILE = "chat_template.jinja"
@@ -72,10 +73,15 @@ class ChatProcessor:
         Raises:
             InputError: a conversation that cannot be read, or that is longer than the model's limit.
         """
-        texts, pictures, images_of = [], [], []
+        texts: list[str] = []
+        pictures: list[Picture] = []
+        images_of: list[int] = []
         for conversation in conversations:
-            found = _pictures_of(conversation)
-            self._refuse_special_tokens(conversation)
+            parts = _parts_of(conversation)
+            found = [part["image"] for part in parts if part["type"] == "image"]
+            for part in parts:
+                if part["type"] == "text":
+                    refuse_special_tokens("message", part["text"], self._prompt)
             texts.append(self._render(conversation))
             images_of.append(len(found))
             pictures += found
@@ -92,12 +98,6 @@ class ChatProcessor:
             return self._template.render(messages=conversation, add_generation_prompt=True)
         except TemplateError as error:
             raise InputError(f"the model's chat template refuses the conversation: {one_line(error)}") from error
-
-    def _refuse_special_tokens(self, conversation: Sequence[Message]) -> None:
-        for text in _texts_of(conversation):
-            for token in self._prompt.special_tokens:
-                if token in text:
-                    raise InputError(f"a message must not hold the model's special token {token}; remove it")
 
     def _row(self, text: str, grids: Sequence[tuple[int, int]]) -> tuple[list[int], np.ndarray]:
         """Token ids with each image's place as wide as its tokens, and their M-RoPE positions `[3, T]`."""
@@ -197,11 +197,3 @@ def _parts_of(conversation: Sequence[Message]) -> list[Mapping[str, Any]]:
     if conversation[-1]["role"] != "user":
         raise InputError(f"the last message must be the user's, got the {conversation[-1]['role']}'s")
     return parts
-
-
-def _pictures_of(conversation: Sequence[Message]) -> list[Picture]:
-    return [part["image"] for part in _parts_of(conversation) if part["type"] == "image"]
-
-
-def _texts_of(conversation: Sequence[Message]) -> list[str]:
-    return [part["text"] for part in _parts_of(conversation) if part["type"] == "text"]

@@ -14,7 +14,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from runtime.console import stderr
+from runtime.console import command_group, stderr
 from runtime.errors import LatteFlowError, MissingExtraError
 
 
@@ -105,19 +105,7 @@ def load_command(name: str) -> Any:
     return typer.main.get_command(single)
 
 
-app = typer.Typer(
-    cls=LazyGroup,
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    help="LaTtE-Flow from checkpoint to production: train, export, verify, generate.",
-)
-
-
-@app.callback()
-def _root() -> None:
-    """An empty callback keeps this a group of commands."""
+app = command_group("LaTtE-Flow from checkpoint to production: train, export, verify, generate.", LazyGroup)
 
 
 def main() -> None:

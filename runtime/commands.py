@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from runtime.answers import DEFAULT_MAX_NEW_TOKENS
-from runtime.console import stderr, stdout
+from runtime.console import progress_bar, stdout
 from runtime.errors import InputError
 from runtime.files import make_writable_folder
 from runtime.manifest import Manifest, TensorSpec, load_manifest
@@ -50,8 +49,7 @@ def generate(
     """
     with LatteFlowPipeline.from_pretrained(bundle, provider=provider) as pipe:
         make_writable_folder(out)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=stderr, transient=True) as progress:
+        with progress_bar(transient=True) as progress:
             task = progress.add_task("sample", total=max(num_inference_steps, 0))
             output = pipe(
                 prompts,

@@ -199,7 +199,7 @@ class LatteFlowPipeline:
 
     @cached_property
     def answerer(self) -> Answerer:
-        """What answers; made when the first question comes, for its processor takes a second to import."""
+        """What answers; made when the first question comes."""
         chat = ChatProcessor.from_bundle(self.bundle, self.manifest, self._prompts.tokenizer)
         return Answerer(self.engines, chat, self._prompts.tokenizer, self.manifest.understanding)
 
@@ -307,7 +307,7 @@ class PreparedRun:
 
     def step(self, latents: np.ndarray, t: float, t_next: float) -> np.ndarray:
         """One step from `latents` `[B, C, H, W]` float32; returns the next ones."""
-        return self.sampler.step(latents, latents[self.batch.row_of()], t, t_next)[0].numpy()
+        return self.sampler.step(latents, self.sampler.rows_of(latents), t, t_next)[0].numpy()
 
 
 def _adapt(pipeline: LatteFlowPipeline, callback: Callback) -> Callable[[SamplerStep], np.ndarray | None]:

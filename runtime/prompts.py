@@ -33,9 +33,7 @@ class PromptEncoder:
         """
         if not isinstance(prompt, str):
             raise InputError(f"a prompt must be text, got {type(prompt).__name__}")
-        for token in self._format.special_tokens:
-            if token in prompt:
-                raise InputError(f"a prompt must not hold the model's special token {token}; remove it")
+        refuse_special_tokens("prompt", prompt, self._format)
         text = self._format.before + prompt + self._format.after
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         if len(ids) > self._format.max_tokens:
@@ -55,3 +53,10 @@ class PromptEncoder:
             ids[i, : len(row)] = row
             mask[i, : len(row)] = True
         return ids, mask
+
+
+def refuse_special_tokens(what: str, text: str, prompt_format: PromptFormat) -> None:
+    """Raises `InputError` if a text would speak the template's own language."""
+    for token in prompt_format.special_tokens:
+        if token in text:
+            raise InputError(f"a {what} must not hold the model's special token {token}; remove it")

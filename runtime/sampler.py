@@ -83,15 +83,20 @@ class Sampler:
     def run(self, latents: np.ndarray, times: Sequence[float], on_step: OnStep | None = None) -> Value:
         """Integrates from `latents` `[B, C, H, W]` float32 along the time grid; returns the last latents."""
         x: Value = latents
-        rows: Value = latents[self._constants["row_of"]]
+        rows: Value = self.rows_of(latents)
         for index, (t, t_next) in enumerate(itertools.pairwise(times)):
             x, rows = self.step(x, rows, t, t_next)
             if on_step is not None:
                 replaced = on_step(SamplerStep(index, t, t_next, self._schedule.group_of(t), x))
                 if replaced is not None:
                     x = replaced
-                    rows = to_host(replaced)[self._constants["row_of"]]
+                    rows = self.rows_of(replaced)
         return x
+
+    def rows_of(self, latents: Value) -> np.ndarray:
+        """The latents of every row `[R, C, H, W]` from those of the images `[B, C, H, W]`."""
+        rows: np.ndarray = to_host(latents)[self._constants["row_of"]]
+        return rows
 
     def step(
         self, latents: Value, row_latents: Value, t: float | np.ndarray, t_next: float | np.ndarray

@@ -43,11 +43,10 @@ class PipelineStations:
     def step(self, group: int, jobs: Sequence[Job]) -> list[np.ndarray]:
         """One step of every job, each at its own time."""
         latents = np.stack([job.latents for job in jobs])
-        rows = [i for i, job in enumerate(jobs) if job.rows == 2]
         t = np.array([job.times[job.index] for job in jobs])
         t_next = np.array([job.times[job.index + 1] for job in jobs])
-        row_latents = latents[[*range(len(jobs)), *rows]]
-        return list(self._sampler(jobs).step(latents, row_latents, t, t_next)[0].numpy())
+        sampler = self._sampler(jobs)
+        return list(sampler.step(latents, sampler.rows_of(latents), t, t_next)[0].numpy())
 
     def _sampler(self, jobs: Sequence[Job]) -> Sampler:
         """The jobs' prefixes side by side: arranged anew only when the batch is another one."""

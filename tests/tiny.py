@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderDC
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from latte.checkpoint import assemble, save_checkpoint
 from latte.model import LatteFlow
 from latte.training.vlm import SPECIAL_TOKENS, small_image_processor, train_tokenizer
+from runtime.manifest import file_entry, load_manifest, save_manifest
 
 BOUNDARIES = (0.0, 0.3, 1.0)
 
@@ -112,3 +114,18 @@ def save_tiny(path: Path, variant: str = "couple") -> LatteFlow:
     model = tiny_model(variant)
     save_checkpoint(model, small_image_processor(), path)
     return model
+
+
+def scale_weight(bundle: Path, engine: str, name_part: str, factor: float) -> None:
+    """Changes one matrix of an engine, in a bundle whose manifest then says that it is meant to be so."""
+    weights = bundle / engine / "weights.safetensors"
+    tensors = load_file(weights)
+    name = next(name for name in tensors if name_part in name and tensors[name].ndim == 2)
+    tensors[name] *= factor
+    save_file(tensors, weights)
+    manifest = load_manifest(bundle)
+    engines = [
+        entry.model_copy(update={"files": tuple(file_entry(bundle, file.path) for file in entry.files)})
+        for entry in manifest.engines
+    ]
+    save_manifest(manifest.model_copy(update={"engines": tuple(engines)}), bundle)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from export.benchmarks.machine import describe_machine
@@ -20,7 +19,7 @@ from export.benchmarks.understanding import Report, measure
 from export.bundle import export_bundle
 from export.commands import staged
 from latte.checkpoint import load_checkpoint
-from runtime.console import stderr, stdout
+from runtime.console import command_group, progress_bar, stderr, stdout
 from runtime.pipeline import LatteFlowPipeline
 from runtime.requests import GenerationRequest
 
@@ -29,18 +28,7 @@ SHARES = (0.5, 0.8, 0.95)
 """Of capacity, at which requests arrive."""
 TRITON_ROUNDS = 3
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    help="Measure side by side, on this machine.\n\n\b\nExample:\n  latte-flow bench understanding --json",
-)
-
-
-@app.callback()
-def _root() -> None:
-    """An empty callback keeps this a group of commands."""
+app = command_group("Measure side by side, on this machine.\n\n\b\nExample:\n  latte-flow bench understanding --json")
 
 
 @app.command(no_args_is_help=False)
@@ -65,8 +53,7 @@ def understanding(
                 export_bundle(checkpoint, bundle, verify=False, on_stage=on_stage)
         model = load_checkpoint(checkpoint)
         model.vlm.set_attn_implementation("sdpa")
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with LatteFlowPipeline.from_pretrained(bundle) as pipe, Progress(*columns, console=stderr) as progress:
+        with LatteFlowPipeline.from_pretrained(bundle) as pipe, progress_bar() as progress:
             task = progress.add_task("answer", total=rounds)
             report = measure(pipe, model, new_tokens, rounds, lambda: progress.advance(task))
     machine = describe_machine()
@@ -164,11 +151,7 @@ def _triton_loads(bundle: Path, requests: int) -> list[Load]:
             for _ in range(TRITON_ROUNDS):
                 with in_process(pipe, "step-level") as serve:
                     runs["in process"].append(in_flight(serve, "in process", 16, requests))
-                runs["Triton"].append(
-                    in_flight(
-                        lambda request: client.generate(request.prompt, seed=request.seed), "Triton", 16, requests
-                    )
-                )
+                runs["Triton"].append(in_flight(through_triton, "Triton", 16, requests))
     return [sorted(of_one, key=lambda load: load.images_per_second)[len(of_one) // 2] for of_one in runs.values()]
 
 

@@ -197,7 +197,8 @@ class Metrics:
             "pending": pb_utils.MetricFamily("latte_flow_pending_images", "Images now", pb_utils.MetricFamily.GAUGE),
         }
         self._pending = self._families["pending"].Metric(labels={})
-        self._counters: dict[tuple[str, str, str], Any] = {}
+        self._counters: dict[tuple[str, str, str], tuple[Any, float]] = {}
+        """Metric and what it was told so far: asking it costs a call to the server, a hundred times a second."""
         for group in range(groups):
             self._set("steps", "group", str(group), 0)
         for name in self.COUNTED:
@@ -218,9 +219,11 @@ class Metrics:
     def _set(self, family: str, label: str, value: str, total: float) -> None:
         key = (family, label, value)
         if key not in self._counters:
-            self._counters[key] = self._families[family].Metric(labels={label: value})
-        metric = self._counters[key]
-        metric.increment(max(0.0, total - metric.value()))
+            self._counters[key] = (self._families[family].Metric(labels={label: value}), 0.0)
+        metric, told = self._counters[key]
+        if total > told:
+            metric.increment(total - told)
+            self._counters[key] = (metric, total)
 
 
 def send(sender: Any, outputs: Mapping[str, str | int | np.ndarray], *, last: bool = False) -> None:

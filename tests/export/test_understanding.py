@@ -21,7 +21,7 @@ from runtime.answers import AnswerSettings
 from runtime.chat import user_message
 from runtime.pipeline import LatteFlowPipeline
 from tests.reference import reference_logits, reference_tokens
-from tests.tiny import tiny_autoencoder
+from tests.tiny import scale_weight, tiny_autoencoder
 
 
 @pytest.fixture(scope="module")
@@ -153,20 +153,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 def test_a_wrong_weight_of_the_tower_is_found(bundle_copy: Path, checkpoint: Path, run_command: Run) -> None:
-    from safetensors.torch import load_file, save_file
-
-    from runtime.manifest import file_entry, load_manifest, save_manifest
-
-    weights = bundle_copy / "vision_encoder" / "weights.safetensors"
-    tensors = load_file(weights)
-    tensors["tower.merger.mlp.2.weight"] *= 1.02
-    save_file(tensors, weights)
-    manifest = load_manifest(bundle_copy)
-    engines = [
-        engine.model_copy(update={"files": tuple(file_entry(bundle_copy, file.path) for file in engine.files)})
-        for engine in manifest.engines
-    ]
-    save_manifest(manifest.model_copy(update={"engines": tuple(engines)}), bundle_copy)
+    scale_weight(bundle_copy, "vision_encoder", "merger.mlp.2", 1.02)
     code, _, error = run_command("verify", bundle_copy, checkpoint)
     assert code == 1
     assert "first at rung engine: vision_encoder" in error

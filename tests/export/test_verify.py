@@ -10,14 +10,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import SanaMultiscaleLinearAttention
-from safetensors.torch import load_file, save_file
 
 from export.dc_ae import LinearAttentionProcessor
 from export.verify import psnr_db, relative_error, verify_bundle
 from runtime.errors import InputError
-from runtime.manifest import file_entry, load_manifest, save_manifest
 from runtime.schedule import ExpertSchedule
-from tests.tiny import tiny_model
+from tests.tiny import scale_weight, tiny_model
 
 
 def test_a_faithful_bundle_passes_every_rung(
@@ -36,17 +34,7 @@ def test_a_wrong_weight_is_traced_to_its_engine_and_group(
     bundle_copy: Path, checkpoint: Path, run_command: Callable[..., tuple[int, str, str]]
 ) -> None:
     """One weight of the second expert is 2 % off, the manifest says it is meant to be so."""
-    weights = bundle_copy / "expert_1" / "weights.safetensors"
-    tensors = load_file(weights)
-    name = next(name for name in tensors if "heads" in name and tensors[name].ndim == 2)
-    tensors[name] *= 1.02
-    save_file(tensors, weights)
-    manifest = load_manifest(bundle_copy)
-    engines = [
-        engine.model_copy(update={"files": tuple(file_entry(bundle_copy, file.path) for file in engine.files)})
-        for engine in manifest.engines
-    ]
-    save_manifest(manifest.model_copy(update={"engines": tuple(engines)}), bundle_copy)
+    scale_weight(bundle_copy, "expert_1", "heads", 1.02)
     code, _, error = run_command("verify", bundle_copy, checkpoint)
     assert code == 1
     assert "first at rung engine: expert_1" in error
