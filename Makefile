@@ -26,7 +26,7 @@ format: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cpu,export,triton,test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cpu,export,rtx,triton,test]"
 	touch $@
 
 clean:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 
 from export.components import (
     TORCH_DTYPES,
+    WIDE_SOFTMAX,
     Component,
     decoder_component,
     expert_component,
@@ -27,11 +29,12 @@ from export.components import (
 )
 from export.dc_ae import use_linear_attention
 from export.graphs import bind, quiet_exporter, save_engine, trace
+from export.plans.build import carry_plans
 from export.verify import verify_bundle
 from latte.checkpoint import load_checkpoint, resolve_checkpoint
 from latte.model import LatteFlow
 from runtime.errors import InputError
-from runtime.files import make_writable_folder, replaced_directory
+from runtime.files import check_replaceable, replaced_directory
 from runtime.manifest import (
     FILE_NAME,
     SCHEMA_VERSION,
@@ -87,7 +90,7 @@ def export_bundle(
         )
     if precision == "bf16" and fuse:
         raise InputError("ONNX Runtime's fused operators do not know bf16; leave out --fuse")
-    _check_target(bundle, force)
+    check_replaceable(bundle, FILE_NAME, "bundle", force=force)
     on_stage("load the checkpoint")
     path = resolve_checkpoint(checkpoint)
     model = load_checkpoint(path)
@@ -108,23 +111,14 @@ def export_bundle(
             engines=tuple(engines),
             tokenizer_files=tuple(file_entry(folder, n) for n in TOKENIZER_FILES if (folder / n).is_file()),
         )
+        if (bundle / FILE_NAME).is_file():
+            manifest = carry_plans(bundle, folder, manifest)
         save_manifest(manifest, folder)
         if verify:
             on_stage("verify against PyTorch")
             manifest = manifest.model_copy(update={"parity": tuple(verify_bundle(folder, model))})
             save_manifest(manifest, folder)
     return manifest, [row for row in manifest.parity or () if not row.passed]
-
-
-def _check_target(bundle: Path, force: bool) -> None:
-    if bundle.exists() and not bundle.is_dir():
-        raise InputError(f"{bundle} is a file; name a folder for the bundle")
-    if bundle.is_dir() and any(bundle.iterdir()):
-        if not (bundle / FILE_NAME).is_file():
-            raise InputError(f"{bundle} is not empty and holds no bundle; name another folder")
-        if not force:
-            raise InputError(f"{bundle} holds a bundle already; pass --force to replace it")
-    make_writable_folder(bundle.parent)
 
 
 def _export_engines(
@@ -201,7 +195,7 @@ def _export_engines(
 
 def vision_component_of(model: LatteFlow, precision: Precision) -> Component:
     """`vision_encoder` of a model."""
-    vision_config = model.vlm.config.vision_config
+    vision_config = copy.deepcopy(model.vlm.config.vision_config)
     return vision_component(
         precision,
         vision_config,
@@ -214,8 +208,8 @@ def language_component_of(model: LatteFlow, precision: Precision) -> Component:
     vlm_config = model.vlm.config
 
     def build() -> tuple[nn.Module, nn.Linear | None]:
-        text_config = vlm_config.text_config
-        text = Qwen2VLTextModel._from_config(text_config, attn_implementation="eager")
+        text_config = copy.deepcopy(vlm_config.text_config)  # it takes the implementation's name in
+        text = Qwen2VLTextModel._from_config(text_config, attn_implementation=WIDE_SOFTMAX)
         head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         return text, None if vlm_config.tie_word_embeddings else head
 

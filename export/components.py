@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from latte.checkpoint import VLM_FROM_FLOW
 from latte.config import LatteFlowConfig
@@ -89,13 +90,13 @@ class LanguageGraph(nn.Module):
         # The images' embeddings take their places in order; `masked_scatter` would be NonZero, which TensorRT rejects.
         is_image = input_ids == self.image_token_id
         place = is_image.reshape(-1).long().cumsum(0).sub(1).clamp(min=0).reshape(rows, tokens)
-        hidden = torch.where(is_image[..., None], nn.functional.embedding(place, image_embeds.to(hidden.dtype)), hidden)
-        rotary = tuple(part.to(hidden.dtype) for part in text.rotary_emb(hidden.float(), position_ids))
+        dtype = hidden.dtype
+        hidden = torch.where(is_image[..., None], nn.functional.embedding(place, image_embeds), hidden.float())
+        rotary = tuple(part.to(dtype) for part in text.rotary_emb(hidden, position_ids))
         query = past + torch.arange(tokens, device=input_ids.device)
         key = torch.arange(attention_mask.shape[1], device=input_ids.device)
         visible = (key[None, :] <= query[:, None])[None, None] & attention_mask[:, None, None, :]
-        lowest = torch.finfo(hidden.dtype).min
-        mask = torch.zeros((), dtype=hidden.dtype).expand(visible.shape).masked_fill(~visible, lowest)
+        mask = torch.zeros(()).expand(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
         cache = KeyValueCache(
             {
                 layer: (kv[index, 0], kv[index, 1])
@@ -103,10 +104,14 @@ class LanguageGraph(nn.Module):
                 for index, layer in enumerate(self.config.layers_of(group))
             }
         )
+        # transformers' own loop, with the residual stream in fp32.
         for layer in text.layers:
-            hidden = layer(
-                hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, use_cache=True
+            normed = layer.input_layernorm(hidden).to(dtype)
+            attended, _ = layer.self_attn(
+                normed, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, use_cache=True
             )
+            hidden = hidden + attended
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden).to(dtype))
         last = attention_mask[:, past:].long().sum(dim=1).sub(1).clamp(min=0)
         last_hidden = text.norm(hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[-1])).squeeze(1))
         head = text.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
@@ -115,7 +120,7 @@ class LanguageGraph(nn.Module):
             torch.stack([torch.stack(cache.layers[layer]) for layer in self.config.layers_of(group)])
             for group in groups
         )
-        return nn.functional.linear(last_hidden, head).float(), *kv
+        return nn.functional.linear(last_hidden.to(dtype), head).float(), *kv
 
 
 class KeyValueCache:
@@ -144,17 +149,19 @@ class VisionGraph(nn.Module):
         tower: Any = self.tower
         merged = pixel_values.shape[1]
         weight = tower.patch_embed.proj.weight
-        hidden = nn.functional.linear(pixel_values.flatten(0, 1).to(weight.dtype), weight.flatten(1))
-        cos, sin = (part.unsqueeze(1) for part in tower.rotary_pos_emb(hidden.float(), position_ids.flatten(0, 1)))
+        dtype = weight.dtype
+        hidden = nn.functional.linear(pixel_values.flatten(0, 1).to(dtype), weight.flatten(1)).float()
+        cos, sin = (part.unsqueeze(1) for part in tower.rotary_pos_emb(hidden, position_ids.flatten(0, 1)))
         image_of = image_ids[:, None].expand(-1, merged).reshape(-1)
         apart = image_of[:, None] != image_of[None, :]
         mask = (
             torch.zeros((), dtype=torch.float32).expand(apart.shape).masked_fill(apart, torch.finfo(torch.float32).min)
         )
         for block in tower.blocks:
-            hidden = hidden + self._attend(block.attn, block.norm1(hidden), cos, sin, mask)
-            hidden = hidden + block.mlp(block.norm2(hidden))
-        embeds: Tensor = tower.merger(hidden)
+            hidden = hidden + self._attend(block.attn, wide_layer_norm(block.norm1, hidden).to(dtype), cos, sin, mask)
+            hidden = hidden + block.mlp(wide_layer_norm(block.norm2, hidden).to(dtype))
+        normed = wide_layer_norm(tower.merger.ln_q, hidden).to(dtype)
+        embeds: Tensor = tower.merger.mlp(normed.view(-1, tower.merger.hidden_size))
         return embeds.float()
 
     @staticmethod
@@ -204,6 +211,43 @@ class DecoderGraph(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         dtype = next(self.decoder.parameters()).dtype
         return pixels_to_uint8(self.decoder((latents * self.latents_std + self.latents_mean).to(dtype)))
+
+
+def wide_softmax_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention for transformers' layers, its softmax in fp32 whatever the dtype of the weights.
+
+    transformers' own asks for the same with `softmax(dtype=torch.float32)`, which the exporter turns into a
+    softmax in half precision and a cast after it. The query heads of a key-value head stand one after
+    another, so that keys and values need not be repeated.
+
+    Args:
+        query: `[B, Hq, S, D]`.
+        key, value: `[B, Hkv, T, D]`.
+        attention_mask: 0 or the lowest number, `[B, 1, S, T]` float32.
+    """
+    rows, heads, tokens, head_dim = query.shape
+    grouped = query.reshape(rows, key.shape[1], -1, head_dim)
+    scores = (torch.matmul(grouped, key.transpose(-1, -2)) * scaling).float()
+    weights = (scores.reshape(rows, heads, tokens, -1) + attention_mask).softmax(dim=-1).to(value.dtype)
+    attended = torch.matmul(weights.reshape(rows, key.shape[1], heads // key.shape[1] * tokens, -1), value)
+    return attended.reshape(rows, heads, tokens, head_dim).transpose(1, 2), None
+
+
+WIDE_SOFTMAX = "latte_flow_wide_softmax"
+AttentionInterface.register(WIDE_SOFTMAX, wide_softmax_attention)
+
+
+def wide_layer_norm(norm: nn.LayerNorm, hidden: Tensor) -> Tensor:
+    """Layer normalisation in fp32, whatever the dtype of the weights."""
+    return nn.functional.layer_norm(hidden, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
 
 
 def cast_parameters(module: ModuleT, dtype: torch.dtype) -> ModuleT:

@@ -123,7 +123,7 @@ class FlowLayer(nn.Module):
         """One layer.
 
         Args:
-            hidden: `[R, N, hidden]`.
+            hidden: the residual stream, `[R, N, hidden]` float32 whatever the weights' dtype.
             time: silu of the timestep embedding, `[R, hidden]`.
             modulation: the shared part of adaLN-single, `[R, 6, hidden]`.
             rotary: cosines and sines of the latents' positions, each `[R, 1, N, D]` float32.
@@ -135,12 +135,13 @@ class FlowLayer(nn.Module):
             the new hidden states, and S_l.
         """
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (
-            (modulation + self.scale_shift_table).unsqueeze(2).unbind(1)
+            (modulation.float() + self.scale_shift_table).unsqueeze(2).unbind(1)
         )
+        narrow = self.q_proj.weight.dtype
         normed = self.input_layernorm(hidden) * (1 + scale_1) + shift_1
-        attended, scores = self._attend(normed, time, rotary, prefix, mask, previous_scores)
+        attended, scores = self._attend(normed.to(narrow), time, rotary, prefix, mask, previous_scores)
         hidden = hidden + (1 + gate_1) * attended
-        normed = self.post_attention_layernorm(hidden) * (1 + scale_2) + shift_2
+        normed = (self.post_attention_layernorm(hidden) * (1 + scale_2) + shift_2).to(narrow)
         mlp = self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
         return hidden + (1 + gate_2) * mlp, scores
 
@@ -189,8 +190,8 @@ class VelocityHead(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.latent_channels)
 
     def forward(self, hidden: Tensor, time: Tensor) -> Tensor:
-        shift, scale = self.modulation(time).unsqueeze(1).chunk(2, dim=-1)
-        return self.proj(self.norm(hidden) * (1 + scale) + shift)
+        shift, scale = self.modulation(time).float().unsqueeze(1).chunk(2, dim=-1)
+        return self.proj((self.norm(hidden) * (1 + scale) + shift).to(self.proj.weight.dtype))
 
 
 class FlowTransformer(nn.Module):
@@ -243,7 +244,7 @@ class FlowTransformer(nn.Module):
         """
         rows, channels, height, width = latents.shape
         embedding = self.latent_embed(latents.flatten(2).transpose(1, 2))
-        hidden = embedding + self._position_embedding(height, width).to(embedding.dtype)
+        hidden = embedding.float() + self._position_embedding(height, width)
         time = F.silu(self.time_embed(timestep))
         modulation = self.time_modulation(time).view(rows, 6, -1)
         rotary = self._rotary(prefix_mask, height, width)

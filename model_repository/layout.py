@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,8 +13,8 @@ from tritonclient.grpc import model_config_pb2
 
 from model_repository.schema import INPUTS, MODEL, OUTPUTS, Field, Layout, Platform, engine_model
 from runtime.errors import InputError
-from runtime.files import replaced_directory, write_text
-from runtime.manifest import FILE_NAME, EngineEntry, Manifest, load_manifest
+from runtime.files import check_replaceable, link_or_copy, replaced_directory, write_text
+from runtime.manifest import FILE_NAME, EngineEntry, Manifest, check_file, load_manifest
 from runtime.requests import Limits
 
 CONFIG_FILE = "config.pbtxt"
@@ -64,10 +63,7 @@ def write_repository(
         raise InputError("the layout in-process runs its engines in Python; choose a platform and GPUs with per-engine")
     if unknown := sorted(set(placement or {}) - {engine.name for engine in manifest.engines}):
         raise InputError(f"the bundle has no engine {unknown[0]!r} to place on a GPU")
-    if out.exists() and not (out / MODEL / CONFIG_FILE).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{out} is not empty and holds no {MODEL} repository; name another folder")
-    if (out / MODEL / CONFIG_FILE).is_file() and not force:
-        raise InputError(f"{out} holds a model repository already; pass --force to replace it")
+    check_replaceable(out, f"{MODEL}/{CONFIG_FILE}", "model repository", force=force)
     environment = {} if execution_environment is None else {"EXECUTION_ENV_PATH": str(execution_environment.absolute())}
     service = {"provider": provider, "layout": layout} | environment
     service |= {name: str(value) for name, value in asdict(limits or Limits()).items()}
@@ -94,13 +90,16 @@ def _write_model(folder: Path, config: Any, source: str | None) -> Path:
 def _write_engine(bundle: Path, engine: EngineEntry, version: Path, platform: Platform) -> None:
     """An engine's files in the folder of its version."""
     if platform == "tensorrt":
-        plan = f"{engine.name}/model.plan"
-        if not (bundle / plan).is_file():
-            raise InputError(f"{bundle} holds no {plan}; build it first, or choose --platform onnxruntime")
-        _link(bundle / plan, version / "model.plan")
+        plan = engine.plan("tensorrt")
+        if plan is None:
+            raise InputError(
+                f"{bundle} holds no TensorRT plan of {engine.name}; run `latte-flow build`, or choose "
+                "--platform onnxruntime"
+            )
+        link_or_copy(check_file(bundle, plan.file), version / "model.plan")
         return
     for file in engine.files:
-        _link(bundle / file.path, version / Path(file.path).name)
+        link_or_copy(bundle / file.path, version / Path(file.path).name)
     if platform == "python":
         moved = tuple(file.model_copy(update={"path": Path(file.path).name}) for file in engine.files)
         entry = engine.model_copy(update={"files": moved})
@@ -168,14 +167,7 @@ def _type(field: Field) -> Any:
 
 def copy_bundle(bundle: Path, manifest: Manifest, target: Path) -> None:
     """The bundle's files, linked where the file system can; the manifest last."""
-    for entry in manifest.files():
-        _link(bundle / entry.path, target / entry.path)
-    _link(bundle / FILE_NAME, target / FILE_NAME)
-
-
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    plans = [plan.file for engine in manifest.engines for plan in engine.plans]
+    for entry in (*manifest.files(), *plans):
+        link_or_copy(bundle / entry.path, target / entry.path)
+    link_or_copy(bundle / FILE_NAME, target / FILE_NAME)

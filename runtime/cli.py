@@ -35,6 +35,7 @@ COMMANDS = {
     "inspect": _Command("runtime.commands", "inspect", "Show what a bundle holds.", "cpu"),
     "export": _Command("export.commands", "export", "Turn a checkpoint into a bundle of engines.", "export,cpu"),
     "verify": _Command("export.commands", "verify", "Compare a bundle with PyTorch, rung by rung.", "export,cpu"),
+    "build": _Command("export.plans.commands", "build", "Build TensorRT plans from a bundle's graphs.", "gpu"),
     "repository": _Command("model_repository.commands", "repository", "Write a Triton model repository.", "triton,cpu"),
     "serve": _Command(
         "model_repository.commands", "serve", "Serve a bundle with Triton on this machine.", "triton,cpu"
@@ -62,6 +63,7 @@ OPTIONAL_MODULES = frozenset(
         "onnxruntime",
         "tritonclient",
         "google",
+        "polygraphy",
     }
 )
 

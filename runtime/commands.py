@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from runtime.answers import DEFAULT_MAX_NEW_TOKENS
-from runtime.console import progress_bar, stdout
+from runtime.backends import PROVIDERS
+from runtime.console import parse_pairs, progress_bar, stdout
 from runtime.errors import InputError
 from runtime.files import make_writable_folder
 from runtime.manifest import Manifest, TensorSpec, load_manifest
@@ -22,6 +23,11 @@ from runtime.pipeline import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, LatteFlowPip
 from runtime.schedule import ExpertSchedule
 
 GROUP_COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
+
+Provider = Annotated[str, typer.Option(help=f"What runs the engines: {', '.join(PROVIDERS)}.")]
+ProviderOption = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=VALUE", help="Of the provider, such as device_id=1.")
+]
 
 
 def generate(
@@ -35,7 +41,8 @@ def generate(
     ] = DEFAULT_GUIDANCE_SCALE,
     num_images_per_prompt: Annotated[int, typer.Option(help="Pictures of each prompt.")] = 1,
     seed: Annotated[int | None, typer.Option(help="Seed of the first picture; the next ones count up.")] = None,
-    provider: Annotated[str, typer.Option(help="What runs the engines.")] = "cpu",
+    provider: Provider = "cpu",
+    provider_option: ProviderOption = None,
     grid: Annotated[bool, typer.Option("--grid", help="Also write all pictures side by side.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
@@ -47,7 +54,8 @@ def generate(
       latte-flow generate bundle "a blue star" "a green ring" --seed 7 --num-images-per-prompt 4 --grid
       latte-flow generate bundle "a pink cross" --num-inference-steps 40 --guidance-scale 5 --json
     """
-    with LatteFlowPipeline.from_pretrained(bundle, provider=provider) as pipe:
+    options = parse_pairs(provider_option, "--provider-option")
+    with LatteFlowPipeline.from_pretrained(bundle, provider, options) as pipe:
         make_writable_folder(out)
         with progress_bar(transient=True) as progress:
             task = progress.add_task("sample", total=max(num_inference_steps, 0))
@@ -107,7 +115,8 @@ def ask(
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
-    provider: Annotated[str, typer.Option(help="What runs the engines.")] = "cpu",
+    provider: Provider = "cpu",
+    provider_option: ProviderOption = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer while it is written.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
@@ -122,7 +131,8 @@ def ask(
     *images, question = images_and_question
     if stream and as_json:
         raise InputError("--stream and --json exclude each other; give one")
-    with LatteFlowPipeline.from_pretrained(bundle, provider=provider) as pipe:
+    options = parse_pairs(provider_option, "--provider-option")
+    with LatteFlowPipeline.from_pretrained(bundle, provider, options) as pipe:
         started = time.perf_counter()
         pieces = []
         for piece in pipe.ask_stream(

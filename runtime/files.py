@@ -34,6 +34,35 @@ def make_writable_folder(path: Path) -> None:
         raise InputError(f"cannot write to {path}: {error.strerror or error}; choose another output folder") from error
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """The file under another name, without its bytes twice where the file system can; makes the folder."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def check_replaceable(folder: Path, marker: str, noun: str, *, force: bool) -> None:
+    """Whether a folder may be written as a whole: it is not there, empty, or of its kind and `force` is given.
+
+    Args:
+        marker: the file that is in every folder of its kind, such as a bundle's manifest.
+        noun: what such a folder is called.
+
+    Raises:
+        InputError: something is in the way.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; name a folder for the {noun}")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / marker).is_file():
+            raise InputError(f"{folder} is not empty and holds no {noun}; name another folder")
+        if not force:
+            raise InputError(f"{folder} holds a {noun} already; pass --force to replace it")
+    make_writable_folder(folder.parent)
+
+
 @contextmanager
 def replaced_directory(path: Path) -> Iterator[Path]:
     """A temporary directory beside `path` that takes its place if the block succeeds.

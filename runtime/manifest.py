@@ -9,18 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from runtime.errors import BundleError
 from runtime.files import write_text
 from runtime.schedule import ExpertSchedule
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 FILE_NAME = "manifest.json"
 
 Precision = Literal["fp32", "fp16", "bf16"]
+PlanBackend = Literal["tensorrt", "tensorrt-rtx"]
 DType = Literal["float32", "float16", "bfloat16", "int64", "bool", "uint8"]
 
 
@@ -52,6 +53,47 @@ class FileEntry(_Frozen):
         return path
 
 
+class AxisRange(_Frozen):
+    """What an axis may be in one optimisation profile; static where all three are equal."""
+
+    min: int = Field(ge=0)
+    opt: int
+    max: int
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"expected min <= opt <= max, got {self.min}, {self.opt}, {self.max}")
+        return self
+
+    def __contains__(self, size: int) -> bool:
+        return self.min <= size <= self.max
+
+
+class PlanProfile(_Frozen):
+    """One optimisation profile of a plan, over the engine's named axes."""
+
+    name: str
+    axes: dict[str, AxisRange]
+
+
+class PlanEntry(_Frozen):
+    """A TensorRT plan that was built from an engine's graph."""
+
+    backend: PlanBackend
+    file: FileEntry
+    version: str = Field(description="of TensorRT, or of TensorRT for RTX; no other reads the plan")
+    version_compatible: bool = Field(description="a later minor version may read it too")
+    architectures: tuple[str, ...] = Field(
+        min_length=1, description='GPUs that run it: "sm_89", or "sm_80+" for that and later ones'
+    )
+    profiles: tuple[PlanProfile, ...] = Field(min_length=1)
+    ingredients: dict[str, str] = Field(description="all that the plan depends on; it is stale when one differs")
+    inspected: bool = Field(description="whether the built engine's layers were seen to have the precision asked for")
+    build_seconds: float
+    build_peak_bytes: int = Field(description="largest resident memory of the process that built it")
+
+
 class EngineEntry(_Frozen):
     """One engine: its ONNX graph first, then its external data."""
 
@@ -63,6 +105,11 @@ class EngineEntry(_Frozen):
     files: tuple[FileEntry, ...] = Field(min_length=1)
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    plans: tuple[PlanEntry, ...] = ()
+
+    def plan(self, backend: PlanBackend) -> PlanEntry | None:
+        """The plan for a backend, if one was built."""
+        return next((plan for plan in self.plans if plan.backend == backend), None)
 
 
 class Geometry(_Frozen):
@@ -136,7 +183,7 @@ class Manifest(_Frozen):
         raise BundleError(f"the bundle has no engine {name!r}; it has {', '.join(e.name for e in self.engines)}")
 
     def files(self) -> list[FileEntry]:
-        """All files, each once."""
+        """All files of the export, each once. Plans come and go; whoever opens one checks it."""
         entries = [file for engine in self.engines for file in engine.files] + list(self.tokenizer_files)
         return list({entry.path: entry for entry in entries}.values())
 

@@ -68,15 +68,21 @@ class LatteFlowPipeline:
         self._negative_prefixes: OrderedDict[str, PrefixRow] = OrderedDict()
 
     @classmethod
-    def from_pretrained(cls, bundle: str | Path, provider: str = "cpu") -> Self:
+    def from_pretrained(
+        cls, bundle: str | Path, provider: str = "cpu", provider_options: Mapping[str, str] | None = None
+    ) -> Self:
         """Opens a bundle. Engines are loaded when a call needs them.
+
+        Args:
+            provider: what runs the engines, one of `runtime.backends.PROVIDERS`.
+            provider_options: by the names of the provider's own documentation, such as "device_id".
 
         Raises:
             BundleError: it cannot be used.
             InputError: unknown provider.
         """
         path = Path(bundle)
-        return cls(path, load_manifest(path), open_backend(provider))
+        return cls(path, load_manifest(path), open_backend(provider, provider_options))
 
     @property
     def kv_dtype(self) -> np.dtype[Any]:

@@ -12,6 +12,7 @@ from runtime.backends.base import Backend, DeviceTensor, Session, Value
 from runtime.errors import EngineError, MissingExtraError, one_line
 from runtime.manifest import EngineEntry
 
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -44,10 +45,11 @@ class OrtTensor(DeviceTensor):
 class OrtSession(Session):
     """One engine in ONNX Runtime."""
 
-    def __init__(self, entry: EngineEntry, session: Any, device: str) -> None:
+    def __init__(self, entry: EngineEntry, session: Any, device: str, device_id: int) -> None:
         super().__init__(entry)
         self._session = session
         self._device = device
+        self._device_id = device_id
         self._outputs = [spec.name for spec in entry.outputs]
 
     def _execute(self, feed: Mapping[str, Value]) -> dict[str, DeviceTensor]:
@@ -58,7 +60,7 @@ class OrtSession(Session):
             ort_value = value.value if isinstance(value, OrtTensor) else ort.OrtValue.ortvalue_from_numpy(value)
             binding.bind_ortvalue_input(name, ort_value)
         for name in self._outputs:
-            binding.bind_output(name, self._device)
+            binding.bind_output(name, self._device, self._device_id)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime raises its own classes, all direct children of Exception
@@ -70,20 +72,19 @@ class OrtSession(Session):
 
 
 class OrtBackend(Backend):
-    """ONNX Runtime with a list of execution providers."""
+    """ONNX Runtime with a list of execution providers, the first of which must take the work."""
 
-    def __init__(self, name: str, providers: list[str], device: str, threads: int = 0) -> None:
+    def __init__(self, name: str, providers: Mapping[str, Mapping[str, str]], device: str) -> None:
         self.name = name
-        self._providers = providers
+        self._providers = [(provider, dict(options)) for provider, options in providers.items()]
         self._device = device
-        self._threads = threads
+        self._device_id = int(self._providers[0][1].get("device_id", "0"))
 
     def load(self, bundle: Path, entry: EngineEntry) -> Session:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = self._threads
         # Experts run one after another; a pool that spins while another works takes its cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         path = bundle / entry.files[0].path
@@ -91,24 +92,48 @@ class OrtBackend(Backend):
             session = ort.InferenceSession(str(path), options, providers=self._providers)
         except Exception as error:
             raise EngineError(f"engine {entry.name} cannot be loaded by ONNX Runtime: {one_line(error)}") from error
-        return OrtSession(entry, session, self._device)
+        # It falls back to the CPU with no more than a log line where a library of the provider is missing.
+        first = self._providers[0][0]
+        if first not in session.get_providers():
+            raise EngineError(
+                f"engine {entry.name}: ONNX Runtime cannot use its {first} here, as on a machine without a GPU or "
+                "without CUDA's libraries; see: latte-flow doctor"
+            )
+        return OrtSession(entry, session, self._device, self._device_id)
 
     def upload(self, array: np.ndarray) -> DeviceTensor:
         import onnxruntime as ort
 
-        return OrtTensor(ort.OrtValue.ortvalue_from_numpy(array))
+        return OrtTensor(ort.OrtValue.ortvalue_from_numpy(array, self._device, self._device_id))
 
 
-def open_cpu() -> Backend:
+def open_cpu(options: Mapping[str, str]) -> Backend:
     """ONNX Runtime on the CPU."""
-    _require()
-    return OrtBackend("cpu", ["CPUExecutionProvider"], "cpu")
+    return _open("cpu", {CPU: options}, "cpu")
 
 
-def _require() -> None:
+def open_cuda(options: Mapping[str, str]) -> Backend:
+    """ONNX Runtime on CUDA; latents, keys and values stay in the GPU's memory."""
+    return _open("cuda", {CUDA: options, CPU: {}}, "cuda")
+
+
+def open_ort_tensorrt(options: Mapping[str, str]) -> Backend:
+    """ONNX Runtime's TensorRT provider, which builds its own engines when a session is made."""
+    device = {name: value for name, value in options.items() if name == "device_id"}
+    return _open("ort-tensorrt", {TENSORRT: options, CUDA: device, CPU: {}}, "cuda")
+
+
+def _open(name: str, providers: Mapping[str, Mapping[str, str]], device: str) -> Backend:
     try:
-        import onnxruntime  # noqa: F401
+        import onnxruntime as ort
     except ImportError as error:
         raise MissingExtraError(
             'ONNX Runtime is not installed; install it with: pip install "latte-flow[cpu]" (or [gpu])'
         ) from error
+    first = next(iter(providers))
+    if first not in ort.get_available_providers():
+        raise MissingExtraError(
+            f"this ONNX Runtime has no {first}; install the one that has, instead of onnxruntime: "
+            'pip uninstall onnxruntime && pip install "latte-flow[gpu]"'
+        )
+    return OrtBackend(name, providers, device)

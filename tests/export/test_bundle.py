@@ -207,7 +207,7 @@ def test_the_manifest_is_the_documented_format(bundle: Path) -> None:
         "tokenizer_files",
         "parity",
     ]
-    assert content["schema_version"] == 2
+    assert content["schema_version"] == 3
     assert list(content["engines"][1]) == [
         "name",
         "group",

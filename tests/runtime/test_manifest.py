@@ -38,11 +38,11 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "not an object": (lambda b: (b / "manifest.json").write_text("[]"), "is not a valid manifest"),
     "newer schema": (
         lambda b: edit(b, lambda m: m.update(schema_version=99)),
-        "schema version 99, this latte-flow reads 2",
+        "schema version 99, this latte-flow reads 3",
     ),
     "older schema": (
         lambda b: edit(b, lambda m: m.update(schema_version=1)),
-        "schema version 1, this latte-flow reads 2; export the bundle again",
+        "schema version 1, this latte-flow reads 3; export the bundle again",
     ),
     "unknown field": (lambda b: edit(b, lambda m: m.update(surprise=1)), "surprise"),
     "missing engine file": (lambda b: (b / "expert_1" / "model.onnx").unlink(), "expert_1/model.onnx is missing"),

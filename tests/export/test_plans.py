@@ -1,0 +1,345 @@
+"""TensorRT plans: real builds by TensorRT for RTX, which needs no GPU. Running a plan needs one: see docs/gpu.md."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+
+from export.bundle import export_bundle
+from export.paper_size import PAPER, export_random_expert
+from export.plans.build import BuildOptions, build_plans
+from export.plans.profiles import AxisChoices, parse_choices, profiles_of
+from latte.checkpoint import save_checkpoint
+from latte.training.vlm import small_image_processor
+from runtime.errors import BundleError, EngineError, InputError
+from runtime.manifest import (
+    EngineEntry,
+    Manifest,
+    PlanEntry,
+    file_entry,
+    load_manifest,
+    save_manifest,
+)
+from runtime.plans import usable_plan
+from tests.tiny import scale_weight, tiny_model
+
+RTX = BuildOptions(backend="tensorrt-rtx")
+RunCommand = Callable[..., tuple[int, str, str]]
+
+
+def built(bundle: Path, options: BuildOptions = RTX, **kwargs: object) -> dict[str, bool]:
+    """Which engines were built, and which kept."""
+    report = build_plans(bundle, options, **kwargs)  # type: ignore[arg-type]
+    return {decision.engine: decision.build for decision in report.decisions}
+
+
+@pytest.fixture(scope="session")
+def built_bundle(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle with all its plans. Tests that change it take `plans`."""
+    path = Path(shutil.copytree(bundle, tmp_path_factory.mktemp("plans") / "tiny"))
+    assert all(built(path).values())
+    return path
+
+
+@pytest.fixture
+def plans(built_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the built bundle to change."""
+    return Path(shutil.copytree(built_bundle, tmp_path / "bundle"))
+
+
+# ---- every graph builds, in the precision that it says ----------------------------------------------
+
+
+def test_every_graph_of_shapes_is_built_in_fp32(demo: tuple[Path, str], tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(demo[0] / "bundle", tmp_path / "bundle"))
+    assert len(built(bundle)) == 8
+    for engine in load_manifest(bundle).engines:
+        plan = engine.plan("tensorrt-rtx")
+        assert plan is not None
+        weights = sum(file.size for file in engine.files)
+        assert plan.file.size > 0.5 * weights
+        assert plan.build_peak_bytes > 50e6
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_every_graph_of_shapes_is_built_in_half_precision(precision: str, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    export_bundle("shapes", bundle, precision=precision, verify=False)  # type: ignore[arg-type]
+    assert len(built(bundle)) == 8
+    manifest = load_manifest(bundle)
+    precisions = {engine.name: engine.precision for engine in manifest.engines}
+    assert precisions.pop("solver_step") == precisions.pop("vae_decoder") == "fp32"
+    assert set(precisions.values()) == {precision}
+
+
+def test_an_expert_of_the_papers_size_is_built(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "paper"
+    entry = export_random_expert(folder, "fp16")
+    assert sum(file.size for file in entry.files) > 690e6
+    geometry = load_manifest(bundle).geometry.model_copy(update={"latent_size": PAPER.latent_size})
+    manifest = load_manifest(bundle).model_copy(
+        update={"engines": (entry,), "tokenizer_files": (), "geometry": geometry}
+    )
+    save_manifest(manifest, folder)
+    assert built(folder) == {"expert_0": True}
+    plan = load_manifest(folder).engine("expert_0").plan("tensorrt-rtx")
+    assert plan is not None
+    assert plan.file.size > 690e6
+
+
+# ---- the proof of precision -------------------------------------------------------------------------
+
+
+def change_engine(bundle: Path, name: str, change: Callable[[EngineEntry], EngineEntry]) -> None:
+    """Rewrites an engine's entry, its files as they are now."""
+    manifest = Manifest.model_validate_json((bundle / "manifest.json").read_text())
+    engines = []
+    for engine in manifest.engines:
+        if engine.name == name:
+            engine = change(engine)
+            files = tuple(file_entry(bundle, file.path) for file in engine.files)
+            engine = engine.model_copy(update={"files": files})
+        engines.append(engine)
+    save_manifest(manifest.model_copy(update={"engines": tuple(engines)}), bundle)
+
+
+def test_an_fp32_graph_that_says_it_is_fp16_is_not_built(plans: Path) -> None:
+    change_engine(plans, "expert_1", lambda engine: engine.model_copy(update={"precision": "fp16"}))
+    with pytest.raises(EngineError, match=r"expert_1 is not in fp16 in \d+ layers, first .* is FLOAT, not HALF"):
+        build_plans(plans, RTX)
+    plan = load_manifest(plans).engine("expert_1").plan("tensorrt-rtx")
+    assert plan is not None
+    assert plan.ingredients["precision"] == "fp32"
+    assert not list((plans / "expert_1").glob(".*"))
+
+
+def test_one_product_in_another_type_fails_the_build(plans: Path) -> None:
+    """Nothing else would tell: the graph is valid, and its result is nearly right."""
+    path = plans / "expert_0" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    index, product = next((i, node) for i, node in enumerate(model.graph.node) if node.op_type == "MatMul")
+    casts = [
+        onnx.helper.make_node("Cast", [name], [f"{name}_half_{i}"], to=onnx.TensorProto.FLOAT16)
+        for i, name in enumerate(product.input)
+    ]
+    output = product.output[0]
+    back = onnx.helper.make_node("Cast", [f"{output}_half"], [output], to=onnx.TensorProto.FLOAT)
+    del product.input[:], product.output[:]
+    product.input.extend(cast.output[0] for cast in casts)
+    product.output.append(back.input[0])
+    for node in reversed(casts):
+        model.graph.node.insert(index, node)
+    model.graph.node.insert(index + len(casts) + 1, back)
+    path.write_bytes(model.SerializeToString())
+    change_engine(plans, "expert_0", lambda engine: engine)
+    with pytest.raises(EngineError, match=r"expert_0 is not in fp32 in \d+ layers, first CAST .* is FLOAT/HALF in"):
+        build_plans(plans, RTX)
+
+
+# ---- rebuilt when, and only when ---------------------------------------------------------------------
+
+
+def test_nothing_is_built_twice(plans: Path, tmp_path: Path) -> None:
+    assert not any(built(plans).values())
+    assert not any(built(plans, RTX.model_copy(update={"timing_cache": tmp_path / "cache"})).values())
+
+
+def test_changing_one_expert_rebuilds_one_engine(plans: Path) -> None:
+    before = (plans / "expert_0" / "model.rtx.plan").stat().st_mtime_ns
+    scale_weight(plans, "expert_1", "heads", 1.02)
+    report = build_plans(plans, RTX)
+    assert {d.engine: d.reason for d in report.decisions if d.build} == {"expert_1": "changed: weights"}
+    assert (plans / "expert_0" / "model.rtx.plan").stat().st_mtime_ns == before
+
+
+def test_exporting_again_with_one_expert_changed_keeps_the_other_plans(plans: Path, tmp_path: Path) -> None:
+    model = tiny_model()
+    model.flow.heads[1].proj.weight.data *= 1.02
+    save_checkpoint(model, small_image_processor(), tmp_path / "changed")
+    export_bundle(tmp_path / "changed", plans, verify=False, force=True)
+    assert [name for name, again in built(plans).items() if again] == ["expert_1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"optimization_level": 1}, "changed: options"),
+        ({"workspace_mib": 64}, "changed: options"),
+        ({"compute_capabilities": ("8.9",)}, "changed: GPU architecture"),
+    ],
+)
+def test_other_options_make_other_plans(change: dict[str, object], reason: str, plans: Path) -> None:
+    report = build_plans(plans, RTX.model_copy(update=change), ["solver_step"], dry_run=True)
+    assert [decision.reason for decision in report.decisions] == [reason]
+    assert build_plans(plans, RTX.model_copy(update=change), ["solver_step"]).decisions[0].build
+    assert not build_plans(plans, RTX.model_copy(update=change), ["solver_step"]).decisions[0].build
+
+
+def test_another_tensorrt_another_shape_and_a_lost_file_are_reasons(plans: Path) -> None:
+    def older(engine: EngineEntry) -> EngineEntry:
+        (plan,) = engine.plans
+        old = plan.model_copy(update={"ingredients": plan.ingredients | {"TensorRT": "1.0"}})
+        return engine.model_copy(update={"plans": (old,)})
+
+    change_engine(plans, "expert_0", older)
+    (plans / "vae_decoder" / "model.rtx.plan").unlink()
+    reasons = {d.engine: d.reason for d in build_plans(plans, RTX, dry_run=True).decisions if d.build}
+    assert reasons == {
+        "expert_0": "changed: TensorRT",
+        "vae_decoder": "vae_decoder/model.rtx.plan is missing or was altered",
+    }
+    choices = {"rows": AxisChoices(maximum=(4,))}
+    reasons = {d.engine: d.reason for d in build_plans(plans, RTX, ["expert_1"], choices, dry_run=True).decisions}
+    assert reasons == {"expert_1": "changed: shapes"}
+
+
+# ---- profiles ----------------------------------------------------------------------------------------
+
+
+def axes_of_profiles(manifest: Manifest, engine: str, **choices: AxisChoices) -> list[dict[str, tuple[int, int, int]]]:
+    profiles = profiles_of(manifest, manifest.engine(engine), choices)
+    return [{axis: (r.min, r.opt, r.max) for axis, r in profile.axes.items()} for profile in profiles]
+
+
+def test_profiles_follow_from_the_manifest(bundle: Path) -> None:
+    manifest = load_manifest(bundle)
+    (expert,) = axes_of_profiles(manifest, "expert_0")
+    assert expert == {"latent_height": (6,) * 3, "latent_width": (8,) * 3, "prefix": (1, 32, 64), "rows": (1, 2, 16)}
+    prompts, prefill, decode = axes_of_profiles(manifest, "vlm")
+    assert prompts["past"] == prefill["past"] == (0, 0, 0)
+    assert decode["tokens"] == (1, 1, 1)
+    for profile in (prompts, prefill, decode):
+        assert profile["total"] == tuple(a + b for a, b in zip(profile["past"], profile["tokens"], strict=True))
+
+
+def test_axes_take_what_was_asked_for(bundle: Path) -> None:
+    manifest = load_manifest(bundle)
+    (wider,) = axes_of_profiles(manifest, "expert_0", rows=AxisChoices(maximum=(64,)))
+    assert wider["rows"] == (1, 2, 64)
+    (static,) = axes_of_profiles(manifest, "expert_0", rows=AxisChoices((4,), (4,), (4,)))
+    assert static["rows"] == (4, 4, 4)
+    (larger,) = axes_of_profiles(manifest, "expert_0", latent_height=AxisChoices(maximum=(12,)))
+    assert larger["latent_height"] == (6, 6, 12)
+    (best,) = axes_of_profiles(manifest, "expert_0", rows=AxisChoices(optimum=(32,)))
+    assert best["rows"] == (1, 32, 32)
+    several = axes_of_profiles(manifest, "expert_0", rows=AxisChoices((), (2, 8), (2, 16)))
+    assert [profile["rows"] for profile in several] == [(1, 2, 2), (1, 8, 16)]
+
+
+def test_static_and_several_profiles_are_built(plans: Path) -> None:
+    choices = {"rows": AxisChoices((2, 8), (2, 8), (2, 8)), "prefix": AxisChoices((16,), (16,), (16,))}
+    assert built(plans, engines=["expert_0"], choices=choices) == {"expert_0": True}
+    plan = load_manifest(plans).engine("expert_0").plan("tensorrt-rtx")
+    assert plan is not None
+    assert [profile.axes["rows"].max for profile in plan.profiles] == [2, 8]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"minimum": ["rows=x"]}, "expected AXIS=N"),
+        ({"minimum": ["rows"]}, "expected AXIS=N"),
+        ({"maximum": ["columns=3"]}, "no engine has an axis 'columns'; there are prefix, rows"),
+        ({"minimum": ["rows=1,2"], "maximum": ["rows=1,2,3"]}, "different numbers of profiles"),
+    ],
+)
+def test_a_range_that_is_none_is_refused(options: dict[str, list[str]], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_choices(options, {"rows", "prefix"})
+
+
+def test_a_range_in_the_wrong_order_is_refused(bundle: Path) -> None:
+    with pytest.raises(InputError, match="axis rows: expected min <= opt <= max, got 4, 2 and 2"):
+        axes_of_profiles(load_manifest(bundle), "expert_0", rows=AxisChoices((4,), (), (2,)))
+
+
+# ---- plans of elsewhere ------------------------------------------------------------------------------
+
+
+def plan_of(bundle: Path, **change: object) -> EngineEntry:
+    engine = load_manifest(bundle).engine("expert_0")
+    (plan,) = engine.plans
+    return engine.model_copy(update={"plans": (plan.model_copy(update=change),)})
+
+
+def test_a_plan_for_here_is_taken(built_bundle: Path) -> None:
+    def use(version: str, architecture: str, **change: object) -> PlanEntry:
+        return usable_plan(built_bundle, plan_of(built_bundle, **change), "tensorrt-rtx", version, architecture)
+
+    assert use("1.7.1.116", "sm_89")
+    assert use("1.9.0", "sm_89", version_compatible=True)
+    assert use("1.7.1.116", "sm_90", architectures=("sm_80+",))
+
+
+@pytest.mark.parametrize(
+    ("change", "version", "architecture", "message"),
+    [
+        ({}, "1.8.0", "sm_89", "the plan of expert_0 is of tensorrt-rtx 1.7.1.116, this is 1.8.0; run: latte-flow"),
+        ({"version_compatible": True}, "2.0", "sm_89", "this is 2.0"),
+        ({"version_compatible": True}, "1.7.0", "sm_89", "this is 1.7.0"),
+        ({}, "1.7.1.116", "sm_90", "is for sm_80, sm_86, .*, this GPU is sm_90; run: latte-flow build"),
+        ({"architectures": ("sm_80+",)}, "1.7.1.116", "sm_75", "this GPU is sm_75"),
+        ({}, "1.7.1.116", None, "there is no GPU here"),
+    ],
+)
+def test_a_plan_for_elsewhere_is_refused(
+    change: dict[str, object], version: str, architecture: str | None, message: str, built_bundle: Path
+) -> None:
+    with pytest.raises(BundleError, match=message):
+        usable_plan(built_bundle, plan_of(built_bundle, **change), "tensorrt-rtx", version, architecture)
+
+
+def test_an_engine_without_a_plan_says_how_to_build_it(bundle: Path) -> None:
+    with pytest.raises(BundleError, match=r"no tensorrt plan of expert_0; run: latte-flow build .* --backend tensorrt"):
+        usable_plan(bundle, load_manifest(bundle).engine("expert_0"), "tensorrt", "11.0", "sm_90")
+
+
+# ---- the command -------------------------------------------------------------------------------------
+
+
+def test_build_shows_what_it_did_and_explain_why(plans: Path, run_command: RunCommand) -> None:
+    scale_weight(plans, "expert_1", "heads", 1.02)
+    command = ("build", plans, "--backend", "tensorrt-rtx", "--engines", "expert_0", "--engines", "expert_1")
+    code, out, _ = run_command(*command, "--explain")
+    assert code == 0
+    assert "changed: weights" in out
+    assert "nothing that it depends on has changed" in out
+    code, out, error = run_command(*command, "--timing-cache", plans / "timing.cache")
+    assert code == 0, error
+    assert "expert_0 │ kept" in out
+    assert "expert_1 │ built" in out
+    assert (plans / "timing.cache").stat().st_size > 0
+    assert json.loads((plans / "manifest.json").read_text())["engines"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "tensorrt is not installed"),
+        (("--backend", "tensorrt-rtx", "--engines", "expert_9"), "the bundle has no engine 'expert_9'"),
+        (("--backend", "tensorrt-rtx", "--version-compatible"), "neither --version-compatible nor"),
+        (("--compute-capability", "8.9"), "TensorRT builds for the GPU that it runs on"),
+        (
+            ("--backend", "tensorrt-rtx", "--compute-capability", "ada"),
+            'expected --compute-capability like 8.9, or "cu',
+        ),
+        (("--backend", "tensorrt-rtx", "--compute-capability", "9.0"), "Compute capability 9.0 .* not supported"),
+        (("--backend", "tensorrt-rtx", "--compute-capability", "current"), "there is no GPU here"),
+        (("--backend", "tensorrt-rtx", "--max", "rows"), "expected AXIS=N"),
+    ],
+)
+def test_what_cannot_be_built_is_said_in_one_line(
+    arguments: tuple[str, ...], message: str, bundle_copy: Path, run_command: RunCommand
+) -> None:
+    import re
+
+    code, _, error = run_command("build", bundle_copy, *arguments)
+    assert code in (1, 2)
+    lines = [line for line in error.splitlines() if line.strip()]
+    assert lines[-1].startswith("error: ")
+    assert re.search(message, " ".join(lines))
