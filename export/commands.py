@@ -169,10 +169,12 @@ def raise_if_failed(failed: list[ParityRow]) -> None:
     where = "".join(
         f", {name} {number}" for name, number in (("group", first.group), ("step", first.step)) if number is not None
     )
-    value = "not finite or constant" if first.value is None else f"{first.value:.3g}"
+    value = (
+        f"{first.value:.3g}" if first.value is not None else first.note or "not finite, or the reference is constant"
+    )
     raise VerificationError(
         f"verification failed in {len(failed)} rows; first at rung {first.rung}: {first.what}{where}: "
-        f"{first.metric} is {value}, tolerance {first.tolerance:g}"
+        f"{first.metric}: {value}, tolerance {first.tolerance:g}"
     )
 
 

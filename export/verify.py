@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from export.components import geometry_of
+from export.watch import FiniteWatch
 from latte.model import LatteFlow
 from latte.sampling import SampleStep
-from runtime.backends import to_host
+from runtime.backends import open_backend, to_host
 from runtime.chat import user_message
 from runtime.errors import InputError
 from runtime.language import LanguageModel
@@ -70,10 +71,13 @@ def verify_bundle(bundle: Path, model: LatteFlow, provider: str = "cpu") -> list
     if (manifest.geometry, manifest.schedule) != (geometry_of(model.config), model.config.schedule):
         raise InputError(f"{bundle} was exported from a checkpoint of another form; verify it against that one")
     tolerances = TOLERANCES[manifest.precision]
-    with LatteFlowPipeline.from_pretrained(bundle, provider=provider) as pipeline, torch.no_grad():
-        rows = list(_engine_rows(pipeline, model, tolerances))
-        rows += _sampling_rows(pipeline, model, tolerances)
-        rows += _answer_rows(pipeline, model, tolerances)
+    watch = FiniteWatch(open_backend(provider))
+    rows = []
+    with LatteFlowPipeline(bundle, manifest, watch) as pipeline, torch.no_grad():
+        for rung in (_engine_rows, _sampling_rows, _answer_rows):
+            for row in rung(pipeline, model, tolerances):
+                rows.append(row if watch.first is None else row.model_copy(update={"note": watch.first}))
+                watch.reset()
     return rows
 
 

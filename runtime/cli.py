@@ -33,6 +33,7 @@ COMMANDS = {
     "generate": _Command("runtime.commands", "generate", "Draw pictures from prompts with a bundle.", "cpu"),
     "ask": _Command("runtime.commands", "ask", "Ask a question about images with a bundle.", "cpu"),
     "inspect": _Command("runtime.commands", "inspect", "Show what a bundle holds.", "cpu"),
+    "doctor": _Command("runtime.commands", "doctor", "Show what this machine has, and what is wrong with it.", ""),
     "export": _Command("export.commands", "export", "Turn a checkpoint into a bundle of engines.", "export,cpu"),
     "verify": _Command("export.commands", "verify", "Compare a bundle with PyTorch, rung by rung.", "export,cpu"),
     "build": _Command("export.plans.commands", "build", "Build TensorRT plans from a bundle's graphs.", "gpu"),
@@ -103,7 +104,7 @@ def load_command(name: str) -> Any:
     if isinstance(function, typer.Typer):
         return typer.main.get_command(function)
     single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    single.command(name, no_args_is_help=name not in ("demo", "score"))(function)
+    single.command(name, no_args_is_help=name not in ("demo", "doctor", "score"))(function)
     return typer.main.get_command(single)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from rich.text import Text
 from runtime.answers import DEFAULT_MAX_NEW_TOKENS
 from runtime.backends import PROVIDERS
 from runtime.console import parse_pairs, progress_bar, stdout
+from runtime.doctor import examine
 from runtime.errors import InputError
 from runtime.files import make_writable_folder
 from runtime.manifest import Manifest, TensorSpec, load_manifest
@@ -245,3 +247,28 @@ def _parity_line(manifest: Manifest) -> str:
 
 def _slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "picture"
+
+
+def doctor(
+    bundle: Annotated[Path | None, typer.Argument(help="Whose engines to look at, too.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Show what this machine has, each problem with its fix. Exits with 1 if there is one.
+
+    \b
+    Examples:
+      latte-flow doctor
+      latte-flow doctor bundle --json
+    """
+    findings = examine(bundle)
+    if as_json:
+        typer.echo(json.dumps({"findings": [asdict(finding) for finding in findings]}))
+    else:
+        colours = {"ok": "green", "missing": "yellow", "problem": "red"}
+        table = Table("what", "", "found", "what to do")
+        for finding in findings:
+            state = f"[{colours[finding.state]}]{finding.state}[/]"
+            table.add_row(finding.what, state, Text(finding.found), Text(finding.fix))
+        stdout.print(table)
+    if any(finding.state == "problem" for finding in findings):
+        raise typer.Exit(1)

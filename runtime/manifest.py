@@ -158,6 +158,7 @@ class ParityRow(_Frozen):
     value: float | None = Field(description="None: not finite")
     tolerance: float
     passed: bool
+    note: str | None = Field(default=None, description="where a value that is not finite came from")
 
 
 class Manifest(_Frozen):

@@ -13,7 +13,11 @@ from diffusers.models.attention_processor import SanaMultiscaleLinearAttention
 
 from export.dc_ae import LinearAttentionProcessor
 from export.verify import psnr_db, relative_error, verify_bundle
+from export.watch import FiniteWatch
+from runtime.backends import open_backend
 from runtime.errors import InputError
+from runtime.manifest import load_manifest
+from runtime.pipeline import LatteFlowPipeline
 from runtime.schedule import ExpertSchedule
 from tests.tiny import scale_weight, tiny_model
 
@@ -28,6 +32,31 @@ def test_a_faithful_bundle_passes_every_rung(
     assert {row["rung"] for row in report["rows"]} == {"engine", "step", "trajectory", "image", "answer"}
     worst = max(row["value"] for row in report["rows"] if row["metric"] == "relative_error")
     assert worst < 1e-4
+
+
+def test_a_value_that_is_not_finite_is_traced_to_its_engine(
+    bundle_copy: Path, checkpoint: Path, run_command: Callable[..., tuple[int, str, str]]
+) -> None:
+    scale_weight(bundle_copy, "expert_1", "heads", float("inf"))
+    code, _, error = run_command("verify", bundle_copy, checkpoint)
+    assert code == 1
+    assert "first at rung engine: expert_1" in error
+    assert "values of expert_1's velocity (group 1) are not finite, tolerance" in error
+
+
+def test_the_step_at_which_a_trajectory_is_lost_is_named(bundle: Path) -> None:
+    watch = FiniteWatch(open_backend("cpu"))
+
+    def spoil(_: object, step: int, __: float, values: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+        return {"latents": values["latents"] * np.float32(np.nan)} if step == 1 else None
+
+    with LatteFlowPipeline(bundle, load_manifest(bundle), watch) as pipe:
+        pipe("a", num_inference_steps=4, output_type="latent")
+        assert watch.first is None
+        watch.reset()
+        pipe("a", num_inference_steps=4, callback_on_step_end=spoil, output_type="latent")
+    assert watch.first is not None
+    assert watch.first.endswith("values of expert_1's velocity (group 1) are not finite after 2 steps")
 
 
 def test_a_wrong_weight_is_traced_to_its_engine_and_group(

@@ -1,0 +1,231 @@
+"""`latte-flow doctor`: what this machine has, what is wrong with it, and which of a bundle's engines can run here.
+
+Needs nothing but the base package: whatever is missing is what it reports.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from runtime.errors import LatteFlowError
+from runtime.manifest import Manifest, PlanBackend, load_manifest
+from runtime.plans import usable_plan
+
+State = Literal["ok", "missing", "problem"]
+NEEDED_FREE_BYTES = 10e9
+"""Disk for an export and its plans at the paper's size."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table."""
+
+    what: str
+    state: State
+    found: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """As the driver names it."""
+
+    name: str
+    architecture: str
+    memory: str
+    driver: str
+
+
+def examine(bundle: Path | None = None) -> list[Finding]:
+    """Everything that matters for running engines.
+
+    Args:
+        bundle: whose engines to look at, too.
+    """
+    gpu = _gpu()
+    findings = [_python(), _memory(), _disk(bundle or Path.cwd()), _driver(gpu), *_cuda(gpu)]
+    findings += [_tensorrt("tensorrt", "tensorrt", "gpu", gpu), _tensorrt("tensorrt-rtx", "tensorrt_rtx", "rtx", gpu)]
+    findings += [*_onnxruntime(gpu), _triton()]
+    if bundle is not None:
+        findings += _bundle(bundle, gpu)
+    return findings
+
+
+def _python() -> Finding:
+    return Finding("Python", "ok", f"{platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores")
+
+
+def _memory() -> Finding:
+    try:
+        pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return Finding("memory", "missing", "unknown")
+    return Finding("memory", "ok", f"{pages * size / 1e9:.0f} GB")
+
+
+def _disk(where: Path) -> Finding:
+    folder = next(path for path in (where.absolute(), *where.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if free < NEEDED_FREE_BYTES:
+        return Finding("disk", "problem", f"{free / 1e9:.1f} GB free", "free some, or put bundles on another disk")
+    return Finding("disk", "ok", f"{free / 1e9:.0f} GB free")
+
+
+def _gpu() -> Gpu | None:
+    """The first GPU, asked of the driver's own tool."""
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        name, capability, memory, driver = (part.strip() for part in answer.splitlines()[0].split(","))
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+    return Gpu(name, f"sm_{capability.replace('.', '')}", memory, driver)
+
+
+def _driver(gpu: Gpu | None) -> Finding:
+    if gpu is None:
+        return Finding(
+            "NVIDIA driver", "missing", "none", "to run on a GPU, install NVIDIA's driver; the CPU needs none"
+        )
+    return Finding("NVIDIA driver", "ok", f"{gpu.driver}: {gpu.name}, {gpu.architecture}, {gpu.memory}")
+
+
+def _cuda(gpu: Gpu | None) -> Iterator[Finding]:
+    runtime = _imported("cuda.bindings.runtime")
+    if isinstance(runtime, str):
+        state: State = "missing" if runtime == "not installed" else "problem"
+        yield Finding("CUDA (cuda-python)", state, runtime, 'native TensorRT needs it: pip install "latte-flow[gpu]"')
+        return
+    error, number = runtime.cudaRuntimeGetVersion()
+    _, supported = runtime.cudaDriverGetVersion()
+    shown = f"runtime {_dotted(number)}"
+    if gpu is not None and (int(error) or supported < number):
+        fix = f"update the driver: it supports CUDA {_dotted(supported)}"
+        yield Finding("CUDA (cuda-python)", "problem", shown, fix)
+    else:
+        yield Finding("CUDA (cuda-python)", "ok", shown)
+
+
+def _tensorrt(name: PlanBackend, module: str, extra: str, gpu: Gpu | None) -> Finding:
+    trt = _imported(module)
+    if isinstance(trt, str):
+        state: State = "missing" if trt == "not installed" else "problem"
+        return Finding(name, state, trt, f'pip install "latte-flow[{extra}]"')
+    if gpu is None:
+        builds = "builds" if name == "tensorrt-rtx" else "neither builds nor runs"
+        return Finding(name, "ok", f"{trt.__version__}; without a GPU it {builds}")
+    if name == "tensorrt-rtx" and gpu.architecture == "sm_90":
+        return Finding(name, "ok", f"{trt.__version__}; does not run on {gpu.architecture}: use tensorrt")
+    return Finding(name, "ok", str(trt.__version__))
+
+
+def _onnxruntime(gpu: Gpu | None) -> Iterator[Finding]:
+    ort = _imported("onnxruntime")
+    if isinstance(ort, str):
+        yield Finding("ONNX Runtime", "missing", ort, 'pip install "latte-flow[cpu]", or [gpu] on a machine with one')
+        return
+    providers = [name.removesuffix("ExecutionProvider") for name in ort.get_available_providers()]
+    both = all(_installed(name) for name in ("onnxruntime", "onnxruntime-gpu"))
+    if both:
+        fix = "they overwrite each other: pip uninstall onnxruntime onnxruntime-gpu, then install one extra"
+        yield Finding("ONNX Runtime", "problem", "onnxruntime and onnxruntime-gpu are both installed", fix)
+    elif gpu is not None and "CUDA" not in providers:
+        fix = 'for the GPU: pip uninstall onnxruntime && pip install "latte-flow[gpu]"'
+        yield Finding("ONNX Runtime", "problem", f"{ort.__version__}: {', '.join(providers)}", fix)
+    else:
+        yield Finding("ONNX Runtime", "ok", f"{ort.__version__}: {', '.join(providers)}")
+
+
+def _triton() -> Finding:
+    if not _installed("nvidia-pytriton"):
+        return Finding("Triton", "missing", "no bundled server", 'to serve here: pip install "latte-flow[triton]"')
+    found = f"server of nvidia-pytriton {version('nvidia-pytriton')}"
+    numpy_version = version("numpy")
+    if int(numpy_version.partition(".")[0]) >= 2:
+        fix = 'the bundled server returns wrong values with it: pip install "numpy<2"'
+        return Finding("Triton", "problem", f"{found}, numpy {numpy_version}", fix)
+    return Finding("Triton", "ok", found)
+
+
+def _bundle(bundle: Path, gpu: Gpu | None) -> Iterator[Finding]:
+    try:
+        manifest = load_manifest(bundle)
+    except LatteFlowError as error:
+        yield Finding("bundle", "problem", str(error))
+        return
+    yield Finding("bundle", "ok", f"{manifest.precision}, {len(manifest.engines)} engines, {manifest.bundle_hash()}")
+    for provider, check in _checks(bundle, manifest, gpu).items():
+        fits = {engine.name: check(engine.name) for engine in manifest.engines}
+        runnable = [name for name, reason in fits.items() if not reason]
+        reasons = sorted({reason for reason in fits.values() if reason})
+        shown = f"{len(runnable)} of {len(fits)} engines run here"
+        yield Finding(f"  on {provider}", "ok" if not reasons else "missing", shown, "; ".join(reasons[:2]))
+
+
+def _checks(bundle: Path, manifest: Manifest, gpu: Gpu | None) -> dict[str, Callable[[str], str]]:
+    """For each provider: why an engine cannot run on it here, or nothing."""
+    ort = _imported("onnxruntime")
+    providers = [] if isinstance(ort, str) else ort.get_available_providers()
+
+    def on_cpu(name: str) -> str:
+        if not providers:
+            return "ONNX Runtime is not installed"
+        return "ONNX Runtime's CPU does not run bf16" if manifest.engine(name).precision == "bf16" else ""
+
+    def on_cuda(name: str) -> str:
+        if "CUDAExecutionProvider" not in providers:
+            return "this ONNX Runtime has no CUDA"
+        return "" if gpu is not None else "there is no GPU here"
+
+    def on_plan(backend: PlanBackend, module: str) -> Callable[[str], str]:
+        def check(name: str) -> str:
+            trt = _imported(module)
+            if isinstance(trt, str):
+                return f"{backend} is {trt}"
+            try:
+                architecture = gpu.architecture if gpu else None
+                usable_plan(bundle, manifest.engine(name), backend, trt.__version__, architecture)
+            except LatteFlowError as error:
+                return str(error).replace(f" of {name}", "")
+            return ""
+
+        return check
+
+    return {
+        "cpu": on_cpu,
+        "cuda": on_cuda,
+        "tensorrt": on_plan("tensorrt", "tensorrt"),
+        "tensorrt-rtx": on_plan("tensorrt-rtx", "tensorrt_rtx"),
+    }
+
+
+def _imported(module: str) -> Any | str:
+    """The module, or why it cannot be had."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError:
+        return "not installed"
+    except Exception as error:
+        return f"does not import ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
+
+
+def _installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _dotted(number: int) -> str:
+    """CUDA's 13040 as "13.4"."""
+    return f"{number // 1000}.{number % 1000 // 10}"

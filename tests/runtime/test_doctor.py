@@ -1,0 +1,66 @@
+"""What a machine has, and what is wrong with it. This one's GPU, if any, is not asked: nvidia-smi is a script here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runtime.doctor import Finding, examine
+from tests.test_imports import HEAVY, run_without
+
+RunCommand = Callable[..., tuple[int, str, str]]
+
+
+def with_gpu(monkeypatch: pytest.MonkeyPatch, folder: Path, line: str) -> None:
+    script = folder / "nvidia-smi"
+    script.write_text(f"#!/bin/sh\necho '{line}'\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
+def by_name(findings: list[Finding]) -> dict[str, Finding]:
+    return {finding.what.strip(): finding for finding in findings}
+
+
+def test_a_machine_without_a_gpu_is_fine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bundle: Path, run_command: RunCommand
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = by_name(examine(bundle))
+    assert found["NVIDIA driver"].state == "missing"
+    assert found["ONNX Runtime"].state == "ok"
+    assert found["Triton"].state == "ok"
+    assert found["tensorrt-rtx"].found.endswith("without a GPU it builds")
+    assert found["on cpu"].found == "6 of 6 engines run here"
+    assert "no tensorrt-rtx plan" in found["on tensorrt-rtx"].fix
+    code, out, _ = run_command("doctor", bundle)
+    assert code == 0
+    assert "NVIDIA driver" in out
+
+
+def test_a_gpu_that_onnx_runtime_cannot_use_is_a_problem_with_its_fix(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run_command: RunCommand
+) -> None:
+    with_gpu(monkeypatch, tmp_path, "NVIDIA H100, 9.0, 81559 MiB, 580.1")
+    found = by_name(examine())
+    assert found["NVIDIA driver"].found == "580.1: NVIDIA H100, sm_90, 81559 MiB"
+    assert found["tensorrt-rtx"].found.endswith("does not run on sm_90: use tensorrt")
+    assert found["ONNX Runtime"].state == "problem"
+    assert 'pip install "latte-flow[gpu]"' in found["ONNX Runtime"].fix
+    code, out, _ = run_command("doctor", "--json")
+    assert code == 1
+    assert json.loads(out)["findings"]
+
+
+def test_it_works_with_nothing_but_the_base_package() -> None:
+    blocked = HEAVY | {"latte", "export", "onnxruntime", "tensorrt", "tensorrt_rtx", "cuda", "tritonclient", "pytriton"}
+    result = run_without(blocked, "doctor")
+    assert result.returncode == 0, result.stderr
+    assert "not installed" in result.stdout
+
+
+def test_what_is_no_bundle_is_a_finding(tmp_path: Path) -> None:
+    assert by_name(examine(tmp_path))["bundle"].state == "problem"
