@@ -4,13 +4,28 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint check format clean
+.PHONY: demo test test-gpu bench-gpu lint check format clean
 
 demo: $(INSTALLED)
 	$(BIN)/latte-flow demo --out demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# On a machine with an NVIDIA GPU. GPU packages replace the CPU ones in an environment of their own.
+GPU_INSTALLED := .venv-gpu/.installed
+
+test-gpu: $(GPU_INSTALLED)
+	.venv-gpu/bin/python -m pytest -m gpu
+
+bench-gpu: $(GPU_INSTALLED)
+	.venv-gpu/bin/latte-flow doctor || true
+	.venv-gpu/bin/latte-flow bench provider cuda --out bench-gpu
+
+$(GPU_INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[gpu,export,rtx,test]"
+	touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -30,4 +45,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info
+	rm -rf $(VENV) .venv-gpu build dist demo bench-gpu *.egg-info

@@ -51,7 +51,7 @@ def examine(bundle: Path | None = None) -> list[Finding]:
     Args:
         bundle: whose engines to look at, too.
     """
-    gpu = _gpu()
+    gpu = find_gpu()
     findings = [_python(), _memory(), _disk(bundle or Path.cwd()), _driver(gpu), *_cuda(gpu)]
     findings += [_tensorrt("tensorrt", "tensorrt", "gpu", gpu), _tensorrt("tensorrt-rtx", "tensorrt_rtx", "rtx", gpu)]
     findings += [*_onnxruntime(gpu), _triton()]
@@ -80,7 +80,7 @@ def _disk(where: Path) -> Finding:
     return Finding("disk", "ok", f"{free / 1e9:.0f} GB free")
 
 
-def _gpu() -> Gpu | None:
+def find_gpu() -> Gpu | None:
     """The first GPU, asked of the driver's own tool."""
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader"]
     try:

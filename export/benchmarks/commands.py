@@ -13,15 +13,21 @@ import typer
 from rich.table import Table
 
 from export.benchmarks.machine import describe_machine
+from export.benchmarks.precision import PARTS, Error, random_flow, study
+from export.benchmarks.providers import run_provider
 from export.benchmarks.serving import DISCIPLINES, Load, capacity, in_flight, poisson
 from export.benchmarks.serving import serving as in_process
 from export.benchmarks.understanding import Report, measure
 from export.bundle import export_bundle
-from export.commands import staged
+from export.commands import parity_table, raise_if_failed, staged
+from export.paper_size import PAPER
 from latte.checkpoint import load_checkpoint
+from runtime.backends import PROVIDERS, open_backend
 from runtime.console import command_group, progress_bar, stderr, stdout
-from runtime.pipeline import LatteFlowPipeline
+from runtime.files import write_text
+from runtime.pipeline import DEFAULT_STEPS, LatteFlowPipeline
 from runtime.requests import GenerationRequest
+from runtime.schedule import ExpertSchedule
 
 IN_FLIGHT = (1, 4, 16, 64)
 SHARES = (0.5, 0.8, 0.95)
@@ -79,6 +85,82 @@ def understanding(
     stdout.print(f"both sides wrote the same tokens: {'yes' if report.same_tokens else 'NO'}")
     for stage, megabytes in report.memory_mb.items():
         stdout.print(f"memory, {stage}: {megabytes:+.1f} MB", highlight=False)
+
+
+@app.command(no_args_is_help=False)
+def precision(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """What half precision costs each part of an expert that the exporter keeps in fp32.
+
+    \b
+    Example:
+      latte-flow bench precision
+    """
+    one_group = PAPER.model_copy(update={"num_hidden_layers": 7, "schedule": ExpertSchedule(boundaries=(0.0, 1.0))})
+    models = {
+        "shapes": lambda: load_checkpoint("shapes").flow,
+        "hidden 1536, random": lambda: random_flow(one_group),
+        "hidden 1536, massive channel": lambda: random_flow(one_group, massive=True),
+    }
+    errors: list[Error] = []
+    with progress_bar() as progress:
+        task = progress.add_task("", total=2 * (len(PARTS) + 2) * len(models))
+        for name, make in models.items():
+            progress.update(task, description=name)
+            for error in study(name, make()):
+                errors.append(error)
+                progress.advance(task)
+    machine = describe_machine()
+    if as_json:
+        typer.echo(json.dumps({"machine": machine, "errors": [asdict(error) for error in errors]}))
+        return
+    for name, value in machine.items():
+        stdout.print(f"{name}: {value}", highlight=False)
+    columns = [(model, half) for model in models for half in ("fp16", "bf16")]
+    found = {(error.model, error.precision, error.part): error.error for error in errors}
+    table = Table("in half precision too", *(f"{model}, {half}" for model, half in columns), title="relative error")
+    for part in dict.fromkeys(error.part for error in errors):
+        values = (found[(*column, part)] for column in columns)
+        table.add_row(part, *("not finite" if value is None else f"{value:.1e}" for value in values))
+    stdout.print(table)
+
+
+@app.command(no_args_is_help=False)
+def provider(
+    name: Annotated[str, typer.Argument(metavar="PROVIDER", help=f"One of {', '.join(PROVIDERS)}.")] = "cuda",
+    checkpoint: Annotated[str, typer.Option(help="`shapes`, or a checkpoint folder.")] = "shapes",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for bundles, pictures and report.")] = Path("bench"),
+    rounds: Annotated[int, typer.Option(help="Calls of each kind.", min=1)] = 9,
+) -> None:
+    """Export, verify, draw and time on one provider, beside the CPU; writes OUT/report.json.
+
+    \b
+    Examples:
+      latte-flow bench provider cuda --out bench
+      latte-flow bench provider cpu --rounds 3
+    """
+    open_backend(name)  # what is missing is said before the work
+    variants: tuple[dict[str, str], ...] = ({}, {"io_binding": "0"}) if name == "cuda" else ({},)
+    model = load_checkpoint(checkpoint)
+    with staged() as on_stage:
+        report = run_provider(checkpoint, model, name, out, ("fp32", "fp16"), variants, rounds, on_stage)
+    machine = describe_machine()
+    parity = {half: [row.model_dump() for row in rows] for half, rows in report.parity.items()}
+    timings = [asdict(timing) for timing in report.timings]
+    write_text(out / "report.json", json.dumps({"machine": machine, "timings": timings, "parity": parity}, indent=2))
+    for key, value in machine.items():
+        stdout.print(f"{key}: {value}", highlight=False)
+    table = Table("precision", "provider", "options", "pictures", f"{DEFAULT_STEPS} steps")
+    for timing in report.timings:
+        shown = f"{timing.milliseconds:.1f} ms"
+        table.add_row(timing.precision, timing.provider, timing.options, str(timing.pictures), shown)
+    stdout.print(table)
+    for half, rows in report.parity.items():
+        stdout.print(parity_table(rows), f"{half}: {sum(row.passed for row in rows)} of {len(rows)} rows passed")
+    for sheet in (*report.sheets, out / "report.json"):
+        typer.echo(str(sheet))
+    raise_if_failed([row for rows in report.parity.values() for row in rows if not row.passed])
 
 
 @app.command(no_args_is_help=False)

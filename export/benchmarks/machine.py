@@ -10,6 +10,8 @@ from pathlib import Path
 import onnxruntime
 import torch
 
+from runtime.doctor import find_gpu
+
 
 def describe_machine() -> dict[str, str]:
     """Processor, cores, memory, and the versions that matter."""
@@ -21,7 +23,7 @@ def describe_machine() -> dict[str, str]:
         "onnxruntime": onnxruntime.__version__,
         "transformers": version("transformers"),
         "latte-flow": version("latte-flow"),
-    }
+    } | ({} if (gpu := find_gpu()) is None else {"GPU": f"{gpu.name}, driver {gpu.driver}"})
 
 
 def resident_megabytes() -> float | None:

@@ -113,8 +113,9 @@ def open_cpu(options: Mapping[str, str]) -> Backend:
 
 
 def open_cuda(options: Mapping[str, str]) -> Backend:
-    """ONNX Runtime on CUDA; latents, keys and values stay in the GPU's memory."""
-    return _open("cuda", {CUDA: options, CPU: {}}, "cuda")
+    """ONNX Runtime on CUDA; latents, keys and values stay in the GPU's memory, unless "io_binding" is 0."""
+    own = {name: value for name, value in options.items() if name != "io_binding"}
+    return _open("cuda", {CUDA: own, CPU: {}}, "cpu" if options.get("io_binding") == "0" else "cuda")
 
 
 def open_ort_tensorrt(options: Mapping[str, str]) -> Backend:
@@ -136,4 +137,6 @@ def _open(name: str, providers: Mapping[str, Mapping[str, str]], device: str) ->
             f"this ONNX Runtime has no {first}; install the one that has, instead of onnxruntime: "
             'pip uninstall onnxruntime && pip install "latte-flow[gpu]"'
         )
+    if first != CPU:
+        ort.preload_dlls()  # CUDA's libraries from their own packages, where the system has none
     return OrtBackend(name, providers, device)

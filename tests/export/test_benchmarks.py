@@ -6,6 +6,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from export.benchmarks.precision import random_flow, study
+from latte.model import FlowTransformer, LatteFlow
+from runtime.manifest import Precision
+
 RunCommand = Callable[..., tuple[int, str, str]]
 
 
@@ -50,3 +56,38 @@ def test_bench_lists_its_subjects(run_command: RunCommand) -> None:
     assert code == 0
     assert "understanding" in out
     assert "serving" in out
+
+
+def test_a_provider_is_verified_drawn_with_and_timed(checkpoint: Path, tmp_path: Path, run_command: RunCommand) -> None:
+    code, out, error = run_command(
+        "bench", "provider", "cpu", "--checkpoint", checkpoint, "--rounds", 1, "--out", tmp_path
+    )
+    assert code == 0, error
+    assert "fp16:" in out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {timing["precision"] for timing in report["timings"]} == {"fp32", "fp16"}
+    assert all(row["passed"] for rows in report["parity"].values() for row in rows)
+    assert (tmp_path / "cpu-fp16.png").is_file()
+
+
+def test_a_provider_that_is_not_here_is_said_before_any_work(tmp_path: Path, run_command: RunCommand) -> None:
+    code, _, error = run_command("bench", "provider", "tensorrt", "--out", tmp_path / "out")
+    assert code == 2
+    assert error.startswith("error: tensorrt is not installed")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_is_studied_part_by_part(precision: Precision, model: LatteFlow) -> None:
+    def errors(flow: FlowTransformer) -> dict[str, float | None]:
+        return {error.part: error.error for error in study("tiny", flow, [precision])}
+
+    found = errors(model.flow)
+    recipe = found.pop("nothing: the recipe")
+    assert recipe is not None
+    assert 0 < recipe < 2e-2
+    assert all(error is not None and error > 0 for error in found.values())
+    assert found["all of them"] > recipe  # type: ignore[operator]
+    massive = errors(random_flow(model.config, massive=True))
+    assert massive["nothing: the recipe"] is not None
+    assert (massive["normalisation"] > 0.5) == (precision == "fp16")  # type: ignore[operator]
