@@ -103,6 +103,15 @@ def sample_scene(rng: np.random.Generator, *, held_out: bool = False, count: int
             return scene
 
 
+def faintest_outline(scene: Scene) -> float:
+    """How much the faintest shape's outline weighs in a squared error: its radius times its distance in colour."""
+    background = np.array(BACKGROUNDS[scene.background or "white"])
+    return min(
+        RADII[shape.size or "medium"] * float(np.linalg.norm(np.array(COLOURS[shape.colour]) - background))
+        for shape in scene.shapes
+    )
+
+
 def sample_busy_scene(rng: np.random.Generator) -> Scene:
     """A background with one to nine shapes, none of them held out, for parts that learn what shapes look like.
 
