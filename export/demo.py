@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def _trajectory(pipe: LatteFlowPipeline, prompt: str, seed: int) -> Image.Image:
     frames: list[np.ndarray] = []
     labels: list[str] = []
 
-    def record(_: LatteFlowPipeline, step: int, t: float, tensors: dict[str, np.ndarray]) -> None:
+    def record(_: LatteFlowPipeline, step: int, t: float, tensors: Mapping[str, np.ndarray]) -> None:
         if step % TRAJECTORY_EVERY == TRAJECTORY_EVERY - 1:
             frames.append(tensors["latents"])
             group = pipe.manifest.schedule.group_of(t)

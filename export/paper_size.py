@@ -1,15 +1,19 @@
-"""Graphs of the paper's size with random weights: for builds and benchmarks, since no such checkpoint is public."""
+"""Engines with random weights, such as those of the paper's size: for builds and benchmarks, since time does not
+depend on what the weights are and no checkpoint of that size is public."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import Qwen2VLConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding, Qwen2VLTextModel
 
-from export.components import expert_component
+from export.components import WIDE_SOFTMAX, Component, expert_component, language_component
 from export.graphs import bind, save_engine, trace
 from latte.config import LatteFlowConfig
 from latte.model import FlowTransformer
@@ -35,50 +39,90 @@ PAPER = LatteFlowConfig(
 """Qwen2-VL-2B's text layers in four groups of seven, DC-AE latents of 256x256 pixels."""
 STD = 0.02
 """Of random matrices, as a model of this kind begins."""
+DTYPES = {"FLOAT": torch.float32, "FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16}
 
 
-def random_weights(graph: ir.Model, config: LatteFlowConfig, seed: int = 0) -> Callable[[str], Tensor]:
-    """A random value for every unbound initializer of a traced graph: norms 1, biases 0, matrices normal."""
-    generator = torch.Generator().manual_seed(seed)
-    # Buffers are computed, not learned, and depend on the heads alone: those of the smallest such model.
-    small = config.model_copy(
-        update={
-            "hidden_size": config.head_dim,
-            "intermediate_size": 1,
-            "num_attention_heads": 1,
-            "num_key_value_heads": 1,
-        }
+def one_group(config: LatteFlowConfig, layers: int) -> LatteFlowConfig:
+    """The same sizes with so many layers, all of them in one expert group."""
+    return config.model_copy(update={"num_hidden_layers": layers, "schedule": ExpertSchedule.uniform(1)})
+
+
+def export_random_expert(bundle: Path, precision: Precision, config: LatteFlowConfig = PAPER) -> EngineEntry:
+    """Writes `expert_0` of a model with random weights into a folder; returns its entry of a manifest."""
+    return _export(bundle, "expert_0", expert_component(config, precision), precision, _flow_buffers(config), group=0)
+
+
+def export_random_language_model(
+    bundle: Path, precision: Precision, config: LatteFlowConfig, vocabulary: int
+) -> EngineEntry:
+    """Writes `vlm` with random weights: the text layers that the flow layers mirror, and an output layer of its own."""
+    vlm_config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": vocabulary,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_hidden_layers": config.num_hidden_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_key_value_heads,
+            "rms_norm_eps": config.rms_norm_eps,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": config.rope_theta,
+                "mrope_section": list(config.mrope_section),
+            },
+        },
+        image_token_id=0,
     )
-    buffers = dict(FlowTransformer(small).named_buffers())
+
+    def build() -> tuple[nn.Module, nn.Linear]:
+        text = Qwen2VLTextModel._from_config(vlm_config.text_config, attn_implementation=WIDE_SOFTMAX)
+        return text, nn.Linear(config.hidden_size, vocabulary, bias=False)
+
+    component = language_component(config, precision, vlm_config, build)
+    rotary = Qwen2VLRotaryEmbedding(vlm_config.text_config)
+    buffers = {f"language_model.rotary_emb.{name}": value for name, value in rotary.named_buffers()}
+    return _export(bundle, "vlm", component, precision, buffers)
+
+
+def _export(
+    bundle: Path, name: str, component: Component, precision: Precision, buffers: dict[str, Tensor], group: int = 0
+) -> EngineEntry:
+    graph = trace(component, opset=18)
+    files = save_engine(bind(graph, _random_weights(graph, buffers)), bundle / name)
+    return EngineEntry(
+        name=name,
+        group=group if name.startswith("expert_") else None,
+        precision=precision,
+        opset=18,
+        fused=False,
+        files=tuple(file_entry(bundle, f"{name}/{file}") for file in files),
+        inputs=component.inputs,
+        outputs=component.outputs,
+    )
+
+
+def _random_weights(graph: ir.Model, buffers: dict[str, Tensor], seed: int = 0) -> Callable[[str], Tensor]:
+    """A value for every unbound initializer of a traced graph: norms 1, biases 0, matrices normal."""
+    generator = torch.Generator().manual_seed(seed)
 
     def weight(name: str) -> Tensor:
-        own = name.removeprefix("flow.")
-        if own in buffers:
-            return buffers[own]
-        value = graph.graph.initializers[name]
-        shape = [int(size) for size in value.shape or ()]
-        dtype = {"FLOAT": torch.float32, "FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16}[value.dtype.name]
-        if "norm" in own.rpartition(".")[0].rpartition(".")[2]:
+        if name in buffers:
+            return buffers[name]
+        value: Any = graph.graph.initializers[name]
+        shape, dtype = [int(size) for size in value.shape], DTYPES[value.dtype.name]
+        if "norm" in name:
             return torch.ones(shape, dtype=dtype)
-        if own.endswith("bias"):
+        if name.endswith("bias"):
             return torch.zeros(shape, dtype=dtype)
         return (STD * torch.randn(shape, generator=generator)).to(dtype)
 
     return weight
 
 
-def export_random_expert(bundle: Path, precision: Precision, config: LatteFlowConfig = PAPER) -> EngineEntry:
-    """Writes `expert_0` of a model with random weights into a folder; returns its entry of a manifest."""
-    component = expert_component(config, precision)
-    graph = trace(component, opset=18)
-    files = save_engine(bind(graph, random_weights(graph, config)), bundle / "expert_0")
-    return EngineEntry(
-        name="expert_0",
-        group=0,
-        precision=precision,
-        opset=18,
-        fused=False,
-        files=tuple(file_entry(bundle, f"expert_0/{name}") for name in files),
-        inputs=component.inputs,
-        outputs=component.outputs,
-    )
+def _flow_buffers(config: LatteFlowConfig) -> dict[str, Tensor]:
+    """They are computed, not learned, and depend on the heads alone: those of the smallest such model."""
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    small = config.model_copy(update={"hidden_size": config.head_dim, "intermediate_size": 1, **heads})
+    return {f"flow.{name}": value for name, value in FlowTransformer(small).named_buffers()}

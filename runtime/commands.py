@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from runtime.answers import DEFAULT_MAX_NEW_TOKENS
-from runtime.backends import PROVIDERS
+from runtime.backends import PROVIDERS, open_backend
 from runtime.console import parse_pairs, progress_bar, stdout
 from runtime.doctor import examine
 from runtime.errors import InputError
@@ -22,6 +22,7 @@ from runtime.files import make_writable_folder
 from runtime.manifest import Manifest, TensorSpec, load_manifest
 from runtime.pictures import contact_sheet, save_png
 from runtime.pipeline import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, LatteFlowPipeline
+from runtime.profile import Profiler
 from runtime.schedule import ExpertSchedule
 
 GROUP_COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
@@ -45,6 +46,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Seed of the first picture; the next ones count up.")] = None,
     provider: Provider = "cpu",
     provider_option: ProviderOption = None,
+    profile: Annotated[Path | None, typer.Option(help="Write a Chrome trace here, one lane per engine.")] = None,
     grid: Annotated[bool, typer.Option("--grid", help="Also write all pictures side by side.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
@@ -55,9 +57,10 @@ def generate(
       latte-flow generate bundle "a small red circle" -o pictures
       latte-flow generate bundle "a blue star" "a green ring" --seed 7 --num-images-per-prompt 4 --grid
       latte-flow generate bundle "a pink cross" --num-inference-steps 40 --guidance-scale 5 --json
+      latte-flow generate bundle "a red star" --profile trace.json
     """
-    options = parse_pairs(provider_option, "--provider-option")
-    with LatteFlowPipeline.from_pretrained(bundle, provider, options) as pipe:
+    profiler = Profiler(open_backend(provider, parse_pairs(provider_option, "--provider-option")))
+    with LatteFlowPipeline(bundle, load_manifest(bundle), profiler) as pipe:
         make_writable_folder(out)
         with progress_bar(transient=True) as progress:
             task = progress.add_task("sample", total=max(num_inference_steps, 0))
@@ -71,6 +74,8 @@ def generate(
                 callback_on_step_end=lambda *_: progress.advance(task),
             )
         bundle_hash = pipe.manifest.bundle_hash()
+    if profile is not None:
+        profiler.save_trace(profile)
     of_image = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
     files = []
     for index, (image, prompt, image_seed) in enumerate(zip(output.images, of_image, output.seeds, strict=True)):

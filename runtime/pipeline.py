@@ -32,7 +32,7 @@ OutputType = Literal["pil", "np", "latent"]
 DEFAULT_STEPS = 20
 DEFAULT_GUIDANCE_SCALE = 3.0
 CACHED_NEGATIVE_PROMPTS = 16
-Callback = Callable[["LatteFlowPipeline", int, float, dict[str, np.ndarray]], Mapping[str, np.ndarray] | None]
+Callback = Callable[["LatteFlowPipeline", int, float, Mapping[str, np.ndarray]], Mapping[str, np.ndarray] | None]
 
 
 @dataclass
@@ -318,12 +318,30 @@ class PreparedRun:
 
 def _adapt(pipeline: LatteFlowPipeline, callback: Callback) -> Callable[[SamplerStep], np.ndarray | None]:
     def on_step(step: SamplerStep) -> np.ndarray | None:
-        result = callback(pipeline, step.index, step.t, {"latents": step.latents.numpy()})
+        result = callback(pipeline, step.index, step.t, _OnDemand(step))
         if result is None or "latents" not in result:
             return None
         return np.ascontiguousarray(result["latents"], np.float32)
 
     return on_step
+
+
+class _OnDemand(Mapping[str, np.ndarray]):
+    """What a callback gets: {"latents": array}. The host waits for the device only if it is read."""
+
+    def __init__(self, step: SamplerStep) -> None:
+        self._step = step
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name != "latents":
+            raise KeyError(name)
+        return self._step.latents.numpy()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("latents",))
+
+    def __len__(self) -> int:
+        return 1
 
 
 def _conversations(

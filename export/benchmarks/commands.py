@@ -12,22 +12,23 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from export.benchmarks.machine import describe_machine
+from export.benchmarks.generation import IMAGES, Size, measure_generation, plot_generation, report_as_dict
+from export.benchmarks.machine import describe_machine, print_machine
 from export.benchmarks.precision import PARTS, Error, random_flow, study
 from export.benchmarks.providers import run_provider
 from export.benchmarks.serving import DISCIPLINES, Load, capacity, in_flight, poisson
 from export.benchmarks.serving import serving as in_process
+from export.benchmarks.stages import measure_stages
 from export.benchmarks.understanding import Report, measure
 from export.bundle import export_bundle
 from export.commands import parity_table, raise_if_failed, staged
-from export.paper_size import PAPER
-from latte.checkpoint import load_checkpoint
+from export.paper_size import PAPER, one_group
+from latte.checkpoint import load_checkpoint, load_config, resolve_checkpoint
 from runtime.backends import PROVIDERS, open_backend
 from runtime.console import command_group, progress_bar, stderr, stdout
 from runtime.files import write_text
 from runtime.pipeline import DEFAULT_STEPS, LatteFlowPipeline
 from runtime.requests import GenerationRequest
-from runtime.schedule import ExpertSchedule
 
 IN_FLIGHT = (1, 4, 16, 64)
 SHARES = (0.5, 0.8, 0.95)
@@ -66,8 +67,7 @@ def understanding(
     if as_json:
         typer.echo(json.dumps({"machine": machine, **_as_dict(report)}))
         return
-    for name, value in machine.items():
-        stdout.print(f"{name}: {value}", highlight=False)
+    print_machine(machine)
     table = Table(
         "",
         "first token",
@@ -88,6 +88,89 @@ def understanding(
 
 
 @app.command(no_args_is_help=False)
+def generation(
+    size: Annotated[Size, typer.Option(help="Of all models; their weights are random.")] = "shapes",
+    provider: Annotated[str, typer.Option(help=f"One of {', '.join(PROVIDERS)}.")] = "cpu",
+    rounds: Annotated[int, typer.Option(help="Of each measurement.", min=1)] = 5,
+    images: Annotated[list[int] | None, typer.Option(help="Pictures in a call; 1, 2 and 8 by default.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Also time torch.compile.")] = True,
+    plot: Annotated[Path | None, typer.Option(help="Draw the comparison here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """The expert engines beside a dense twin, an autoregressive twin and PyTorch, in one run.
+
+    \b
+    Examples:
+      latte-flow bench generation
+      latte-flow bench generation --size paper --rounds 3 --plot generation.png
+    """
+    config = PAPER if size == "paper" else load_config(resolve_checkpoint("shapes"))
+    counts = tuple(images or IMAGES)
+    with staged() as on_stage:
+        report = measure_generation(size, config, provider, rounds, counts, compiled, on_stage)
+    machine = describe_machine()
+    if plot is not None:
+        plot_generation(report, plot)
+    if as_json:
+        typer.echo(json.dumps({"machine": machine, "provider": provider} | report_as_dict(report)))
+        return
+    print_machine(machine)
+    table = Table("a guided step", *(f"{n} image{'s' * (n > 1)}" for n in counts), "experts are faster by")
+    for side, timings in report.step.items():
+        ratio = timings[counts[0]].median / report.step["experts"][counts[0]].median
+        shown = (f"{1000 * timings[n].median:.1f} ms" if n in timings else "" for n in counts)
+        table.add_row(side, *shown, "" if side == "experts" else f"{ratio:.2f}x")
+    stdout.print(table)
+    table = Table("a call, without the decoder", *(f"{n} image{'s' * (n > 1)}" for n in counts), "to experts")
+    for name, seconds, base in report.calls():
+        shown = (f"{seconds(n):.2f} s" for n in counts)
+        table.add_row(name, *shown, f"{seconds(counts[0]) / base(counts[0]):.2f}x")
+    stdout.print(table)
+    stdout.print(
+        f"an expert step of one image runs at {report.rate / 1e9:.1f} GFLOP/s, {report.efficiency:.0%} of the "
+        f"{report.gemm_peak / 1e9:.1f} that ONNX Runtime's matrix product reaches here"
+    )
+    for note in report.notes:
+        stdout.print(f"note: {note}")
+
+
+@app.command(no_args_is_help=False)
+def stages(
+    bundle: Annotated[Path | None, typer.Option(help="A bundle; `shapes` is exported where none is given.")] = None,
+    provider: Annotated[str, typer.Option(help=f"One of {', '.join(PROVIDERS)}.")] = "cpu",
+    images: Annotated[int, typer.Option(help="Pictures in a call.", min=1)] = 1,
+    rounds: Annotated[int, typer.Option(help="Calls.", min=1)] = 9,
+    trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace of the last call here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Where a call's time goes: tokeniser, prefix, each expert, solver, decoder, and the host between steps.
+
+    \b
+    Examples:
+      latte-flow bench stages
+      latte-flow bench stages --bundle my-bundle --images 8 --trace trace.json
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        if bundle is None:
+            bundle = Path(temporary) / "bundle"
+            with staged() as on_stage:
+                export_bundle("shapes", bundle, verify=False, on_stage=on_stage)
+        profile = measure_stages(bundle, provider, images, rounds, trace)
+    machine = describe_machine()
+    if as_json:
+        typer.echo(json.dumps({"machine": machine, "provider": provider, "images": images} | asdict(profile)))
+        return
+    print_machine(machine)
+    table = Table("stage", "runs", "ms", "share", title=f"{images} image{'s' * (images > 1)}, {DEFAULT_STEPS} steps")
+    for stage in profile.stages:
+        share = f"{stage.seconds / profile.seconds:.1%}"
+        table.add_row(stage.what, str(stage.runs or ""), f"{1000 * stage.seconds:.2f}", share)
+    table.add_row("all", "", f"{1000 * profile.seconds:.2f}", "")
+    stdout.print(table)
+    stdout.print(f"host between steps: {profile.host_share_of_a_step:.1%} of a step")
+
+
+@app.command(no_args_is_help=False)
 def precision(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
@@ -97,11 +180,11 @@ def precision(
     Example:
       latte-flow bench precision
     """
-    one_group = PAPER.model_copy(update={"num_hidden_layers": 7, "schedule": ExpertSchedule(boundaries=(0.0, 1.0))})
+    expert = one_group(PAPER, PAPER.layers_per_group)
     models = {
         "shapes": lambda: load_checkpoint("shapes").flow,
-        "hidden 1536, random": lambda: random_flow(one_group),
-        "hidden 1536, massive channel": lambda: random_flow(one_group, massive=True),
+        "hidden 1536, random": lambda: random_flow(expert),
+        "hidden 1536, massive channel": lambda: random_flow(expert, massive=True),
     }
     errors: list[Error] = []
     with progress_bar() as progress:
@@ -115,8 +198,7 @@ def precision(
     if as_json:
         typer.echo(json.dumps({"machine": machine, "errors": [asdict(error) for error in errors]}))
         return
-    for name, value in machine.items():
-        stdout.print(f"{name}: {value}", highlight=False)
+    print_machine(machine)
     columns = [(model, half) for model in models for half in ("fp16", "bf16")]
     found = {(error.model, error.precision, error.part): error.error for error in errors}
     table = Table("in half precision too", *(f"{model}, {half}" for model, half in columns), title="relative error")
@@ -149,8 +231,7 @@ def provider(
     parity = {half: [row.model_dump() for row in rows] for half, rows in report.parity.items()}
     timings = [asdict(timing) for timing in report.timings]
     write_text(out / "report.json", json.dumps({"machine": machine, "timings": timings, "parity": parity}, indent=2))
-    for key, value in machine.items():
-        stdout.print(f"{key}: {value}", highlight=False)
+    print_machine(machine)
     table = Table("precision", "provider", "options", "pictures", f"{DEFAULT_STEPS} steps")
     for timing in report.timings:
         shown = f"{timing.milliseconds:.1f} ms"
@@ -189,8 +270,7 @@ def serving(
     if as_json:
         typer.echo(json.dumps({"machine": machine, "requests": requests, "loads": [asdict(load) for load in loads]}))
         return
-    for name, value in machine.items():
-        stdout.print(f"{name}: {value}", highlight=False)
+    print_machine(machine)
     table = Table("load", "served by", "images per second", "p50", "p95", "p99", title=f"{requests} requests each")
     for load in loads:
         times = (f"{1000 * seconds:.0f} ms" for seconds in (load.p50, load.p95, load.p99))

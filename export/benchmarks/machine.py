@@ -10,6 +10,7 @@ from pathlib import Path
 import onnxruntime
 import torch
 
+from runtime.console import stdout
 from runtime.doctor import find_gpu
 
 
@@ -24,6 +25,12 @@ def describe_machine() -> dict[str, str]:
         "transformers": version("transformers"),
         "latte-flow": version("latte-flow"),
     } | ({} if (gpu := find_gpu()) is None else {"GPU": f"{gpu.name}, driver {gpu.driver}"})
+
+
+def print_machine(machine: dict[str, str]) -> None:
+    """A line for each fact, on stdout."""
+    for name, value in machine.items():
+        stdout.print(f"{name}: {value}", highlight=False)
 
 
 def resident_megabytes() -> float | None:

@@ -217,4 +217,5 @@ def test_the_manifest_is_the_documented_format(bundle: Path) -> None:
         "files",
         "inputs",
         "outputs",
+        "plans",
     ]

@@ -65,7 +65,10 @@ def test_each_engine_can_be_a_model_of_its_own(
 
 BAD_OPTIONS = {
     "a platform in process": (("--platform", "onnxruntime"), "the layout in-process runs its engines in Python"),
-    "no plan": (("--layout", "per-engine", "--platform", "tensorrt"), "holds no vision_encoder/model.plan; build it"),
+    "no plan": (
+        ("--layout", "per-engine", "--platform", "tensorrt"),
+        "no TensorRT plan of vision_encoder; run `latte",
+    ),
     "no such engine": (("--layout", "per-engine", "--gpu", "expert_9=0"), "no engine 'expert_9'"),
     "no number": (("--layout", "per-engine", "--gpu", "expert_0"), "--gpu takes ENGINE=NUMBER"),
 }

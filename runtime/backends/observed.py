@@ -1,0 +1,47 @@
+"""A backend whose runs somebody watches: for profiles, and for finding values that are not finite."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from runtime.backends.base import Backend, DeviceTensor, Session, Value
+from runtime.manifest import EngineEntry
+
+
+class ObservedBackend(Backend):
+    """Another backend, whose sessions report every run."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.name = backend.name
+        self._backend = backend
+
+    def load(self, bundle: Path, entry: EngineEntry) -> Session:
+        return _ObservedSession(self._backend.load(bundle, entry), self)
+
+    def upload(self, array: np.ndarray) -> DeviceTensor:
+        return self._backend.upload(array)
+
+    @abstractmethod
+    def observe(self, entry: EngineEntry, outputs: Mapping[str, DeviceTensor], start: float, end: float) -> None:
+        """Is told of every run, with its times as `time.perf_counter` says them, in seconds."""
+
+
+class _ObservedSession(Session):
+    def __init__(self, session: Session, observer: ObservedBackend) -> None:
+        super().__init__(session.entry)
+        self._session = session
+        self._observer = observer
+
+    def _execute(self, feed: Mapping[str, Value]) -> dict[str, DeviceTensor]:
+        start = time.perf_counter()
+        outputs = self._session._execute(feed)
+        self._observer.observe(self.entry, outputs, start, time.perf_counter())
+        return outputs
+
+    def close(self) -> None:
+        self._session.close()
