@@ -46,6 +46,9 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Seed of the first picture; the next ones count up.")] = None,
     provider: Provider = "cpu",
     provider_option: ProviderOption = None,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="One engine with weights in memory at a time; slower.")
+    ] = False,
     profile: Annotated[Path | None, typer.Option(help="Write a Chrome trace here, one lane per engine.")] = None,
     grid: Annotated[bool, typer.Option("--grid", help="Also write all pictures side by side.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
@@ -60,7 +63,7 @@ def generate(
       latte-flow generate bundle "a red star" --profile trace.json
     """
     profiler = Profiler(open_backend(provider, parse_pairs(provider_option, "--provider-option")))
-    with LatteFlowPipeline(bundle, load_manifest(bundle), profiler) as pipe:
+    with LatteFlowPipeline(bundle, load_manifest(bundle), profiler, low_memory=low_memory) as pipe:
         make_writable_folder(out)
         with progress_bar(transient=True) as progress:
             task = progress.add_task("sample", total=max(num_inference_steps, 0))

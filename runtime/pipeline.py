@@ -58,31 +58,37 @@ class LatteFlowPipeline:
         'red'
     """
 
-    def __init__(self, bundle: Path, manifest: Manifest, backend: Backend) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, backend: Backend, *, low_memory: bool = False) -> None:
         self.bundle = bundle
         self.manifest = manifest
         self.backend = backend
-        self.engines = EngineSet(bundle, manifest, backend)
+        self.engines = EngineSet(bundle, manifest, backend, low_memory=low_memory)
         self._prompts = PromptEncoder.from_bundle(bundle, manifest)
         self._language = LanguageModel(self.engines)
         self._negative_prefixes: OrderedDict[str, PrefixRow] = OrderedDict()
 
     @classmethod
     def from_pretrained(
-        cls, bundle: str | Path, provider: str = "cpu", provider_options: Mapping[str, str] | None = None
+        cls,
+        bundle: str | Path,
+        provider: str = "cpu",
+        provider_options: Mapping[str, str] | None = None,
+        *,
+        low_memory: bool = False,
     ) -> Self:
         """Opens a bundle. Engines are loaded when a call needs them.
 
         Args:
             provider: what runs the engines, one of `runtime.backends.PROVIDERS`.
             provider_options: by the names of the provider's own documentation, such as "device_id".
+            low_memory: keep one engine with weights in memory at a time; each call then loads them anew.
 
         Raises:
             BundleError: it cannot be used.
             InputError: unknown provider.
         """
         path = Path(bundle)
-        return cls(path, load_manifest(path), open_backend(provider, provider_options))
+        return cls(path, load_manifest(path), open_backend(provider, provider_options), low_memory=low_memory)
 
     @property
     def kv_dtype(self) -> np.dtype[Any]:

@@ -40,6 +40,7 @@ def arrange_rows(
         prefix_mask=backend.upload(mask),
         guidance_scale=np.asarray(guidance_scales, np.float32),
         guided=tuple(i for i, scale in enumerate(guidance_scales) if scale != 1.0),
+        upload=backend.upload,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -42,8 +42,10 @@ class GuidedBatch:
     """`[R, P]` bool."""
     guidance_scale: np.ndarray
     """`[B]` float32."""
-    guided: tuple[int, ...] = field(default=())
+    guided: tuple[int, ...] = ()
     """Images that have an unconditional row, in the order of those rows."""
+    upload: Callable[[np.ndarray], Value] = np.asarray
+    """Moves what all steps share to the device."""
 
     @property
     def batch(self) -> int:
@@ -74,11 +76,13 @@ class Sampler:
         self._engines = engines
         self._schedule = schedule
         self._batch = batch
-        self._constants = {
+        self._row_of = batch.row_of()
+        constants = {
             "unconditional_row": batch.unconditional_row(),
             "guidance_scale": batch.guidance_scale.astype(np.float32),
-            "row_of": batch.row_of(),
+            "row_of": self._row_of,
         }
+        self._constants = {name: batch.upload(value) for name, value in constants.items()}
 
     def run(self, latents: np.ndarray, times: Sequence[float], on_step: OnStep | None = None) -> Value:
         """Integrates from `latents` `[B, C, H, W]` float32 along the time grid; returns the last latents."""
@@ -95,7 +99,7 @@ class Sampler:
 
     def rows_of(self, latents: Value) -> np.ndarray:
         """The latents of every row `[R, C, H, W]` from those of the images `[B, C, H, W]`."""
-        rows: np.ndarray = to_host(latents)[self._constants["row_of"]]
+        rows: np.ndarray = to_host(latents)[self._row_of]
         return rows
 
     def step(
@@ -106,17 +110,18 @@ class Sampler:
         Args:
             t, t_next: of all images, or of each, `[B]`; all t are of one expert group.
         """
-        images = self._batch.batch
-        start, end = np.broadcast_to(t, images), np.broadcast_to(t_next, images)
+        start, step_size = np.zeros((2, self._batch.batch))
+        start += t
+        step_size += t_next - start
         group = self._schedule.group_of(float(start[0]))
         velocity = self._engines[f"expert_{group}"].run(
             {
                 "latents": row_latents,
-                "timestep": start[self._constants["row_of"]].astype(np.float32),
+                "timestep": start[self._row_of].astype(np.float32),
                 "prefix_kv": self._batch.prefix_kv[group],
                 "prefix_mask": self._batch.prefix_mask,
             }
         )["velocity"]
-        feed = {"latents": latents, "velocity": velocity, "step_size": (end - start).astype(np.float32)}
+        feed = {"latents": latents, "velocity": velocity, "step_size": step_size.astype(np.float32)}
         outputs = self._engines["solver_step"].run(feed | self._constants)
         return outputs["next_latents"], outputs["row_latents"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -94,13 +95,18 @@ def check_feed(entry: EngineEntry, feed: Mapping[str, Value]) -> None:
     axes: dict[str, int] = {}
     for spec in entry.inputs:
         value = feed[spec.name]
-        dtype, shape = str(value.dtype), tuple(value.shape)
+        dtype, shape = _dtype_name(value.dtype), tuple(value.shape)
         if dtype != spec.dtype or not _shape_fits(spec, shape, axes):
             raise EngineError(
                 f"engine {entry.name}: {spec.name} must be {spec.dtype} {_shown(spec.shape)}, "
                 f"got {dtype} {_shown(shape)}"
                 + (f" (with {', '.join(f'{name}={size}' for name, size in axes.items())})" if axes else "")
             )
+
+
+@cache  # NumPy makes the name anew each time, in as much time as all other checks of a tensor take
+def _dtype_name(dtype: np.dtype | str) -> str:
+    return str(dtype)
 
 
 def _shape_fits(spec: TensorSpec, shape: tuple[int, ...], axes: dict[str, int]) -> bool:
