@@ -31,7 +31,8 @@ from export.dc_ae import use_linear_attention
 from export.graphs import bind, quiet_exporter, save_engine, trace
 from export.plans.build import carry_plans
 from export.verify import verify_bundle
-from latte.checkpoint import load_checkpoint, resolve_checkpoint
+from export.weights import WeightFiles
+from latte.checkpoint import load_checkpoint, load_outline, resolve_checkpoint
 from latte.model import LatteFlow
 from runtime.errors import InputError
 from runtime.files import check_replaceable, replaced_directory
@@ -93,9 +94,11 @@ def export_bundle(
     check_replaceable(bundle, FILE_NAME, "bundle", force=force)
     on_stage("load the checkpoint")
     path = resolve_checkpoint(checkpoint)
-    model = load_checkpoint(path)
+    # The export itself reads weights one at a time; a whole model is needed only to verify against.
+    reference = load_checkpoint(path) if verify else None
+    model = load_outline(path)
     with replaced_directory(bundle) as folder:
-        engines = _export_engines(model, folder, precision, opset, fuse, on_stage)
+        engines = _export_engines(model, WeightFiles(path), folder, precision, opset, fuse, on_stage)
         for name in TOKENIZER_FILES:
             if (path / name).is_file():
                 shutil.copyfile(path / name, folder / name)
@@ -114,23 +117,30 @@ def export_bundle(
         if (bundle / FILE_NAME).is_file():
             manifest = carry_plans(bundle, folder, manifest)
         save_manifest(manifest, folder)
-        if verify:
+        if reference is not None:
             on_stage("verify against PyTorch")
-            manifest = manifest.model_copy(update={"parity": tuple(verify_bundle(folder, model))})
+            manifest = manifest.model_copy(update={"parity": tuple(verify_bundle(folder, reference))})
             save_manifest(manifest, folder)
     return manifest, [row for row in manifest.parity or () if not row.passed]
 
 
 def _export_engines(
-    model: LatteFlow, folder: Path, precision: Precision, opset: int, fuse: bool, on_stage: OnStage
+    model: LatteFlow,
+    files: WeightFiles,
+    folder: Path,
+    precision: Precision,
+    opset: int,
+    fuse: bool,
+    on_stage: OnStage,
 ) -> list[EngineEntry]:
     config = model.config
     language_model = model.vlm.model.language_model
+    dtype = TORCH_DTYPES[precision]
     entries = []
 
     def save(name: str, component: Component, graph: ir.Model, precision: Precision, group: int | None = None) -> None:
         fused = fuse and name != "solver_step"
-        files = save_engine(graph, folder / name, fuse=fused)
+        written = save_engine(graph, folder / name, fuse=fused)
         entries.append(
             EngineEntry(
                 name=name,
@@ -138,40 +148,53 @@ def _export_engines(
                 precision=precision,
                 opset=opset,
                 fused=fused,
-                files=tuple(file_entry(folder, f"{name}/{file}") for file in files),
+                files=tuple(file_entry(folder, f"{name}/{file}") for file in written),
                 inputs=component.inputs,
                 outputs=component.outputs,
             )
         )
 
-    def part(module: nn.Module, prefix: str, dtype: torch.dtype) -> Callable[[str], Tensor]:
-        return lambda name: _value(module, name.removeprefix(prefix), dtype)
+    def value(part: str, name: str, module: nn.Module, dtype: torch.dtype = dtype) -> Tensor:
+        """A parameter from its file, or what the module computes: rotary frequencies, in full precision."""
+        owner, _, attribute = name.rpartition(".")
+        computed = module.get_submodule(owner)._buffers.get(attribute)
+        return files.read(part, name, dtype) if computed is None else computed
 
-    dtype = TORCH_DTYPES[precision]
     on_stage("trace vision_encoder")
     component = vision_component_of(model, precision)
-    tower = part(model.vlm.model.visual, "tower.", dtype)
-    save("vision_encoder", component, bind(trace(component, opset), tower), precision)
+    graph = trace(component, opset)
+    on_stage("bind vision_encoder")
+    tower = model.vlm.model.visual
+    save(
+        "vision_encoder", component, bind(graph, lambda n: value("vision", n.removeprefix("tower."), tower)), precision
+    )
 
     on_stage("trace vlm")
     component = language_component_of(model, precision)
-    text = part(language_model, "language_model.", dtype)
+    graph = trace(component, opset)
+    on_stage("bind vlm")
 
     def text_weight(name: str) -> Tensor:
-        return _value(model.vlm.lm_head, "weight", dtype) if name == "lm_head.weight" else text(name)
+        if name == "lm_head.weight":
+            return files.read("head", name, dtype)
+        return value("text", name.removeprefix("language_model."), language_model)
 
-    save("vlm", component, bind(trace(component, opset), text_weight), precision)
+    save("vlm", component, bind(graph, text_weight), precision)
 
     on_stage("trace expert")
     component = expert_component(config, precision)
     graph = trace(component, opset)
-    sources = {"flow": model.flow, "language_model": language_model}
+    sources: dict[str, tuple[str, nn.Module]] = {
+        "flow": ("flow", model.flow),
+        "language_model": ("text", language_model),
+    }
     for group in range(config.schedule.num_groups):
         on_stage(f"bind expert_{group}")
 
         def weight(name: str, group: int = group) -> Tensor:
             source, source_name = expert_weight_source(config, group, name)
-            return _value(sources[source], source_name, dtype)
+            part, module = sources[source]
+            return value(part, source_name, module)
 
         save(f"expert_{group}", component, bind(graph, weight), precision, group)
 
@@ -187,9 +210,11 @@ def _export_engines(
 
     component = decoder_component(config, build_decoder)
     constants: dict[str, Tensor] = {"latents_mean": model.latents_mean, "latents_std": model.latents_std}
-    decoder = part(model.vae.decoder, "decoder.", torch.float32)
-    graph = bind(trace(component, opset), lambda name: constants[name] if name in constants else decoder(name))
-    save("vae_decoder", component, graph, "fp32")
+
+    def decoder_weight(name: str) -> Tensor:
+        return constants[name] if name in constants else value("vae", name, model.vae, torch.float32)
+
+    save("vae_decoder", component, bind(trace(component, opset), decoder_weight), "fp32")
     return entries
 
 
@@ -214,16 +239,6 @@ def language_component_of(model: LatteFlow, precision: Precision) -> Component:
         return text, None if vlm_config.tie_word_embeddings else head
 
     return language_component(model.config, precision, vlm_config, build)
-
-
-def _value(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
-    """A parameter in the bundle's dtype, or a buffer as it is: rotary frequencies lose too much in half precision."""
-    owner, _, attribute = name.rpartition(".")
-    parent = module.get_submodule(owner)
-    if attribute in parent._parameters:
-        return module.get_parameter(name).to(dtype)
-    buffer: Tensor = module.get_buffer(name)
-    return buffer
 
 
 def prompt_format(model: LatteFlow) -> PromptFormat:

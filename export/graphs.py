@@ -13,16 +13,15 @@ import os
 import struct
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
-from safetensors.torch import save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -30,6 +29,17 @@ from export.components import Component
 
 GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "weights.safetensors"
+SAFETENSORS_DTYPES = {
+    "DOUBLE": "F64",
+    "FLOAT": "F32",
+    "FLOAT16": "F16",
+    "BFLOAT16": "BF16",
+    "INT64": "I64",
+    "INT32": "I32",
+    "INT8": "I8",
+    "UINT8": "U8",
+    "BOOL": "BOOL",
+}
 INLINE_BYTES = 64
 """Constants up to this size stay in the graph."""
 
@@ -92,16 +102,28 @@ def quiet_exporter() -> Iterator[None]:
 
 
 def bind(model: ir.Model, weight: Callable[[str], Tensor]) -> ir.Model:
-    """A copy of a traced graph in which every unbound initializer has the value that `weight` gives its name."""
+    """A copy of a traced graph in which every unbound initializer has the value that `weight` gives its name.
+
+    `weight` is asked when the value is written, and the value forgotten after.
+    """
     bound = model.clone()
     for name, value in bound.graph.initializers.items():
         if value.const_value is None:
-            tensor = weight(name).detach().cpu().contiguous()
-            expected = tuple(value.shape) if value.shape is not None else None
-            if expected is not None and tuple(tensor.shape) != expected:
-                raise ValueError(f"weight {name} has shape {tuple(tensor.shape)}, the graph expects {expected}")
-            value.const_value = ir.tensor_adapters.TorchTensor(tensor, name=name)
+            assert value.dtype is not None
+            assert value.shape is not None
+            value.const_value = ir.LazyTensor(
+                partial(_checked, weight, name, value), value.dtype, value.shape, name=name
+            )
     return bound
+
+
+def _checked(weight: Callable[[str], Tensor], name: str, value: ir.Value) -> ir.TensorProtocol:
+    tensor = ir.tensor_adapters.TorchTensor(weight(name).detach().cpu().contiguous(), name=name)
+    if tensor.shape != value.shape or tensor.dtype != value.dtype:
+        raise ValueError(
+            f"weight {name} is {tensor.dtype} {tensor.shape}, the graph expects {value.dtype} {value.shape}"
+        )
+    return tensor
 
 
 def save_engine(model: ir.Model, folder: Path, *, fuse: bool = False) -> list[str]:
@@ -125,7 +147,7 @@ def _write(model: ir.Model, folder: Path) -> list[str]:
     if large:
         # Not in place: the values of a graph that was written before may live in the file that this replaces.
         temporary = folder / f".{WEIGHTS_FILE}.tmp"
-        save_file({name: _to_torch(tensor) for name, tensor in large.items()}, temporary)
+        write_safetensors(temporary, large)
         os.replace(temporary, folder / WEIGHTS_FILE)
         offsets = tensor_offsets(folder / WEIGHTS_FILE)
         for name, tensor in large.items():
@@ -137,13 +159,34 @@ def _write(model: ir.Model, folder: Path) -> list[str]:
     return [GRAPH_FILE, WEIGHTS_FILE] if large else [GRAPH_FILE]
 
 
-def _to_torch(tensor: Any) -> Tensor:
-    if isinstance(tensor, ir.tensor_adapters.TorchTensor):
-        return tensor.raw
-    array = np.array(tensor.numpy(), order="C")
-    if tensor.dtype == ir.DataType.BFLOAT16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+def write_safetensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Writes tensors one after another, each evaluated when it is its turn; safetensors' own writer wants them all.
+
+    Args:
+        tensors: of onnx_ir, by name.
+    """
+    # Wide types first, so that each tensor is aligned to its elements.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, tensor in ordered:
+        header[name] = {
+            "dtype": SAFETENSORS_DTYPES[tensor.dtype.name],
+            "shape": [int(size) for size in tensor.shape],
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for _, tensor in ordered:
+            # The torch tensor's own bytes, where it is one: `tobytes` would make another copy.
+            value = tensor.raw() if isinstance(tensor, ir.LazyTensor) else tensor
+            if isinstance(value, ir.tensor_adapters.TorchTensor):
+                file.write(memoryview(value.raw.view(-1).view(torch.uint8).numpy()))
+            else:
+                file.write(value.tobytes())
 
 
 def tensor_offsets(path: Path) -> Mapping[str, tuple[int, int]]:

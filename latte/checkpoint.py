@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderDC
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Qwen2Tokenizer, Qwen2VLForConditionalGeneration
+from transformers import GenerationConfig, Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
@@ -95,6 +96,30 @@ def load_checkpoint(name_or_path: str | Path, dtype: torch.dtype = torch.float32
     if config.variant == "blend":
         share_with_vlm(flow, vlm)
     return model.eval()
+
+
+def load_outline(name_or_path: str | Path) -> LatteFlow:
+    """A checkpoint's modules without their weights, which are on the meta device; buffers and tokenizer are real.
+
+    Raises:
+        CheckpointError: a config is missing, or the parts do not fit together.
+    """
+    path = resolve_checkpoint(name_or_path)
+    config = load_config(path)
+    for part, kind in (("vlm", "Qwen2VLForConditionalGeneration"), ("vae", "AutoencoderDC")):
+        if not (path / part / "config.json").is_file():
+            raise CheckpointError(f"{path / part} holds no config.json, expected a {kind} as its library saves it")
+    with init_empty_weights(include_buffers=False), _quiet_libraries():
+        vlm_config = Qwen2VLConfig.from_pretrained(path / "vlm", local_files_only=True)
+        vlm = Qwen2VLForConditionalGeneration._from_config(vlm_config, attn_implementation="eager")
+        vae = AutoencoderDC.from_config(AutoencoderDC.load_config(path / "vae", local_files_only=True))
+        _check_geometry(config, vlm, vae)
+        flow = FlowTransformer(config)
+    if (path / "vlm" / "generation_config.json").is_file():
+        vlm.generation_config = GenerationConfig.from_pretrained(path / "vlm", local_files_only=True)
+    if config.variant == "blend":
+        share_with_vlm(flow, vlm)
+    return LatteFlow(config, flow, vlm, vae, load_tokenizer(path)).eval()
 
 
 def load_vlm(path: Path, dtype: torch.dtype = torch.float32) -> Qwen2VLForConditionalGeneration:
