@@ -14,6 +14,7 @@ from rich.table import Table
 
 from export.benchmarks.generation import IMAGES, Size, measure_generation, plot_generation, report_as_dict
 from export.benchmarks.machine import describe_machine, print_machine
+from export.benchmarks.memory import measure_export, measure_memory
 from export.benchmarks.precision import PARTS, Error, random_flow, study
 from export.benchmarks.providers import run_provider
 from export.benchmarks.serving import DISCIPLINES, Load, capacity, in_flight, poisson
@@ -23,6 +24,7 @@ from export.benchmarks.understanding import Report, measure
 from export.bundle import export_bundle
 from export.commands import parity_table, raise_if_failed, staged
 from export.paper_size import PAPER, one_group
+from export.random_checkpoint import write_random_checkpoint
 from latte.checkpoint import load_checkpoint, load_config, resolve_checkpoint
 from runtime.backends import PROVIDERS, open_backend
 from runtime.console import command_group, progress_bar, stderr, stdout
@@ -168,6 +170,53 @@ def stages(
     table.add_row("all", "", f"{1000 * profile.seconds:.2f}", "")
     stdout.print(table)
     stdout.print(f"host between steps: {profile.host_share_of_a_step:.1%} of a step")
+
+
+@app.command(no_args_is_help=False)
+def memory(
+    size: Annotated[
+        Size, typer.Option(help="paper: 4 billion random parameters, 16 GB of disk while it runs.")
+    ] = "shapes",
+    provider: Annotated[str, typer.Option(help=f"One of {', '.join(PROVIDERS)}.")] = "cpu",
+    draw: Annotated[bool, typer.Option(help="Also load the bundle and draw, all engines and one at a time.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Memory of an export; memory and time to the first image with all engines and with one at a time.
+
+    \b
+    Examples:
+      latte-flow bench memory
+      latte-flow bench memory --size paper --no-draw
+    """
+    with tempfile.TemporaryDirectory() as temporary, staged() as on_stage:
+        checkpoint = resolve_checkpoint("shapes")
+        if size == "paper":
+            checkpoint = Path(temporary) / "checkpoint"
+            on_stage("write a random checkpoint")
+            write_random_checkpoint(checkpoint)
+        bundle = Path(temporary) / "bundle"
+        on_stage("export")
+        export_footprint = measure_export(checkpoint, bundle, "fp16" if size == "paper" else "fp32")
+        on_stage("draw")
+        footprints = measure_memory(bundle, provider) if draw else []
+    machine = describe_machine()
+    if as_json:
+        drawn = [asdict(footprint) for footprint in footprints]
+        typer.echo(json.dumps({"machine": machine, "export": asdict(export_footprint), "draw": drawn}))
+        return
+    print_machine(machine)
+    above = export_footprint.peak_mb - export_footprint.interpreter_mb
+    stdout.print(
+        f"export of {export_footprint.checkpoint_mb / 1000:.2f} GB: {export_footprint.seconds:.0f} s, at most "
+        f"{above:.0f} MB above the {export_footprint.interpreter_mb:.0f} MB of the interpreter with its libraries"
+    )
+    if footprints:
+        table = Table("engines in memory", "first image", "second image", "peak MB above the interpreter")
+        for found in footprints:
+            kept = "one at a time" if found.low_memory else "all"
+            memory_mb = f"{found.peak_mb - found.interpreter_mb:.0f}"
+            table.add_row(kept, f"{found.first_image_seconds:.2f} s", f"{found.second_image_seconds:.2f} s", memory_mb)
+        stdout.print(table)
 
 
 @app.command(no_args_is_help=False)
