@@ -381,6 +381,8 @@ class LatteFlow(nn.Module):
         seed: int | Sequence[int] = 0,
         latents: Tensor | None = None,
         solver: str = "euler",
+        shift: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         output_type: str = "np",
         callback_on_step_end: Callable[[SampleStep], None] | None = None,
     ) -> np.ndarray:
@@ -392,6 +394,8 @@ class LatteFlow(nn.Module):
             seed: of each image; an int s gives s, s + 1, …
             latents: x₀ `[B, C, H, W]` float32 instead of noise from `seed`.
             solver: "euler" or "heun".
+            shift: of the time grid, see `time_grid`.
+            guidance_interval: [start, end) of the times with guidance (arXiv 2404.07724); elsewhere the scale is 1.
             output_type: "np" for `[B, height, width, 3]` uint8, "latent" for `[B, C, H, W]` float32.
             callback_on_step_end: sees every step.
         """
@@ -407,12 +411,13 @@ class LatteFlow(nn.Module):
         conditioned = range(len(prompts))
 
         def velocity(x: Tensor, t: float, group: int) -> Tensor:
-            rows = x[[*conditioned, *guided_rows]]
+            led = guided_rows if guidance_interval[0] <= t < guidance_interval[1] else []
+            rows = x[[*conditioned, *led]]
             times = torch.full((len(rows),), t, device=device)
-            v = self.flow(rows, times, prefix.kv[group], prefix.mask, group)
-            return guided(v[: len(prompts)], v[len(prompts) :], guided_rows, scales.to(device))
+            v = self.flow(rows, times, prefix.kv[group][:, :, : len(rows)], prefix.mask[: len(rows)], group)
+            return guided(v[: len(prompts)], v[len(prompts) :], led, scales.to(device))
 
-        times = time_grid(num_inference_steps)
+        times = time_grid(num_inference_steps, shift)
         result = sample(velocity, latents.to(device), times, self.config.schedule, solver, callback_on_step_end)
         if output_type == "latent":
             return result.cpu().numpy()

@@ -66,12 +66,19 @@ class ExpertSchedule(BaseModel):
             raise ValueError(f"flow time must be in [0, 1], got {t}")
 
 
-def time_grid(num_inference_steps: int) -> list[float]:
-    """`num_inference_steps + 1` equally spaced times from 0.0 (noise) to 1.0 (data).
+def time_grid(num_inference_steps: int, shift: float = 1.0) -> list[float]:
+    """`num_inference_steps + 1` times from 0.0 (noise) to 1.0 (data), equally spaced unless shifted.
+
+    Args:
+        shift: of the noise level σ = 1 − t to s·σ / (1 + (s − 1)·σ), as in Stable Diffusion 3 (arXiv 2403.03206,
+            eq. 23); above 1 the steps are shorter near the noise.
 
     Raises:
-        InputError: fewer than one step.
+        InputError: fewer than one step, or a shift that is not positive.
     """
     if num_inference_steps < 1:
         raise InputError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-    return [i / num_inference_steps for i in range(num_inference_steps + 1)]
+    if not 0 < shift < float("inf"):
+        raise InputError(f"shift must be a positive number, got {shift}")
+    times = [i / num_inference_steps for i in range(num_inference_steps + 1)]
+    return [t / (t + shift * (1 - t)) for t in times] if shift != 1.0 else times

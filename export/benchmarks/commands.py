@@ -20,6 +20,7 @@ from export.benchmarks.providers import run_provider
 from export.benchmarks.serving import DISCIPLINES, Load, capacity, in_flight, poisson
 from export.benchmarks.serving import serving as in_process
 from export.benchmarks.stages import measure_stages
+from export.benchmarks.steps import SETTINGS, measure_steps, plot_steps
 from export.benchmarks.understanding import Report, measure
 from export.bundle import export_bundle
 from export.commands import parity_table, raise_if_failed, staged
@@ -170,6 +171,41 @@ def stages(
     table.add_row("all", "", f"{1000 * profile.seconds:.2f}", "")
     stdout.print(table)
     stdout.print(f"host between steps: {profile.host_share_of_a_step:.1%} of a step")
+
+
+@app.command(no_args_is_help=False)
+def steps(
+    checkpoint: Annotated[str, typer.Argument(help="`shapes`, or a checkpoint of the same world.")] = "shapes",
+    prompts: Annotated[int, typer.Option(help="Held-out prompts of one and of two shapes, each.", min=1)] = 100,
+    plot: Annotated[Path | None, typer.Option(help="Draw score and PSNR over the cost here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Quality against the number of steps: solvers, shifted time grids, and guidance on an interval of time.
+
+    \b
+    Examples:
+      latte-flow bench steps
+      latte-flow bench steps my-checkpoint --prompts 500 --plot steps.png
+    """
+    model = load_checkpoint(checkpoint)
+    with progress_bar() as progress:
+        task = progress.add_task("draw", total=len(SETTINGS))
+        found = []
+        for point in measure_steps(model, prompts):
+            found.append(point)
+            progress.advance(task)
+    machine = describe_machine()
+    if plot is not None:
+        plot_steps(found, plot)
+    if as_json:
+        typer.echo(json.dumps({"machine": machine, "prompts": prompts, "points": [asdict(p) for p in found]}))
+        return
+    print_machine(machine)
+    table = Table("sampler", "steps", "expert rows", "1 shape", "2 shapes", "PSNR", title=f"{prompts} prompts each")
+    for point in found:
+        shares = (f"{share:.1%}" for share in point.right)
+        table.add_row(point.sampler, str(point.steps), str(point.rows), *shares, f"{point.psnr_db:.1f} dB")
+    stdout.print(table)
 
 
 @app.command(no_args_is_help=False)

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from export.benchmarks.precision import random_flow, study
+from export.paper_size import PAPER, one_group
+from export.random_checkpoint import write_random_checkpoint
+from latte.checkpoint import load_checkpoint
 from latte.model import FlowTransformer, LatteFlow
 from runtime.manifest import Precision
 
@@ -105,3 +108,54 @@ def test_generation_is_measured_beside_its_twins(tmp_path: Path, run_command: Ru
     assert set(report["call_seconds"]) >= {"experts, 20 steps", "autoregressive twin, 576 tokens"}
     assert all(set(calls) == {"1", "2"} for calls in report["call_seconds"].values())
     assert plot.stat().st_size > 10_000
+
+
+def test_steps_are_scored_and_compared_with_many(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run_command: RunCommand
+) -> None:
+    settings = (("Euler", 4), ("Euler", 20), ("Heun", 4), ("Euler, guidance for t < 0.5", 20))
+    monkeypatch.setattr("export.benchmarks.steps.SETTINGS", settings)
+    monkeypatch.setattr("export.benchmarks.steps.PSNR_PICTURES", 4)
+    monkeypatch.setattr("export.benchmarks.steps.FINE_STEPS", 60)
+    code, out, error = run_command("bench", "steps", "--prompts", 4, "--plot", tmp_path / "steps.png", "--json")
+    assert code == 0, error
+    points = {(point["sampler"], point["steps"]): point for point in json.loads(out)["points"]}
+    assert {setting: point["rows"] for setting, point in points.items()} == dict(
+        zip(settings, (8, 40, 16, 30), strict=True)
+    )
+    assert points["Euler", 20]["psnr_db"] > points["Euler", 4]["psnr_db"]
+    assert (tmp_path / "steps.png").stat().st_size > 10_000
+
+
+def test_memory_is_measured_in_processes_of_their_own(run_command: RunCommand) -> None:
+    code, out, error = run_command("bench", "memory", "--json")
+    assert code == 0, error
+    report = json.loads(out)
+    assert report["export"]["peak_mb"] > report["export"]["interpreter_mb"] > 100
+    every, one = report["draw"]
+    assert (every["low_memory"], one["low_memory"]) == (False, True)
+    assert one["peak_mb"] < every["peak_mb"]
+    assert min(every["first_image_seconds"], every["second_image_seconds"]) > 0
+
+
+def test_a_random_checkpoint_is_a_checkpoint(tmp_path: Path, run_command: RunCommand) -> None:
+    config = one_group(PAPER, 2).model_copy(
+        update={
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_attention_heads": 4,
+            "mrope_section": (2, 3, 3),
+            "latent_channels": 4,
+            "latents_mean": (0.0,) * 4,
+            "latents_std": (1.0,) * 4,
+            "vae_scale_factor": 4,
+        }
+    )
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2}
+    total = write_random_checkpoint(tmp_path / "random", config, vision, 600, (32, 64, 64))
+    model = load_checkpoint(tmp_path / "random")
+    assert total == sum(parameter.numel() for parameter in model.parameters())
+    code, _, error = run_command(
+        "export", tmp_path / "random", tmp_path / "bundle", "--precision", "fp16", "--no-verify"
+    )
+    assert code == 0, error

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
@@ -120,3 +123,16 @@ def test_blend_trains_only_what_is_specific_to_generation() -> None:
     assert {"latent_embed.weight", "heads.1.proj.weight", "layers.0.scale_shift_table"} <= trained
     shared = model.vlm.model.language_model.layers[2].self_attn.q_proj.weight
     assert model.flow.layers[2].q_proj.weight is shared
+
+
+def test_guidance_outside_its_interval_is_none_and_throughout_is_guidance(model: LatteFlow) -> None:
+    def latents(**options: Any) -> np.ndarray:
+        return model.generate(PROMPTS, num_inference_steps=6, seed=3, output_type="latent", **options)
+
+    guided = latents(guidance_scale=4.0)
+    plain = latents(guidance_scale=1.0)
+    np.testing.assert_allclose(latents(guidance_scale=4.0, guidance_interval=(2.0, 3.0)), plain, atol=1e-5)
+    np.testing.assert_array_equal(latents(guidance_scale=4.0, guidance_interval=(0.0, 1.0)), guided)
+    partly = latents(guidance_scale=4.0, guidance_interval=(0.0, 0.5))
+    assert np.abs(partly - guided).max() > 1e-3
+    assert np.abs(partly - plain).max() > 1e-3

@@ -187,3 +187,20 @@ def test_the_prefix_is_the_references(pipe: LatteFlowPipeline, model: LatteFlow)
         kept = mask[None, None, :, None, :, None]
         np.testing.assert_allclose(kv.numpy() * kept, reference.numpy() * kept, atol=1e-5)  # type: ignore[union-attr]
         assert torch.isfinite(reference).all()
+
+
+def test_with_low_memory_one_engine_with_weights_is_there_at_a_time(bundle: Path, pipe: LatteFlowPipeline) -> None:
+    expected = pipe("a red star", seed=4, num_inference_steps=5, output_type="np").images
+    with LatteFlowPipeline.from_pretrained(bundle, low_memory=True) as small:
+        seen = []
+
+        def record(here: LatteFlowPipeline, *_: object) -> None:
+            seen.append(sorted(here.engines.loaded))
+
+        drawn = small("a red star", seed=4, num_inference_steps=5, output_type="np", callback_on_step_end=record).images
+        again = small("a red star", seed=4, num_inference_steps=5, output_type="np").images
+        small.ask(drawn[0], "what is it?", max_new_tokens=2)
+        assert len(small.engines.loaded) <= 2
+    assert seen == [["expert_0", "solver_step"]] * 2 + [["expert_1", "solver_step"]] * 3
+    np.testing.assert_array_equal(drawn, expected)
+    np.testing.assert_array_equal(again, expected)

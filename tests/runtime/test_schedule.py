@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from pydantic import ValidationError
 
@@ -55,3 +57,17 @@ def test_a_grid_needs_a_step() -> None:
     assert time_grid(2) == [0.0, 0.5, 1.0]
     with pytest.raises(InputError, match="at least 1, got 0"):
         time_grid(0)
+
+
+def test_a_shifted_grid_is_denser_near_the_noise_and_ends_where_it_should() -> None:
+    assert time_grid(4, shift=1.0) == time_grid(4)
+    shifted = time_grid(4, shift=3.0)
+    assert shifted[0] == 0.0
+    assert shifted[-1] == 1.0
+    gaps = [later - earlier for earlier, later in itertools.pairwise(shifted)]
+    assert gaps == sorted(gaps)
+    # σ = 1 − t goes to s·σ / (1 + (s − 1)·σ): from 0.5 to 0.75.
+    assert 1 - shifted[2] == pytest.approx(0.75)
+    for shift in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="shift must be a positive number"):
+            time_grid(4, shift)
