@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from export.benchmarks.compare import Comparison, compare_reports, load_report
 from export.benchmarks.generation import IMAGES, Size, measure_generation, plot_generation, report_as_dict
 from export.benchmarks.machine import describe_machine, print_machine
 from export.benchmarks.memory import measure_export, measure_memory
@@ -98,6 +99,9 @@ def generation(
     images: Annotated[list[int] | None, typer.Option(help="Pictures in a call; 1, 2 and 8 by default.")] = None,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Also time torch.compile.")] = True,
     plot: Annotated[Path | None, typer.Option(help="Draw the comparison here.")] = None,
+    against: Annotated[
+        Path | None, typer.Option("--compare", metavar="OLD.json", help="Flag what got slower since that report.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """The expert engines beside a dense twin, an autoregressive twin and PyTorch, in one run.
@@ -106,7 +110,9 @@ def generation(
     Examples:
       latte-flow bench generation
       latte-flow bench generation --size paper --rounds 3 --plot generation.png
+      latte-flow bench generation --json > old.json; latte-flow bench generation --compare old.json
     """
+    old = None if against is None else load_report(against)
     config = PAPER if size == "paper" else load_config(resolve_checkpoint("shapes"))
     counts = tuple(images or IMAGES)
     with staged() as on_stage:
@@ -135,6 +141,8 @@ def generation(
     )
     for note in report.notes:
         stdout.print(f"note: {note}")
+    if old is not None:
+        print_comparison(compare_reports(old, {"machine": machine} | report_as_dict(report)))
 
 
 @app.command(no_args_is_help=False)
@@ -206,6 +214,38 @@ def steps(
         shares = (f"{share:.1%}" for share in point.right)
         table.add_row(point.sampler, str(point.steps), str(point.rows), *shares, f"{point.psnr_db:.1f} dB")
     stdout.print(table)
+
+
+@app.command(no_args_is_help=True)
+def compare(
+    old: Annotated[Path, typer.Argument(help="Report of an earlier run, from --json.")],
+    new: Annotated[Path, typer.Argument(help="Report of a later run of the same benchmark.")],
+) -> None:
+    """Compare two runs of a benchmark. Exits with 1 if something got slower beyond the noise of the rounds.
+
+    \b
+    Example:
+      latte-flow bench generation --json > new.json && latte-flow bench compare old.json new.json
+    """
+    before, after = load_report(old), load_report(new)
+    for name in sorted(before["machine"].keys() | after["machine"].keys()):
+        values = before["machine"].get(name), after["machine"].get(name)
+        if values[0] != values[1]:
+            stderr.print(f"note: {name} was {values[0]}, is {values[1]}")
+    print_comparison(compare_reports(before, after))
+
+
+def print_comparison(comparisons: list[Comparison]) -> None:
+    """A line for each measurement; ends the command with 1 if one is slower."""
+    colours = {"slower": "red", "faster": "green", "same": "default"}
+    table = Table("measured", "old", "new", "new / old time", "noise", "")
+    for found in comparisons:
+        verdict = f"[{colours[found.verdict]}]{found.verdict}[/]"
+        numbers = (f"{found.old:.4g}", f"{found.new:.4g}", f"{found.slower_by:.2f}", f"{found.noise:.1%}")
+        table.add_row(found.name, *numbers, verdict)
+    stdout.print(table)
+    if any(found.verdict == "slower" for found in comparisons):
+        raise typer.Exit(1)
 
 
 @app.command(no_args_is_help=False)

@@ -117,13 +117,13 @@ class GenerationReport:
 
 def report_as_dict(report: GenerationReport) -> dict[str, Any]:
     """For JSON: all times, and what follows from them."""
-    images = sorted(report.step["experts"])
+    images = sorted(report.step["experts"])  # keys are text, as in JSON, so that reports compare before and after
     return {
         "size": report.size,
-        "step_seconds": {side: {n: t.seconds for n, t in timings.items()} for side, timings in report.step.items()},
-        "prefix_seconds": {n: timing.seconds for n, timing in report.prefix.items()},
-        "token_seconds": {n: {p: t.seconds for p, t in places.items()} for n, places in report.token.items()},
-        "call_seconds": {name: {n: seconds(n) for n in images} for name, seconds, _ in report.calls()},
+        "step_seconds": {side: {str(n): t.seconds for n, t in times.items()} for side, times in report.step.items()},
+        "prefix_seconds": {str(n): timing.seconds for n, timing in report.prefix.items()},
+        "token_seconds": {str(n): {str(p): t.seconds for p, t in of.items()} for n, of in report.token.items()},
+        "call_seconds": {name: {str(n): seconds(n) for n in images} for name, seconds, _ in report.calls()},
         "gemm_peak": report.gemm_peak,
         "efficiency": report.efficiency,
         "notes": report.notes,

@@ -159,3 +159,32 @@ def test_a_random_checkpoint_is_a_checkpoint(tmp_path: Path, run_command: RunCom
         "export", tmp_path / "random", tmp_path / "bundle", "--precision", "fp16", "--no-verify"
     )
     assert code == 0, error
+
+
+def test_what_got_slower_beyond_the_noise_is_flagged(tmp_path: Path, run_command: RunCommand) -> None:
+    machine = {"processor": "x", "cores": "2"}
+
+    def report(name: str, **times: object) -> Path:
+        path = tmp_path / name
+        path.write_text(json.dumps({"machine": machine} | times))
+        return path
+
+    old = report("old.json", step_seconds={"experts": [1.0, 1.01, 0.99]}, tokens_per_second=[50.0, 51.0, 49.0])
+    same = report("same.json", step_seconds={"experts": [1.05, 1.04, 1.06]}, tokens_per_second=[49.0, 50.0, 50.0])
+    slow = report("slow.json", step_seconds={"experts": [1.5, 1.52, 1.48]}, tokens_per_second=[70.0, 71.0, 69.0])
+    noisy = report("noisy.json", step_seconds={"experts": [1.5, 1.0, 2.0]}, tokens_per_second=[50.0, 50.0, 50.0])
+    assert run_command("bench", "compare", old, same)[0] == 0
+    code, out, _ = run_command("bench", "compare", old, slow)
+    assert code == 1
+    assert "slower" in out
+    assert "faster" in out
+    assert run_command("bench", "compare", old, noisy)[0] == 0
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"machine": {}, "other": [1.0]}'])
+def test_what_is_no_report_is_refused_in_one_line(content: str, tmp_path: Path, run_command: RunCommand) -> None:
+    (tmp_path / "old.json").write_text(content)
+    code, _, error = run_command("bench", "compare", tmp_path / "old.json", tmp_path / "old.json")
+    assert code == 2
+    assert len(error.strip().splitlines()) == 1
+    assert error.startswith("error: ")
