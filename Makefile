@@ -31,6 +31,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint deploy/Dockerfile
+	$(BIN)/yamllint --strict -d "{extends: default, rules: {document-start: disable, line-length: {max: 120}}}" deploy
+	$(BIN)/kubernetes-validate --strict --quiet deploy/kubernetes.yaml
 
 check: lint test
 

@@ -25,7 +25,7 @@ from export.watch import FiniteWatch
 from latte.model import LatteFlow
 from latte.sampling import SampleStep
 from runtime.backends import open_backend, to_host
-from runtime.chat import user_message
+from runtime.chat import ChatInputs, user_message
 from runtime.errors import InputError
 from runtime.language import LanguageModel
 from runtime.manifest import ParityRow, Precision, load_manifest
@@ -154,31 +154,42 @@ def _answer_rows(pipeline: LatteFlowPipeline, model: LatteFlow, tolerances: Tole
     pictures = [rng.integers(0, 256, (rows * side, columns * side, 3), np.uint8) for rows, columns in ((3, 4), (5, 2))]
     inputs = answerer.chat([[user_message(pictures, PROMPTS[1])]])
     assert inputs.images is not None
-    merge = pipeline.manifest.understanding.spatial_merge_size
-    grid = torch.tensor([(1, rows * merge, columns * merge) for rows, columns in inputs.images.grids])
-    pixels = torch.from_numpy(inputs.images.pixel_values).flatten(0, 1)
+    reference_inputs = inputs_of_reference(model, inputs)
     embeds = answerer.encode_images(inputs.images)
-    reference = model.vlm.model.visual(pixels, grid).pooler_output
+    vision = (reference_inputs["pixel_values"], reference_inputs["image_grid_thw"])
+    reference = model.vlm.model.visual(*vision).pooler_output
     what = f"vision_encoder, {len(pictures)} images, {len(reference)} tokens"
     yield _relative("engine", what, to_host(embeds), reference.numpy(), tolerances.engine)
 
-    ids = torch.from_numpy(inputs.input_ids)
+    ids = reference_inputs["input_ids"]
     output = answerer.language.forward(inputs.input_ids, inputs.attention_mask, inputs.position_ids, embeds)
     for step in range(ANSWER_TOKENS):
-        logits = model.vlm(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            mm_token_type_ids=(ids == model.vlm.config.image_token_id).int(),
-            pixel_values=pixels,
-            image_grid_thw=grid,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        written = inputs_of_reference(model, inputs, ids)
+        logits = model.vlm(**written, logits_to_keep=1).logits[:, -1]
         value = output.logits.numpy()
         yield _relative("answer", "logits", value, logits.numpy(), tolerances.engine, step=step)
         token = logits.argmax(dim=-1, keepdim=True)
         ids = torch.cat([ids, token], dim=1)
         positions = np.full((3, 1, 1), inputs.next_position[0] + step)
         output = answerer.language.forward(token.numpy(), np.ones(ids.shape, bool), positions, past=output.kv)
+
+
+def inputs_of_reference(model: LatteFlow, inputs: ChatInputs, ids: Tensor | None = None) -> dict[str, Tensor]:
+    """What transformers' Qwen2-VL takes for the runtime's inputs with images.
+
+    Args:
+        ids: the tokens `[B, S]` int64 where some were written since.
+    """
+    assert inputs.images is not None
+    ids = torch.from_numpy(inputs.input_ids) if ids is None else ids
+    merge = model.vlm.config.vision_config.spatial_merge_size
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == model.vlm.config.image_token_id).int(),
+        "pixel_values": torch.from_numpy(inputs.images.pixel_values).flatten(0, 1),
+        "image_grid_thw": torch.tensor([(1, rows * merge, columns * merge) for rows, columns in inputs.images.grids]),
+    }
 
 
 def _random_prompts(batch: int, shortest: int, vocabulary: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from export.benchmarks.machine import resident_megabytes
+from export.verify import inputs_of_reference
 from latte.model import LatteFlow
 from latte.scenes import draw, sample_scene
 from runtime.answers import AnswerSettings
@@ -114,22 +115,12 @@ class _Stamps:
 
 @torch.no_grad()
 def _reference_tokens(model: LatteFlow, inputs: ChatInputs, new_tokens: int) -> tuple[list[int], float, float]:
-    assert inputs.images is not None
-    ids = torch.from_numpy(inputs.input_ids)
-    merge = model.vlm.config.vision_config.spatial_merge_size
+    reference_inputs = inputs_of_reference(model, inputs)
     streamer = _Stamps()
     started = time.perf_counter()
     generated = model.vlm.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        mm_token_type_ids=(ids == model.vlm.config.image_token_id).int(),
-        pixel_values=torch.from_numpy(inputs.images.pixel_values).flatten(0, 1),
-        image_grid_thw=torch.tensor([(1, rows * merge, columns * merge) for rows, columns in inputs.images.grids]),
-        do_sample=False,
-        max_new_tokens=new_tokens,
-        eos_token_id=-1,
-        streamer=streamer,
+        **reference_inputs, do_sample=False, max_new_tokens=new_tokens, eos_token_id=-1, streamer=streamer
     )
-    tokens = generated[0, ids.shape[1] :].tolist()
+    tokens = generated[0, inputs.input_ids.shape[1] :].tolist()
     first, last = streamer.times[1], streamer.times[-1]
     return tokens, first - started, last - first
