@@ -38,7 +38,7 @@ RECIPE: Mapping[str, TrainSettings] = {
     "vlm": TrainSettings(
         steps=8000, batch_size=32, learning_rate=1.2e-3, warmup_steps=150, weight_decay=0.05, ema_decay=0.995
     ),
-    "flow": TrainSettings(steps=22000, batch_size=64, learning_rate=1.5e-3, warmup_steps=400, ema_decay=0.999),
+    "flow": TrainSettings(steps=56000, batch_size=64, learning_rate=1.5e-3, warmup_steps=400, ema_decay=0.999),
 }
 STAGES = tuple(RECIPE)
 

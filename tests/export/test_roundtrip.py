@@ -53,13 +53,13 @@ def test_a_sheet_shows_every_picture() -> None:
 
 
 def test_the_shipped_bundle_agrees_with_itself(demo: tuple[Path, str], tmp_path: Path, run_command: RunCommand) -> None:
-    """182 of 200 one-shape prompts agree three ways; 60 of them are 91 % with a standard deviation of 3.7 points."""
+    """192 of 200 one-shape prompts agree three ways; 60 of them are 96 % with a standard deviation of 2.5 points."""
     bundle, sheet = demo[0] / "bundle", tmp_path / "apart.png"
     code, out, error = run_command("roundtrip", bundle, "--prompts", 60, "--json", "--sheet", sheet)
     assert code == 0, error
     report = json.loads(out)
     assert sum(report["agreements"].values()) == report["prompts"] == 60
-    assert report["agreements"]["all three"] >= 48
+    assert report["agreements"]["all three"] >= 53
     if report["agreements"]["all three"] < 60:
         with Image.open(sheet) as picture:
             assert min(picture.size) > 100
