@@ -9,14 +9,14 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding, Qwen2VLTextModel
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
 from export.components import WIDE_SOFTMAX, Component, expert_component, language_component
 from export.graphs import bind, save_engine, trace
 from latte.config import LatteFlowConfig
-from latte.model import FlowTransformer
 from runtime.manifest import EngineEntry, Precision, file_entry
 from runtime.schedule import ExpertSchedule
 
@@ -47,53 +47,53 @@ def one_group(config: LatteFlowConfig, layers: int) -> LatteFlowConfig:
     return config.model_copy(update={"num_hidden_layers": layers, "schedule": ExpertSchedule.uniform(1)})
 
 
+def text_config_of(config: LatteFlowConfig, vocabulary: int, **more: Any) -> dict[str, Any]:
+    """What `Qwen2VLConfig` takes for the text layers that a model's flow layers mirror."""
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "rms_norm_eps": config.rms_norm_eps,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": config.rope_theta,
+            "mrope_section": list(config.mrope_section),
+        },
+        **more,
+    }
+
+
 def export_random_expert(bundle: Path, precision: Precision, config: LatteFlowConfig = PAPER) -> EngineEntry:
     """Writes `expert_0` of a model with random weights into a folder; returns its entry of a manifest."""
-    return _export(bundle, "expert_0", expert_component(config, precision), precision, _flow_buffers(config), group=0)
+    return _export(bundle, "expert_0", expert_component(config, precision), precision, group=0)
 
 
 def export_random_language_model(
     bundle: Path, precision: Precision, config: LatteFlowConfig, vocabulary: int
 ) -> EngineEntry:
     """Writes `vlm` with random weights: the text layers that the flow layers mirror, and an output layer of its own."""
-    vlm_config = Qwen2VLConfig(
-        text_config={
-            "vocab_size": vocabulary,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_hidden_layers": config.num_hidden_layers,
-            "num_attention_heads": config.num_attention_heads,
-            "num_key_value_heads": config.num_key_value_heads,
-            "rms_norm_eps": config.rms_norm_eps,
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": config.rope_theta,
-                "mrope_section": list(config.mrope_section),
-            },
-        },
-        image_token_id=0,
-    )
+    vlm_config = Qwen2VLConfig(text_config=text_config_of(config, vocabulary), image_token_id=0)
 
     def build() -> tuple[nn.Module, nn.Linear]:
         text = Qwen2VLTextModel._from_config(vlm_config.text_config, attn_implementation=WIDE_SOFTMAX)
         return text, nn.Linear(config.hidden_size, vocabulary, bias=False)
 
-    component = language_component(config, precision, vlm_config, build)
-    rotary = Qwen2VLRotaryEmbedding(vlm_config.text_config)
-    buffers = {f"language_model.rotary_emb.{name}": value for name, value in rotary.named_buffers()}
-    return _export(bundle, "vlm", component, precision, buffers)
+    return _export(bundle, "vlm", language_component(config, precision, vlm_config, build), precision)
 
 
 def _export(
-    bundle: Path, name: str, component: Component, precision: Precision, buffers: dict[str, Tensor], group: int = 0
+    bundle: Path, name: str, component: Component, precision: Precision, group: int | None = None
 ) -> EngineEntry:
     graph = trace(component, opset=18)
-    files = save_engine(bind(graph, _random_weights(graph, buffers)), bundle / name)
+    files = save_engine(bind(graph, _random_weights(graph, component)), bundle / name)
     return EngineEntry(
         name=name,
-        group=group if name.startswith("expert_") else None,
+        group=group,
         precision=precision,
         opset=18,
         fused=False,
@@ -103,9 +103,11 @@ def _export(
     )
 
 
-def _random_weights(graph: ir.Model, buffers: dict[str, Tensor], seed: int = 0) -> Callable[[str], Tensor]:
-    """A value for every unbound initializer of a traced graph: norms 1, biases 0, matrices normal."""
+def _random_weights(graph: ir.Model, component: Component, seed: int = 0) -> Callable[[str], Tensor]:
+    """Values for the unbound initializers of a traced graph: norms 1, biases 0, matrices normal, buffers their own."""
     generator = torch.Generator().manual_seed(seed)
+    with init_empty_weights(include_buffers=False):
+        buffers = dict(component.build().named_buffers())
 
     def weight(name: str) -> Tensor:
         if name in buffers:
@@ -119,10 +121,3 @@ def _random_weights(graph: ir.Model, buffers: dict[str, Tensor], seed: int = 0) 
         return (STD * torch.randn(shape, generator=generator)).to(dtype)
 
     return weight
-
-
-def _flow_buffers(config: LatteFlowConfig) -> dict[str, Tensor]:
-    """They are computed, not learned, and depend on the heads alone: those of the smallest such model."""
-    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
-    small = config.model_copy(update={"hidden_size": config.head_dim, "intermediate_size": 1, **heads})
-    return {f"flow.{name}": value for name, value in FlowTransformer(small).named_buffers()}

@@ -17,7 +17,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from export.graphs import write_safetensors
-from export.paper_size import PAPER, STD
+from export.paper_size import PAPER, STD, text_config_of
 from latte.checkpoint import SHIPPED, own_state
 from latte.config import LatteFlowConfig
 from latte.model import FlowTransformer
@@ -45,24 +45,9 @@ def write_random_checkpoint(
         shutil.copyfile(source / name, path / name)
     Qwen2VLImageProcessorPil().save_pretrained(path)
     vlm_config = Qwen2VLConfig(
-        text_config={
-            "vocab_size": vocabulary,
-            "hidden_size": flow.hidden_size,
-            "intermediate_size": flow.intermediate_size,
-            "num_hidden_layers": flow.num_hidden_layers,
-            "num_attention_heads": flow.num_attention_heads,
-            "num_key_value_heads": flow.num_key_value_heads,
-            "rms_norm_eps": flow.rms_norm_eps,
-            "bos_token_id": None,
-            "eos_token_id": 2,
-            "max_position_embeddings": 32_768,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": flow.rope_theta,
-                "mrope_section": list(flow.mrope_section),
-            },
-            "tie_word_embeddings": True,
-        },
+        text_config=text_config_of(
+            flow, vocabulary, eos_token_id=2, max_position_embeddings=32_768, tie_word_embeddings=True
+        ),
         vision_config=dict(vision),
         image_token_id=3,
         tie_word_embeddings=True,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -42,6 +44,18 @@ TRITON_ROUNDS = 3
 app = command_group("Measure side by side, on this machine.\n\n\b\nExample:\n  latte-flow bench understanding --json")
 
 
+@contextmanager
+def bundle_for_the_run(bundle: Path | None, checkpoint: str = "shapes") -> Iterator[Path]:
+    """The bundle that was given, or one of the checkpoint that is gone afterwards."""
+    if bundle is not None:
+        yield bundle
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        with staged() as on_stage:
+            export_bundle(checkpoint, Path(temporary) / "bundle", verify=False, on_stage=on_stage)
+        yield Path(temporary) / "bundle"
+
+
 @app.command(no_args_is_help=False)
 def understanding(
     checkpoint: Annotated[str, typer.Argument(help="`shapes`, or a checkpoint folder.")] = "shapes",
@@ -57,11 +71,7 @@ def understanding(
       latte-flow bench understanding
       latte-flow bench understanding my-checkpoint --bundle my-bundle --json
     """
-    with tempfile.TemporaryDirectory() as temporary:
-        if bundle is None:
-            bundle = Path(temporary) / "bundle"
-            with staged() as on_stage:
-                export_bundle(checkpoint, bundle, verify=False, on_stage=on_stage)
+    with bundle_for_the_run(bundle, checkpoint) as bundle:
         model = load_checkpoint(checkpoint)
         model.vlm.set_attn_implementation("sdpa")
         with LatteFlowPipeline.from_pretrained(bundle) as pipe, progress_bar() as progress:
@@ -161,11 +171,7 @@ def stages(
       latte-flow bench stages
       latte-flow bench stages --bundle my-bundle --images 8 --trace trace.json
     """
-    with tempfile.TemporaryDirectory() as temporary:
-        if bundle is None:
-            bundle = Path(temporary) / "bundle"
-            with staged() as on_stage:
-                export_bundle("shapes", bundle, verify=False, on_stage=on_stage)
+    with bundle_for_the_run(bundle) as bundle:
         profile = measure_stages(bundle, provider, images, rounds, trace)
     machine = describe_machine()
     if as_json:
@@ -383,11 +389,7 @@ def serving(
       latte-flow bench serving
       latte-flow bench serving --bundle my-bundle --requests 300 --json
     """
-    with tempfile.TemporaryDirectory() as temporary:
-        if bundle is None:
-            bundle = Path(temporary) / "bundle"
-            with staged() as on_stage:
-                export_bundle("shapes", bundle, verify=False, on_stage=on_stage)
+    with bundle_for_the_run(bundle) as bundle:
         loads = _in_process_loads(bundle, requests)
         if triton:
             loads += _triton_loads(bundle, requests)
