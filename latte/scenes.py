@@ -103,13 +103,12 @@ def sample_scene(rng: np.random.Generator, *, held_out: bool = False, count: int
             return scene
 
 
-def faintest_outline(scene: Scene) -> float:
-    """How much the faintest shape's outline weighs in a squared error: its radius times its distance in colour."""
-    background = np.array(BACKGROUNDS[scene.background or "white"])
-    return min(
-        RADII[shape.size or "medium"] * float(np.linalg.norm(np.array(COLOURS[shape.colour]) - background))
-        for shape in scene.shapes
-    )
+def with_another_kind(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The same scene, with one of its shapes of another kind."""
+    changed = int(rng.integers(len(scene.shapes)))
+    shape = scene.shapes[changed]
+    other = replace(shape, kind=_choose(rng, [kind for kind in KINDS if kind != shape.kind]))
+    return replace(scene, shapes=(*scene.shapes[:changed], other, *scene.shapes[changed + 1 :]))
 
 
 def sample_busy_scene(rng: np.random.Generator) -> Scene:

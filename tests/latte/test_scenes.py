@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -21,6 +23,7 @@ from latte.scenes import (
     questions,
     sample_busy_scene,
     sample_scene,
+    with_another_kind,
 )
 from latte.scorer import judge, read_picture
 
@@ -84,6 +87,17 @@ def test_training_scenes_and_held_out_scenes_do_not_meet() -> None:
     assert all(is_held_out(sample_scene(rng, held_out=True)) for _ in range(500))
     busy = [sample_busy_scene(rng) for _ in range(200)]
     assert not any(is_held_out(Scene((shape,), scene.background)) for scene in busy for shape in scene.shapes)
+
+
+def test_another_kind_changes_one_kind_and_nothing_else() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        scene = sample_scene(rng)
+        other = with_another_kind(scene, rng)
+        changed = [a for a, b in zip(scene.shapes, other.shapes, strict=True) if a != b]
+        assert len(changed) == 1
+        assert {replace(s, kind="circle") for s in scene.shapes} == {replace(s, kind="circle") for s in other.shapes}
+        assert (scene.background, scene.relation) == (other.background, other.relation)
 
 
 def test_a_full_caption_states_everything_and_reads_as_english() -> None:

@@ -28,9 +28,9 @@ def folder() -> Path:
     return resolve_checkpoint("shapes")
 
 
-@pytest.mark.parametrize(("count", "bar"), [(1, 0.97), (2, 0.95)])
+@pytest.mark.parametrize(("count", "bar"), [(1, 0.98), (2, 0.95)])
 def test_held_out_prompts_are_drawn_right_in_every_attribute(count: int, bar: float, shapes: LatteFlow) -> None:
-    """97.0 % and 95.0 % of 500 are."""
+    """98.8 % and 96.2 % of 500 are."""
 
     def draw(prompts: list[str], seeds: list[int]) -> np.ndarray:
         return shapes.generate(list(prompts), seed=list(seeds), num_inference_steps=20)

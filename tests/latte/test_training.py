@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from latte.checkpoint import load_checkpoint
 from latte.scenes import Scene, Shape
 from latte.training.autoencoder import AutoencoderStage, small_autoencoder
-from latte.training.flow import FlowStage
+from latte.training.flow import FlowStage, share_of_other
 from latte.training.loop import Stage, TrainSettings, train
 from latte.training.recipe import run_stage
 from latte.training.vision import VisionStage, token_labels
@@ -98,6 +98,17 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         assert torch.equal(a, b), parameter_name
     logs = [(tmp_path / run / f"{name}.jsonl").read_text().splitlines() for run in ("whole", "halves")]
     assert [json.loads(line)["step"] for line in logs[0]] == [json.loads(line)["step"] for line in logs[1]]
+
+
+def test_the_term_for_kinds_is_the_share_of_another_kind_whatever_its_size() -> None:
+    other = torch.randn(3, 2, 4, 4)
+    other[1] *= 0.01
+    other[2] = 0  # the prompt leaves the picture open
+    half_way = 0.5 * other
+    assert share_of_other(half_way, other).item() == pytest.approx(0.25, rel=1e-3)
+    elsewhere = half_way.roll(1, 1) * torch.tensor([1.0, -1.0])[:, None, None]  # at a right angle to `other`
+    assert share_of_other(elsewhere, other).item() < 1e-8
+    assert share_of_other(torch.ones(3, 2, 4, 4), torch.zeros(3, 2, 4, 4)).item() == 0
 
 
 def test_a_run_goes_on_only_with_the_settings_that_it_began_with(tmp_path: Path) -> None:
