@@ -30,6 +30,7 @@ from export.components import (
 from export.dc_ae import use_linear_attention
 from export.graphs import bind, quiet_exporter, save_engine, trace
 from export.plans.build import carry_plans
+from export.quantization import QuantizationSettings, quantize_bundle
 from export.verify import verify_bundle
 from export.weights import WeightFiles
 from latte.checkpoint import load_checkpoint, load_outline, resolve_checkpoint
@@ -64,6 +65,7 @@ def export_bundle(
     precision: Precision = "fp32",
     opset: int = 18,
     fuse: bool = False,
+    quantization: QuantizationSettings = QuantizationSettings(),
     verify: bool = True,
     force: bool = False,
     on_stage: OnStage = lambda _: None,
@@ -72,8 +74,10 @@ def export_bundle(
 
     Args:
         checkpoint: a directory, or the name of a shipped checkpoint.
-        precision: of weights and arithmetic; the solver and the autoencoder stay fp32.
+        precision: of weights and arithmetic; the solver and the autoencoder stay fp32. "int8" is of matrix products,
+            for the CPU.
         fuse: rewrite the graphs with ONNX Runtime's optimisers; such engines run on ONNX Runtime only.
+        quantization: how far INT8 goes, at that precision.
         verify: compare with PyTorch; the report goes into the manifest.
         force: replace an existing bundle.
         on_stage: is told what begins.
@@ -91,6 +95,8 @@ def export_bundle(
         )
     if precision == "bf16" and fuse:
         raise InputError("ONNX Runtime's fused operators do not know bf16; leave out --fuse")
+    if precision == "int8" and fuse:
+        raise InputError("--fuse has no part in int8, whose products ONNX Runtime fuses itself; leave it out")
     check_replaceable(bundle, FILE_NAME, "bundle", force=force)
     on_stage("load the checkpoint")
     path = resolve_checkpoint(checkpoint)
@@ -98,7 +104,9 @@ def export_bundle(
     reference = load_checkpoint(path) if verify else None
     model = load_outline(path)
     with replaced_directory(bundle) as folder:
-        engines = _export_engines(model, WeightFiles(path), folder, precision, opset, fuse, on_stage)
+        # INT8 is made of fp32 engines, whose runs show what it costs.
+        written: Precision = "fp32" if precision == "int8" else precision
+        engines = _export_engines(model, WeightFiles(path), folder, written, opset, fuse, on_stage)
         for name in TOKENIZER_FILES:
             if (path / name).is_file():
                 shutil.copyfile(path / name, folder / name)
@@ -106,7 +114,7 @@ def export_bundle(
             schema_version=SCHEMA_VERSION,
             producer={name: _version_of(name) for name in PRODUCERS},
             checkpoint_sha256=checkpoint_hash(path),
-            precision=precision,
+            precision=written,
             geometry=geometry_of(model.config),
             schedule=model.config.schedule,
             prompt=prompt_format(model),
@@ -117,6 +125,9 @@ def export_bundle(
         if (bundle / FILE_NAME).is_file():
             manifest = carry_plans(bundle, folder, manifest)
         save_manifest(manifest, folder)
+        if precision == "int8":
+            on_stage("draw, to see what the engines compute")
+            manifest = quantize_bundle(folder, quantization, lambda name: on_stage(f"quantise {name}"))
         if reference is not None:
             on_stage("verify against PyTorch")
             manifest = manifest.model_copy(update={"parity": tuple(verify_bundle(folder, reference))})

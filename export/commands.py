@@ -14,6 +14,7 @@ from rich.table import Table
 
 from export.bundle import export_bundle
 from export.demo import run_demo
+from export.quantization import QuantizationSettings
 from export.roundtrip import count_agreements, run_roundtrip, sheet_of
 from export.verify import verify_bundle
 from latte.checkpoint import load_checkpoint
@@ -33,6 +34,13 @@ def export(
     precision: Annotated[Precision, typer.Option(help="Of weights and arithmetic.")] = "fp32",
     opset: Annotated[int, typer.Option(help="ONNX operator set.", min=18)] = 18,
     fuse: Annotated[bool, typer.Option(help="Rewrite graphs for ONNX Runtime, which alone then runs them.")] = False,
+    max_error: Annotated[
+        float, typer.Option(help="int8: relative error of an engine up to which its products are quantised.", min=0)
+    ] = QuantizationSettings().max_error,
+    reduce_range: Annotated[
+        bool | None,
+        typer.Option(help="int8: weights of 7 bits, for CPUs without VNNI; by default as this CPU needs it."),
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Compare the engines with PyTorch.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
@@ -42,6 +50,7 @@ def export(
     Examples:
       latte-flow export shapes bundle
       latte-flow export my-checkpoint bundle --precision fp16 --force
+      latte-flow export shapes small --precision int8
     """
     with staged() as on_stage:
         manifest, failed = export_bundle(
@@ -50,6 +59,7 @@ def export(
             precision=precision,
             opset=opset,
             fuse=fuse,
+            quantization=QuantizationSettings(max_error=max_error, reduce_range=reduce_range),
             verify=verify,
             force=force,
             on_stage=on_stage,

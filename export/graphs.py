@@ -137,6 +137,11 @@ def save_engine(model: ir.Model, folder: Path, *, fuse: bool = False) -> list[st
     return _write(fuse_for_onnxruntime(model), folder) if fuse else files
 
 
+def load_engine(folder: Path) -> ir.Model:
+    """The graph that `save_engine` wrote; its weights stay in their file until they are asked for."""
+    return ir.load(folder / GRAPH_FILE)
+
+
 def _write(model: ir.Model, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     large = {

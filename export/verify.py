@@ -46,6 +46,7 @@ TOLERANCES: dict[Precision, Tolerances] = {
     "fp32": Tolerances(engine=1e-4, trajectory=1e-3, image_psnr_db=50.0),
     "fp16": Tolerances(engine=1e-2, trajectory=3e-2, image_psnr_db=35.0),
     "bf16": Tolerances(engine=5e-2, trajectory=1.5e-1, image_psnr_db=25.0),
+    "int8": Tolerances(engine=1e-1, trajectory=1e-1, image_psnr_db=35.0),
 }
 PSNR_OF_EQUAL_IMAGES = 100.0
 """Reported where not one pixel differs."""

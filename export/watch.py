@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from runtime.backends import Backend, DeviceTensor
+from runtime.backends import Backend, DeviceTensor, Value
 from runtime.backends.observed import ObservedBackend
 from runtime.manifest import EngineEntry
 
@@ -26,7 +26,14 @@ class FiniteWatch(ObservedBackend):
         """What was not finite, first."""
         self._step = 0
 
-    def observe(self, entry: EngineEntry, outputs: Mapping[str, DeviceTensor], start: float, end: float) -> None:
+    def observe(
+        self,
+        entry: EngineEntry,
+        feed: Mapping[str, Value],
+        outputs: Mapping[str, DeviceTensor],
+        start: float,
+        end: float,
+    ) -> None:
         for name, tensor in outputs.items():
             if self.first is None and tensor.dtype in FLOATING:
                 values = tensor.numpy()

@@ -201,6 +201,8 @@ def _engine_table(manifest: Manifest) -> Table:
         if engine.group is not None:
             interval = "{:g} to {:g}".format(*manifest.schedule.interval(engine.group))
         precision = engine.precision + (", fused" if engine.fused else "")
+        if (q := engine.quantization) is not None:
+            precision += f", {len(q.quantized)} of {len(q.quantized) + len(q.kept)} products"
         table.add_row(engine.name, interval, precision, graph, *weights)
     return table
 

@@ -179,7 +179,13 @@ def _checks(bundle: Path, manifest: Manifest, gpu: Gpu | None) -> dict[str, Call
     def on_cpu(name: str) -> str:
         if not providers:
             return "ONNX Runtime is not installed"
-        return "ONNX Runtime's CPU does not run bf16" if manifest.engine(name).precision == "bf16" else ""
+        engine = manifest.engine(name)
+        if engine.precision == "bf16":
+            return "ONNX Runtime's CPU does not run bf16"
+        full_range = engine.quantization is not None and not engine.quantization.reduced_range
+        if full_range and products_saturate():
+            return "this CPU has no VNNI, so 8-bit products saturate: export with --precision int8 --reduce-range"
+        return ""
 
     def on_cuda(name: str) -> str:
         if "CUDAExecutionProvider" not in providers:
@@ -206,6 +212,19 @@ def _checks(bundle: Path, manifest: Manifest, gpu: Gpu | None) -> dict[str, Call
         "tensorrt": on_plan("tensorrt", "tensorrt"),
         "tensorrt-rtx": on_plan("tensorrt-rtx", "tensorrt_rtx"),
     }
+
+
+def products_saturate(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this is an x86 CPU without VNNI, which adds pairs of 8-bit products in 16 bits and loses what overflows.
+
+    Weights of 7 bits cannot overflow.
+    """
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    flags = {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
+    return bool(flags) and not flags & {"avx512_vnni", "avx_vnni"}
 
 
 def _imported(module: str) -> Any | str:

@@ -17,10 +17,10 @@ from runtime.errors import BundleError
 from runtime.files import write_text
 from runtime.schedule import ExpertSchedule
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 FILE_NAME = "manifest.json"
 
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 PlanBackend = Literal["tensorrt", "tensorrt-rtx"]
 DType = Literal["float32", "float16", "bfloat16", "int64", "bool", "uint8"]
 
@@ -94,6 +94,15 @@ class PlanEntry(_Frozen):
     build_peak_bytes: int = Field(description="largest resident memory of the process that built it")
 
 
+class Quantization(_Frozen):
+    """How an int8 engine was made from its fp32 form. Products are named by their weights."""
+
+    reduced_range: bool = Field(description="weights have 7 bits, for CPUs whose 8-bit products saturate")
+    error: float = Field(description="relative, that it makes in the engine's outputs on the runs it was measured on")
+    quantized: tuple[str, ...]
+    kept: tuple[str, ...] = Field(description="too sensitive, left in fp32")
+
+
 class EngineEntry(_Frozen):
     """One engine: its ONNX graph first, then its external data."""
 
@@ -105,6 +114,7 @@ class EngineEntry(_Frozen):
     files: tuple[FileEntry, ...] = Field(min_length=1)
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    quantization: Quantization | None = None
     plans: tuple[PlanEntry, ...] = ()
 
     def plan(self, backend: PlanBackend) -> PlanEntry | None:

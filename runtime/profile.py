@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.backends import Backend, DeviceTensor
+from runtime.backends import Backend, DeviceTensor, Value
 from runtime.backends.observed import ObservedBackend
 from runtime.files import write_text
 from runtime.manifest import EngineEntry
@@ -40,7 +40,14 @@ class Profiler(ObservedBackend):
         super().__init__(backend)
         self.runs: list[Run] = []
 
-    def observe(self, entry: EngineEntry, outputs: Mapping[str, DeviceTensor], start: float, end: float) -> None:
+    def observe(
+        self,
+        entry: EngineEntry,
+        feed: Mapping[str, Value],
+        outputs: Mapping[str, DeviceTensor],
+        start: float,
+        end: float,
+    ) -> None:
         self.runs.append(Run(entry.name, start, end))
 
     def shares(self, seconds: float) -> list[Share]:

@@ -15,6 +15,8 @@ NOISE_FACTOR = 3.0
 """Slower is what is slower by more than so many times the spread of the rounds."""
 SMALLEST_NOISE = 0.03
 """Share of the median that no two runs on a shared machine agree to, however many rounds."""
+NOISE_OF_ONE = 0.1
+"""The same where a report holds one number, not those of its rounds."""
 
 
 @dataclass(frozen=True)
@@ -68,25 +70,37 @@ def load_report(path: Path) -> dict[str, Any]:
 
 
 def _series(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, list[float]]]:
-    """Lists of numbers below a key that says what they are, by the keys on the way to them."""
+    """Numbers, one or many, below a key that says that they are times or rates, by the names on the way to them.
+
+    An object in a list has the name that its texts make, or its place.
+    """
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _series(inner, (*path, str(key)))
-    elif isinstance(value, list) and _are_numbers(value) and any("second" in key for key in path):
-        yield " / ".join(path), [float(item) for item in value]
+    elif isinstance(value, list) and not _are_numbers(value):
+        for place, inner in enumerate(value):
+            texts = [text for text in inner.values() if isinstance(text, str)] if isinstance(inner, dict) else []
+            yield from _series(inner, (*path, ", ".join(texts) or str(place)))
+    elif any("second" in key for key in path):
+        numbers = value if isinstance(value, list) else [value]
+        if _are_numbers(numbers):
+            yield " / ".join(path), [float(number) for number in numbers]
 
 
 def _are_numbers(values: list[Any]) -> bool:
-    return bool(values) and all(isinstance(value, (int, float)) for value in values)
+    return bool(values) and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
 
 
 def _compare(name: str, old: list[float], new: list[float]) -> Comparison:
     before, after = statistics.median(old), statistics.median(new)
-    ratio = before / after if "per_second" in name else after / before
+    faster, slower = (before, after) if "per_second" in name else (after, before)
+    ratio = faster / slower if slower else 1.0
     return Comparison(name, before, after, ratio, max(_spread(old), _spread(new)))
 
 
 def _spread(values: list[float]) -> float:
     """Median absolute deviation as a share of the median, scaled to a standard deviation."""
+    if len(values) == 1:
+        return NOISE_OF_ONE
     middle = statistics.median(values)
-    return 1.4826 * statistics.median(abs(value - middle) for value in values) / middle
+    return 1.4826 * statistics.median(abs(value - middle) for value in values) / middle if middle else 0.0

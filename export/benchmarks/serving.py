@@ -66,10 +66,10 @@ class Load:
     discipline: str
     load: str
     images_per_second: float
-    p50: float
+    p50_seconds: float
     """Seconds."""
-    p95: float
-    p99: float
+    p95_seconds: float
+    p99_seconds: float
 
 
 @contextmanager
@@ -121,8 +121,8 @@ def poisson(serve: Serve, discipline: str, rate: float, share: float, requests: 
 
 
 def _load(discipline: str, load: str, latencies: list[float], seconds: float) -> Load:
-    p50, p95, p99 = np.percentile(latencies, [50, 95, 99])
-    return Load(discipline, load, len(latencies) / seconds, float(p50), float(p95), float(p99))
+    p50_seconds, p95_seconds, p99_seconds = np.percentile(latencies, [50, 95, 99])
+    return Load(discipline, load, len(latencies) / seconds, float(p50_seconds), float(p95_seconds), float(p99_seconds))
 
 
 def capacity(pipe: LatteFlowPipeline, requests: int) -> float:

@@ -125,6 +125,11 @@ def build_plans(
         raise InputError(
             f"{', '.join(fused)}: graphs in ONNX Runtime's own operators cannot be built; export without --fuse"
         )
+    quantized = [engine.name for engine in chosen if engine.precision == "int8"]
+    if quantized:
+        raise InputError(
+            f"{', '.join(quantized)}: int8 is ONNX Runtime's, for the CPU; export in fp16 or bf16 for TensorRT"
+        )
     machine = _describe(options.backend)
     architectures = _architectures(options, machine["architecture"])
     decisions = []

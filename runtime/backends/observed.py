@@ -27,7 +27,14 @@ class ObservedBackend(Backend):
         return self._backend.upload(array)
 
     @abstractmethod
-    def observe(self, entry: EngineEntry, outputs: Mapping[str, DeviceTensor], start: float, end: float) -> None:
+    def observe(
+        self,
+        entry: EngineEntry,
+        feed: Mapping[str, Value],
+        outputs: Mapping[str, DeviceTensor],
+        start: float,
+        end: float,
+    ) -> None:
         """Is told of every run, with its times as `time.perf_counter` says them, in seconds."""
 
 
@@ -40,7 +47,7 @@ class _ObservedSession(Session):
     def _execute(self, feed: Mapping[str, Value]) -> dict[str, DeviceTensor]:
         start = time.perf_counter()
         outputs = self._session._execute(feed)
-        self._observer.observe(self.entry, outputs, start, time.perf_counter())
+        self._observer.observe(self.entry, feed, outputs, start, time.perf_counter())
         return outputs
 
     def close(self) -> None:

@@ -51,7 +51,7 @@ def test_serving_is_measured_under_every_discipline_and_through_triton(bundle: P
             "Poisson, 95% of capacity",
         }
     assert {("16 in flight", "in process"), ("16 in flight", "Triton")} <= names
-    assert all(0 < load["p50"] <= load["p95"] <= load["p99"] for load in loads)
+    assert all(0 < load["p50_seconds"] <= load["p95_seconds"] <= load["p99_seconds"] for load in loads)
 
 
 def test_bench_lists_its_subjects(run_command: RunCommand) -> None:
@@ -99,7 +99,7 @@ def test_half_precision_is_studied_part_by_part(precision: Precision, model: Lat
 def test_generation_is_measured_beside_its_twins(
     model: LatteFlow, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run_command: RunCommand
 ) -> None:
-    monkeypatch.setattr("export.benchmarks.commands.load_config", lambda _: model.config)
+    monkeypatch.setattr("export.benchmarks.commands.generation.load_config", lambda _: model.config)
     plot = tmp_path / "plot.png"
     options = ("--rounds", 1, "--images", 1, "--images", 2, "--no-compile", "--plot", plot, "--json")
     code, out, error = run_command("bench", "generation", *options)
@@ -182,6 +182,40 @@ def test_what_got_slower_beyond_the_noise_is_flagged(tmp_path: Path, run_command
     assert "slower" in out
     assert "faster" in out
     assert run_command("bench", "compare", old, noisy)[0] == 0
+
+
+def test_single_numbers_and_lists_of_objects_are_compared_too(tmp_path: Path, run_command: RunCommand) -> None:
+    def report(name: str, seconds: float) -> Path:
+        path = tmp_path / name
+        stages = [{"what": "vlm", "runs": 1, "seconds": 1.0}, {"what": "expert_0", "runs": 5, "seconds": seconds}]
+        path.write_text(json.dumps({"machine": {}, "stages": stages, "same_seconds": True}))
+        return path
+
+    assert run_command("bench", "compare", report("a", 1.0), report("b", 1.2))[0] == 0  # one number is a noisy one
+    code, out, _ = run_command("bench", "compare", report("a", 1.0), report("b", 1.5))
+    assert code == 1
+    assert "expert_0" in out
+
+
+def test_stages_are_told_and_compared_with_an_old_report(bundle: Path, tmp_path: Path, run_command: RunCommand) -> None:
+    trace = tmp_path / "trace.json"
+    options = ("--bundle", bundle, "--rounds", 3, "--trace", trace)
+    code, out, error = run_command("bench", "stages", *options, "--json")
+    assert code == 0, error
+    report = json.loads(out)
+    names = {stage["what"] for stage in report["stages"]}
+    assert names >= {"tokenise", "vlm", "expert_0", "expert_1", "solver_step", "vae_decoder", "host, between steps"}
+    assert sum(stage["seconds"] for stage in report["stages"]) == pytest.approx(report["seconds"], rel=0.5)
+    assert 0 < report["host_share_of_a_step"] < 1
+    assert json.loads(trace.read_text())["traceEvents"]
+    report["stages"] = [stage | {"seconds": stage["seconds"] / 1000} for stage in report["stages"]]
+    (tmp_path / "old.json").write_text(json.dumps(report))
+    code, out, _ = run_command("bench", "stages", *options, "--compare", tmp_path / "old.json")
+    assert code == 1
+    assert "slower" in out
+    code, _, error = run_command("bench", "stages", *options, "--compare", tmp_path / "nothing.json")
+    assert code == 2
+    assert len(error.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"machine": {}, "other": [1.0]}'])

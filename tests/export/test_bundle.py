@@ -207,7 +207,7 @@ def test_the_manifest_is_the_documented_format(bundle: Path) -> None:
         "tokenizer_files",
         "parity",
     ]
-    assert content["schema_version"] == 3
+    assert content["schema_version"] == 4
     assert list(content["engines"][1]) == [
         "name",
         "group",
@@ -217,5 +217,6 @@ def test_the_manifest_is_the_documented_format(bundle: Path) -> None:
         "files",
         "inputs",
         "outputs",
+        "quantization",
         "plans",
     ]

@@ -1,0 +1,308 @@
+"""INT8 for the CPU: dynamic quantisation of an engine's matrix products, chosen by what each costs in accuracy.
+
+A product of activations with a weight becomes `DynamicQuantizeLinear` (activations to 8 bits, their range taken at
+run time) and `MatMulInteger` with 8-bit weights, a scale for each output. ONNX Runtime fuses the two into one kernel.
+
+Which products may: each is quantised alone, on tensors of real runs, and the error of the engine's outputs is
+measured; those that save most for the error they make are then taken together while the engine stays within a limit.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.tape import Tape
+from pydantic import BaseModel, ConfigDict, Field
+
+from export.graphs import GRAPH_FILE, load_engine, save_engine
+from runtime.backends import Backend, DeviceTensor, open_backend, to_host
+from runtime.backends.base import Value
+from runtime.backends.observed import ObservedBackend
+from runtime.doctor import products_saturate
+from runtime.manifest import EngineEntry, Manifest, Quantization, file_entry, load_manifest, save_manifest
+from runtime.pipeline import LatteFlowPipeline
+
+ENGINES = ("vision_encoder", "vlm", "expert")
+"""Engines whose time goes into matrix products; the autoencoder's convolutions are slower in 8 bits."""
+PROMPTS = (
+    "a small red circle in the center on a white background",
+    "a large green star above a small blue square on a grey background",
+    "a photo of a cat on a sofa",
+    "an oil painting of mountains at dawn, with a lake in front",
+)
+QUESTION = "describe the image"
+STEPS = 16
+ANSWER_TOKENS = 4
+RUNS = 4
+"""Of each engine, on whose tensors errors are measured."""
+SWITCHES = "switches"
+
+
+class QuantizationSettings(BaseModel):
+    """How far quantisation may go."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_error: float = Field(default=0.05, ge=0, description="relative, that it may make in an engine's outputs")
+    reduce_range: bool | None = Field(default=None, description="7 bits for weights; None: where this CPU needs it")
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product with a weight `[outputs, inputs]`."""
+
+    node: ir.Node
+    weight: ir.Value
+
+    @property
+    def name(self) -> str:
+        return str(self.weight.name)
+
+    @property
+    def size(self) -> int:
+        """Weights, which is multiplications for each row of activations."""
+        rows, columns = (int(size) for size in self.weight.shape or ())
+        return rows * columns
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What quantising one product alone does to the engine's outputs."""
+
+    name: str
+    size: int
+    error: float
+
+
+class RunRecorder(ObservedBackend):
+    """A backend that keeps the first runs of every engine."""
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__(backend)
+        self.feeds: dict[str, list[dict[str, np.ndarray]]] = {}
+
+    def observe(
+        self,
+        entry: EngineEntry,
+        feed: Mapping[str, Value],
+        outputs: Mapping[str, DeviceTensor],
+        start: float,
+        end: float,
+    ) -> None:
+        kept = self.feeds.setdefault(entry.name, [])
+        if len(kept) < RUNS:
+            kept.append({name: to_host(value) for name, value in feed.items()})
+
+
+def record_runs(bundle: Path, prompts: Sequence[str] = PROMPTS) -> dict[str, list[dict[str, np.ndarray]]]:
+    """What the engines of a bundle are fed while they draw the prompts and describe the pictures."""
+    recorder = RunRecorder(open_backend("cpu"))
+    with LatteFlowPipeline(bundle, load_manifest(bundle), recorder) as pipe:
+        images = pipe(list(prompts), num_inference_steps=STEPS, seed=0).images
+        pipe.ask(images[:2], [QUESTION] * len(images[:2]), max_new_tokens=ANSWER_TOKENS)
+    return recorder.feeds
+
+
+def quantize_bundle(
+    bundle: Path, settings: QuantizationSettings, on_engine: Callable[[str], None] = lambda _: None
+) -> Manifest:
+    """Quantises the engines of an fp32 bundle in place, and saves its manifest.
+
+    Args:
+        on_engine: is told the name of each engine that begins.
+    """
+    manifest = load_manifest(bundle)
+    feeds = record_runs(bundle)
+    engines = []
+    for entry in manifest.engines:
+        if entry.name.startswith(ENGINES):
+            on_engine(entry.name)
+            entry = quantize_engine(bundle, entry, feeds[entry.name], settings)
+        engines.append(entry)
+    manifest = manifest.model_copy(update={"precision": "int8", "engines": tuple(engines)})
+    save_manifest(manifest, bundle)
+    return manifest
+
+
+def quantize_engine(
+    bundle: Path,
+    entry: EngineEntry,
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    settings: QuantizationSettings,
+) -> EngineEntry:
+    """Replaces an fp32 engine's files by those of its INT8 form; returns its entry.
+
+    Args:
+        feeds: of the runs on which errors are measured.
+    """
+    reduce_range = products_saturate() if settings.reduce_range is None else settings.reduce_range
+    bits = 7 if reduce_range else 8
+    folder = bundle / entry.name
+    with tempfile.TemporaryDirectory() as temporary:
+        measured = _Switched(load_engine(folder), Path(temporary), entry, bits, feeds)
+        sensitivities = measured.sensitivities()
+        chosen, error = measured.choose(sensitivities, settings.max_error)
+    graph = load_engine(folder)
+    _quantize(graph, chosen, bits)
+    files = save_engine(graph, folder)
+    return entry.model_copy(
+        update={
+            "precision": "int8",
+            "files": tuple(file_entry(bundle, f"{entry.name}/{file}") for file in files),
+            "quantization": Quantization(
+                reduced_range=reduce_range,
+                error=error,
+                quantized=tuple(s.name for s in sensitivities if s.name in chosen),
+                kept=tuple(s.name for s in sensitivities if s.name not in chosen),
+            ),
+        }
+    )
+
+
+class _Switched:
+    """An engine that computes every product both ways; an input says which of the two each takes."""
+
+    def __init__(
+        self,
+        graph: ir.Model,
+        folder: Path,
+        entry: EngineEntry,
+        bits: int,
+        feeds: Sequence[Mapping[str, np.ndarray]],
+    ) -> None:
+        import onnxruntime as ort
+
+        products = list(products_of(graph))
+        self._names = [product.name for product in products]
+        self._sizes = [product.size for product in products]
+        switches = ir.val(SWITCHES, ir.DataType.BOOL, [len(products)])
+        graph.graph.inputs.append(switches)
+        _quantize(graph, set(self._names), bits, switches)
+        save_engine(graph, folder)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        self._session = ort.InferenceSession(str(folder / GRAPH_FILE), options, providers=["CPUExecutionProvider"])
+        self._outputs = [spec.name for spec in entry.outputs]
+        self._feeds = feeds
+        self._references = [self._run(feed, set()) for feed in feeds]
+
+    def _run(self, feed: Mapping[str, np.ndarray], quantized: set[str]) -> list[np.ndarray]:
+        switches = np.array([name in quantized for name in self._names])
+        outputs: list[np.ndarray] = self._session.run(self._outputs, {**feed, SWITCHES: switches})
+        return outputs
+
+    def error(self, quantized: set[str]) -> float:
+        """The largest relative error of an output in a run."""
+        return max(
+            float(np.linalg.norm(value - reference)) / max(float(np.linalg.norm(reference)), 1e-12)
+            for feed, references in zip(self._feeds, self._references, strict=True)
+            for value, reference in zip(self._run(feed, quantized), references, strict=True)
+            if reference.size
+        )
+
+    def sensitivities(self) -> list[Sensitivity]:
+        """Every product alone."""
+        return [
+            Sensitivity(name, size, self.error({name})) for name, size in zip(self._names, self._sizes, strict=True)
+        ]
+
+    def choose(self, sensitivities: Sequence[Sensitivity], max_error: float) -> tuple[set[str], float]:
+        """The products that save most for their error, as many as stay within `max_error` together; and their error.
+
+        Errors of products are nearly independent, so their squares add up: that orders them. How many is measured.
+        """
+        ranked = sorted(sensitivities, key=lambda s: s.error**2 / s.size)
+        low, high, error = 0, len(ranked), 0.0
+        while low < high:
+            middle = (low + high + 1) // 2
+            found = self.error({s.name for s in ranked[:middle]})
+            if found <= max_error:
+                low, error = middle, found
+            else:
+                high = middle - 1
+        return {s.name for s in ranked[:low]}, error
+
+
+def products_of(graph: ir.Model) -> Iterator[Product]:
+    """Every product of activations with a weight, `x Wᵀ` or `x Wᵀ + b`."""
+    for node in graph.graph:
+        if node.op_type == "MatMul":
+            transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
+            weight = transpose.inputs[0] if transpose is not None and transpose.op_type == "Transpose" else None
+        elif node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1:
+            weight = node.inputs[1]
+        else:
+            continue
+        if weight is not None and weight.is_initializer() and weight.shape is not None and len(weight.shape) == 2:
+            yield Product(node, weight)
+
+
+def _quantize(model: ir.Model, chosen: set[str], bits: int, switches: ir.Value | None = None) -> None:
+    """Turns the products of these weights into integer ones, in place; with `switches`, keeps both and selects."""
+    graph = model.graph
+    activations: dict[ir.Value, Sequence[ir.Value]] = {}
+    for index, (node, weight) in enumerate([(p.node, p.weight) for p in products_of(model)]):
+        if weight.name not in chosen:
+            continue
+        x, old = node.inputs[0], node.outputs[0]
+        assert x is not None
+        tape = Tape()
+        if x not in activations:  # queries, keys and values are of the same activations
+            activations[x] = tape.op_multi_out("DynamicQuantizeLinear", [x], num_outputs=3)
+        quantized, scale, zero_point = activations[x]
+        levels, scales = _quantized_weight(graph, weight, bits)
+        total = tape.op("MatMulInteger", [quantized, levels, zero_point])
+        result = tape.op("Mul", [tape.op("Cast", [total], {"to": ir.DataType.FLOAT}), tape.op("Mul", [scale, scales])])
+        if node.op_type == "Gemm" and len(node.inputs) > 2:
+            result = tape.op("Add", [result, node.inputs[2]])
+        if switches is not None:
+            number = tape.initializer(ir.tensor(np.array(index)), f"{SWITCHES}.{index}")
+            graph.register_initializer(number)
+            result = tape.op("Where", [tape.op("Gather", [switches, number]), result, old])
+        result.dtype, result.shape = old.dtype, old.shape
+        name, old.name = old.name, f"{old.name}.fp32"  # it may be an output, whose name is the engine's
+        result.name = name
+        ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+        if switches is not None:
+            selection = result.producer()
+            assert selection is not None
+            selection.replace_input_with(2, old)
+        graph.insert_after(node, tape.nodes)
+    RemoveUnusedNodesPass()(model)
+
+
+def _quantized_weight(graph: ir.Graph, weight: ir.Value, bits: int) -> tuple[ir.Value, ir.Value]:
+    """The initializers of a weight `[N, K]`: its levels `[K, N]` int8, and the scale of each output, `[N]` fp32."""
+    rows, columns = (int(size) for size in weight.shape or ())
+    values = [
+        ir.Value(name=f"{weight.name}.levels", type=ir.TensorType(ir.DataType.INT8), shape=ir.Shape([columns, rows])),
+        ir.Value(name=f"{weight.name}.scales", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([rows])),
+    ]
+    for value, part in zip(values, (_levels, _scales), strict=True):
+        if value.name not in graph.initializers:
+            assert weight.const_value is not None
+            assert value.dtype is not None
+            assert value.shape is not None
+            value.const_value = ir.LazyTensor(
+                partial(part, weight.const_value, bits, value.name), value.dtype, value.shape, name=value.name
+            )
+            graph.register_initializer(value)
+    return graph.initializers[str(values[0].name)], graph.initializers[str(values[1].name)]
+
+
+def _scales(weight: ir.TensorProtocol, bits: int, name: str) -> ir.TensorProtocol:
+    largest = np.abs(weight.numpy()).max(axis=1)
+    limit = 2 ** (bits - 1) - 1
+    return ir.tensor(np.where(largest > 0, largest / limit, 1).astype(np.float32), name=name)
+
+
+def _levels(weight: ir.TensorProtocol, bits: int, name: str) -> ir.TensorProtocol:
+    scales = _scales(weight, bits, name).numpy()
+    return ir.tensor(np.ascontiguousarray(np.rint(weight.numpy() / scales[:, None]).astype(np.int8).T), name=name)
