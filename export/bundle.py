@@ -28,7 +28,7 @@ from export.components import (
     vision_component,
 )
 from export.dc_ae import use_linear_attention
-from export.graphs import bind, quiet_exporter, save_engine, trace
+from export.graphs import bind, quiet_exporter, trace, write_engine
 from export.plans.build import carry_plans
 from export.quantization import QuantizationSettings, quantize_bundle
 from export.verify import verify_bundle
@@ -151,18 +151,8 @@ def _export_engines(
 
     def save(name: str, component: Component, graph: ir.Model, precision: Precision, group: int | None = None) -> None:
         fused = fuse and name != "solver_step"
-        written = save_engine(graph, folder / name, fuse=fused)
         entries.append(
-            EngineEntry(
-                name=name,
-                group=group,
-                precision=precision,
-                opset=opset,
-                fused=fused,
-                files=tuple(file_entry(folder, f"{name}/{file}") for file in written),
-                inputs=component.inputs,
-                outputs=component.outputs,
-            )
+            write_engine(folder, name, component, graph, precision=precision, opset=opset, group=group, fuse=fused)
         )
 
     def value(part: str, name: str, module: nn.Module, dtype: torch.dtype = dtype) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from export.components import Component
+from runtime.manifest import EngineEntry, Precision, file_entry
 
 GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "weights.safetensors"
@@ -135,6 +136,31 @@ def save_engine(model: ir.Model, folder: Path, *, fuse: bool = False) -> list[st
     files = _write(model, folder)
     onnx.checker.check_model(str(folder / GRAPH_FILE), full_check=True)
     return _write(fuse_for_onnxruntime(model), folder) if fuse else files
+
+
+def write_engine(
+    bundle: Path,
+    name: str,
+    component: Component,
+    graph: ir.Model,
+    *,
+    precision: Precision,
+    opset: int,
+    group: int | None = None,
+    fuse: bool = False,
+) -> EngineEntry:
+    """`save_engine` into a bundle; returns the entry for its manifest."""
+    files = save_engine(graph, bundle / name, fuse=fuse)
+    return EngineEntry(
+        name=name,
+        group=group,
+        precision=precision,
+        opset=opset,
+        fused=fuse,
+        files=tuple(file_entry(bundle, f"{name}/{file}") for file in files),
+        inputs=component.inputs,
+        outputs=component.outputs,
+    )
 
 
 def load_engine(folder: Path) -> ir.Model:

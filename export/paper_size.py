@@ -15,9 +15,9 @@ from transformers import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
 from export.components import WIDE_SOFTMAX, Component, expert_component, language_component
-from export.graphs import bind, save_engine, trace
+from export.graphs import bind, trace, write_engine
 from latte.config import LatteFlowConfig
-from runtime.manifest import EngineEntry, Precision, file_entry
+from runtime.manifest import EngineEntry, Precision
 from runtime.schedule import ExpertSchedule
 
 PAPER = LatteFlowConfig(
@@ -90,17 +90,8 @@ def _export(
     bundle: Path, name: str, component: Component, precision: Precision, group: int | None = None
 ) -> EngineEntry:
     graph = trace(component, opset=18)
-    files = save_engine(bind(graph, _random_weights(graph, component)), bundle / name)
-    return EngineEntry(
-        name=name,
-        group=group,
-        precision=precision,
-        opset=18,
-        fused=False,
-        files=tuple(file_entry(bundle, f"{name}/{file}") for file in files),
-        inputs=component.inputs,
-        outputs=component.outputs,
-    )
+    bound = bind(graph, _random_weights(graph, component))
+    return write_engine(bundle, name, component, bound, precision=precision, opset=18, group=group)
 
 
 def _random_weights(graph: ir.Model, component: Component, seed: int = 0) -> Callable[[str], Tensor]:

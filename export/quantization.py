@@ -143,19 +143,15 @@ def quantize_engine(
         feeds: of the runs on which errors are measured.
     """
     reduce_range = products_saturate() if settings.reduce_range is None else settings.reduce_range
-    bits = 7 if reduce_range else 8
+    bits = weight_bits(reduce_range)
     folder = bundle / entry.name
     with tempfile.TemporaryDirectory() as temporary:
         measured = _Switched(load_engine(folder), Path(temporary), entry, bits, feeds)
         sensitivities = measured.sensitivities()
         chosen, error = measured.choose(sensitivities, settings.max_error)
-    graph = load_engine(folder)
-    _quantize(graph, chosen, bits)
-    files = save_engine(graph, folder)
-    return entry.model_copy(
+    rewritten = rewrite_engine(bundle, entry, bundle, chosen, bits)
+    return rewritten.model_copy(
         update={
-            "precision": "int8",
-            "files": tuple(file_entry(bundle, f"{entry.name}/{file}") for file in files),
             "quantization": Quantization(
                 reduced_range=reduce_range,
                 error=error,
@@ -164,6 +160,26 @@ def quantize_engine(
             ),
         }
     )
+
+
+def rewrite_engine(
+    bundle: Path, entry: EngineEntry, target: Path, chosen: set[str] | None = None, bits: int = 8
+) -> EngineEntry:
+    """Writes the INT8 form of an engine into a bundle, the same or another; returns its entry.
+
+    Args:
+        chosen: weights of the products to quantise; all where it is None.
+    """
+    graph = load_engine(bundle / entry.name)
+    quantize_graph(graph, {p.name for p in products_of(graph)} if chosen is None else chosen, bits)
+    files = save_engine(graph, target / entry.name)
+    entries = tuple(file_entry(target, f"{entry.name}/{file}") for file in files)
+    return entry.model_copy(update={"precision": "int8", "files": entries})
+
+
+def weight_bits(reduce_range: bool) -> int:
+    """Bits of a weight."""
+    return 7 if reduce_range else 8
 
 
 class _Switched:
@@ -184,7 +200,7 @@ class _Switched:
         self._sizes = [product.size for product in products]
         switches = ir.val(SWITCHES, ir.DataType.BOOL, [len(products)])
         graph.graph.inputs.append(switches)
-        _quantize(graph, set(self._names), bits, switches)
+        quantize_graph(graph, set(self._names), bits, switches)
         save_engine(graph, folder)
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -244,7 +260,7 @@ def products_of(graph: ir.Model) -> Iterator[Product]:
             yield Product(node, weight)
 
 
-def _quantize(model: ir.Model, chosen: set[str], bits: int, switches: ir.Value | None = None) -> None:
+def quantize_graph(model: ir.Model, chosen: set[str], bits: int, switches: ir.Value | None = None) -> None:
     """Turns the products of these weights into integer ones, in place; with `switches`, keeps both and selects."""
     graph = model.graph
     activations: dict[ir.Value, Sequence[ir.Value]] = {}

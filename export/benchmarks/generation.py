@@ -1,6 +1,7 @@
 """What timestep experts and engines buy: the expert engines beside models that must do without the one or the other.
 
     experts         the engines of this project: a step runs the M layers of its group
+    experts, int8   the same, every matrix product in INT8
     dense twin      the same runtime and sizes, all L layers at every step: a flow model without timestep experts
     autoregressive  the same L layers writing image tokens one by one, with a KV cache and guidance (arXiv 2410.13848)
     PyTorch         the reference's expert, eager and compiled
@@ -26,9 +27,11 @@ import onnx
 import torch
 
 from export.paper_size import export_random_expert, export_random_language_model, one_group
+from export.quantization import rewrite_engine, weight_bits
 from latte.config import LatteFlowConfig
 from latte.model import FlowTransformer
 from runtime.backends import Session, open_backend
+from runtime.doctor import products_saturate
 from runtime.language import LanguageModel
 from runtime.manifest import EngineEntry, TensorSpec, file_entry
 
@@ -174,10 +177,11 @@ def measure_generation(
         with (
             _session(Path(folder) / "experts", provider, one_group(config, experts)) as expert,
             _session(Path(folder) / "dense", provider, one_group(config, layers)) as dense,
+            _quantized_session(Path(folder), provider, expert.entry) as quantized,
         ):
             on_stage("experts and dense twin: time")
             report.gemm_peak = gemm_peak(provider, Path(folder), rounds)
-            sides = {"experts": expert, "dense twin": dense}
+            sides = {"experts": expert, "dense twin": dense} | ({"experts, int8": quantized} if quantized else {})
             for count in images:
                 runs = {name: _step(session, config, count) for name, session in sides.items()}
                 _take_turns(report.step, runs, count, rounds)
@@ -237,6 +241,18 @@ def gemm_peak(provider: str, folder: Path, rounds: int) -> float:
 @contextmanager
 def _session(folder: Path, provider: str, config: LatteFlowConfig) -> Iterator[Session]:
     with open_backend(provider).load(folder, export_random_expert(folder, "fp32", config)) as session:
+        yield session
+
+
+@contextmanager
+def _quantized_session(folder: Path, provider: str, entry: EngineEntry) -> Iterator[Session | None]:
+    """The experts with every product in INT8, which is for the CPU."""
+    if provider != "cpu":
+        yield None
+        return
+    bits = weight_bits(products_saturate())
+    quantized = rewrite_engine(folder / "experts", entry, folder / "int8", bits=bits)
+    with open_backend(provider).load(folder / "int8", quantized) as session:
         yield session
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,11 @@ class OrtTensor(DeviceTensor):
     def __init__(self, value: Any) -> None:
         self.value = value
 
-    @property
+    @cached_property  # every step's feed is checked, and most of it is the same tensors as before
     def shape(self) -> tuple[int, ...]:
         return tuple(self.value.shape())
 
-    @property
+    @cached_property
     def dtype(self) -> str:
         return _DTYPES[self.value.data_type()]
 

@@ -105,7 +105,7 @@ def test_generation_is_measured_beside_its_twins(
     code, out, error = run_command("bench", "generation", *options)
     assert code == 0, error
     report = json.loads(out)
-    assert set(report["step_seconds"]) == {"experts", "dense twin", "PyTorch eager"}
+    assert set(report["step_seconds"]) == {"experts", "dense twin", "experts, int8", "PyTorch eager"}
     assert all(min(times) > 0 for by_images in report["step_seconds"].values() for times in by_images.values())
     assert report["efficiency"] > 0
     assert set(report["call_seconds"]) >= {"experts, 20 steps", "autoregressive twin, 576 tokens"}
