@@ -52,6 +52,7 @@ INPUTS = (
     Field("negative_prompt", "BYTES", (1,), "what guidance leads away from"),
     Field("num_inference_steps", "INT32", (1,), "steps of Euler's method, default 20"),
     Field("guidance_scale", "FP32", (1,), "default 3; 1 is without guidance"),
+    Field("shift", "FP32", (1,), "of the time grid, default 1; 2 is good for few steps"),
     Field("seed", "INT64", (1,), "image i is drawn from seed + i, default 0"),
     Field("num_images", "INT32", (1,), "pictures of the prompt, default 1"),
     Field("image_format", "BYTES", (1,), "raw, png, or png_base64 for JSON; default raw"),

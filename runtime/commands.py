@@ -42,6 +42,7 @@ def generate(
     guidance_scale: Annotated[
         float, typer.Option(help="1 is without guidance and costs half.")
     ] = DEFAULT_GUIDANCE_SCALE,
+    shift: Annotated[float, typer.Option(help="Of the time grid; 2 is good for few steps.")] = 1.0,
     num_images_per_prompt: Annotated[int, typer.Option(help="Pictures of each prompt.")] = 1,
     seed: Annotated[int | None, typer.Option(help="Seed of the first picture; the next ones count up.")] = None,
     provider: Provider = "cpu",
@@ -60,6 +61,7 @@ def generate(
       latte-flow generate bundle "a small red circle" -o pictures
       latte-flow generate bundle "a blue star" "a green ring" --seed 7 --num-images-per-prompt 4 --grid
       latte-flow generate bundle "a pink cross" --num-inference-steps 40 --guidance-scale 5 --json
+      latte-flow generate bundle "a green cross" --num-inference-steps 4 --shift 2
       latte-flow generate bundle "a red star" --profile trace.json
     """
     profiler = Profiler(open_backend(provider, parse_pairs(provider_option, "--provider-option")))
@@ -72,6 +74,7 @@ def generate(
                 negative_prompt=negative_prompt,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
+                shift=shift,
                 num_images_per_prompt=num_images_per_prompt,
                 seed=seed,
                 callback_on_step_end=lambda *_: progress.advance(task),
@@ -88,6 +91,7 @@ def generate(
             "seed": str(image_seed),
             "num_inference_steps": str(num_inference_steps),
             "guidance_scale": str(guidance_scale),
+            "shift": str(shift),
             "bundle": bundle_hash,
             "Software": "latte-flow",
         }

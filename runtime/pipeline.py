@@ -104,6 +104,7 @@ class LatteFlowPipeline:
         width: int | None = None,
         num_inference_steps: int = DEFAULT_STEPS,
         guidance_scale: float | Sequence[float] = DEFAULT_GUIDANCE_SCALE,
+        shift: float = 1.0,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         generator: np.random.Generator | None = None,
@@ -119,6 +120,8 @@ class LatteFlowPipeline:
             height, width: in pixels; multiples of the autoencoder's factor. Default: the model's size.
             num_inference_steps: steps of Euler's method.
             guidance_scale: s in v = v_u + s·(v_c − v_u), one for all or one for each prompt. 1 costs half.
+            shift: of the time grid, as in diffusers' flow-matching schedulers; above 1 the steps are shorter near the
+                noise, which is what few steps want.
             seed: one for each image, or an int s for s, s + 1, … An image depends on its own seed alone.
             generator: draws the noise of all images in order, instead of seeds.
             latents: the noise itself, `[B, C, H, W]` float32.
@@ -134,7 +137,7 @@ class LatteFlowPipeline:
             raise InputError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
         if output_type not in ("pil", "np", "latent"):
             raise InputError(f'output_type must be "pil", "np" or "latent", got {output_type!r}')
-        times = time_grid(num_inference_steps)
+        times = time_grid(num_inference_steps, shift)
         negatives = _one_for_each("negative_prompt", negative_prompt or "", str, len(prompts))
         scales = _one_for_each("guidance_scale", guidance_scale, (int, float), len(prompts))
         prompts, negatives, scales = (

@@ -37,6 +37,7 @@ class GenerationRequest:
         negative_prompt: what guidance leads away from.
         num_inference_steps: Euler steps.
         guidance_scale: s in v = v_u + s·(v_c − v_u); 1 runs no unconditional row.
+        shift: of the time grid; above 1 the steps are shorter near the noise.
         seed: image i is drawn from seed + i.
         num_images: pictures of the prompt.
         preview_every: steps between decoded previews; 0 sends none.
@@ -48,6 +49,7 @@ class GenerationRequest:
     negative_prompt: str = ""
     num_inference_steps: int = 20
     guidance_scale: float = 3.0
+    shift: float = 1.0
     seed: int = 0
     num_images: int = 1
     preview_every: int = 0

@@ -223,7 +223,7 @@ class Scheduler:
         request.check(self.limits)
         self._stations.check(request)
         handle = Handle(request, listener)
-        times = time_grid(request.num_inference_steps)
+        times = time_grid(request.num_inference_steps, request.shift)
         noise = initial_latents([request.seed + i for i in range(request.num_images)], self._stations.latent_shape)
         now = self._clock()
         expires = np.inf if request.deadline is None else now + request.deadline

@@ -91,7 +91,7 @@ def difference(images: list[Image.Image], expected: np.ndarray) -> int:
 
 
 def test_pictures_are_those_of_the_pipeline(server: TritonServer, pipe: LatteFlowPipeline) -> None:
-    options = {"negative_prompt": "blue", "num_inference_steps": 5, "guidance_scale": 4.0, "seed": 11}
+    options = {"negative_prompt": "blue", "num_inference_steps": 5, "guidance_scale": 4.0, "shift": 2.0, "seed": 11}
     images = Client(server.grpc_url).generate("a red star", num_images=3, **options)
     expected = pipe("a red star", num_images_per_prompt=3, output_type="np", **options).images
     assert difference(images, expected) <= 1

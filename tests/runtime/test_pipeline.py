@@ -28,7 +28,7 @@ def close(a: np.ndarray, b: np.ndarray) -> bool:
 def test_the_engines_draw_what_the_reference_draws_from_the_same_seed(
     pipe: LatteFlowPipeline, model: LatteFlow
 ) -> None:
-    options = {"num_inference_steps": 6, "guidance_scale": [3.0, 1.0], "seed": [4, 9]}
+    options = {"num_inference_steps": 6, "guidance_scale": [3.0, 1.0], "shift": 1.5, "seed": [4, 9]}
     expected = model.generate(PROMPTS, **options, output_type="latent")  # type: ignore[arg-type]
     assert close(latents_of(pipe, PROMPTS, **options), expected)
 
@@ -124,6 +124,7 @@ def test_engines_are_loaded_when_needed_and_once(bundle: Path) -> None:
     [
         (([],), {}, "prompt is an empty list"),
         (("a",), {"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
+        (("a",), {"shift": 0.0}, "shift must be a positive number, got 0.0"),
         (("a",), {"guidance_scale": float("nan")}, "guidance_scale must be a finite number, got nan"),
         (("a",), {"guidance_scale": [1.0, 2.0]}, "one for each of 1 prompts, got 2"),
         (("a",), {"num_images_per_prompt": 0}, "at least 1, got 0"),

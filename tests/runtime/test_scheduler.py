@@ -329,6 +329,7 @@ BAD_REQUESTS = {
     "no steps": ({"num_inference_steps": 0}, "num_inference_steps must be from 1 to 200, got 0"),
     "too many steps": ({"num_inference_steps": 201}, "got 201"),
     "no images": ({"num_images": 0}, "num_images must be from 1 to 16"),
+    "shift": ({"shift": -1.0}, "shift must be a positive number"),
     "scale": ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
     "seed": ({"seed": -1}, "a seed must not be negative"),
     "previews": ({"preview_every": -1}, "preview_every must be 0 or more"),
