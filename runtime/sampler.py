@@ -88,8 +88,12 @@ class Sampler:
         """Integrates from `latents` `[B, C, H, W]` float32 along the time grid; returns the last latents."""
         x: Value = latents
         rows: Value = self.rows_of(latents)
+        # All steps' inputs at once: between two engines every call of NumPy counts.
+        grid = np.asarray(times, np.float64)
+        timesteps = np.repeat(grid[:-1, None], self._batch.rows, axis=1).astype(np.float32)
+        step_sizes = np.repeat(np.diff(grid)[:, None], self._batch.batch, axis=1).astype(np.float32)
         for index, (t, t_next) in enumerate(itertools.pairwise(times)):
-            x, rows = self.step(x, rows, t, t_next)
+            x, rows = self._step(x, rows, self._schedule.group_of(t), timesteps[index], step_sizes[index])
             if on_step is not None:
                 replaced = on_step(SamplerStep(index, t, t_next, self._schedule.group_of(t), x))
                 if replaced is not None:
@@ -114,14 +118,20 @@ class Sampler:
         start += t
         step_size += t_next - start
         group = self._schedule.group_of(float(start[0]))
+        timestep = start[self._row_of].astype(np.float32)
+        return self._step(latents, row_latents, group, timestep, step_size.astype(np.float32))
+
+    def _step(
+        self, latents: Value, row_latents: Value, group: int, timestep: np.ndarray, step_size: np.ndarray
+    ) -> tuple[DeviceTensor, DeviceTensor]:
         velocity = self._engines[f"expert_{group}"].run(
             {
                 "latents": row_latents,
-                "timestep": start[self._row_of].astype(np.float32),
+                "timestep": timestep,
                 "prefix_kv": self._batch.prefix_kv[group],
                 "prefix_mask": self._batch.prefix_mask,
             }
         )["velocity"]
-        feed = {"latents": latents, "velocity": velocity, "step_size": step_size.astype(np.float32)}
+        feed = {"latents": latents, "velocity": velocity, "step_size": step_size}
         outputs = self._engines["solver_step"].run(feed | self._constants)
         return outputs["next_latents"], outputs["row_latents"]
