@@ -122,12 +122,13 @@ def export_bundle(
             engines=tuple(engines),
             tokenizer_files=tuple(file_entry(folder, n) for n in TOKENIZER_FILES if (folder / n).is_file()),
         )
-        if (bundle / FILE_NAME).is_file():
-            manifest = carry_plans(bundle, folder, manifest)
         save_manifest(manifest, folder)
         if precision == "int8":
             on_stage("draw, to see what the engines compute")
             manifest = quantize_bundle(folder, quantization, lambda name: on_stage(f"quantise {name}"))
+        if (bundle / FILE_NAME).is_file():
+            manifest = carry_plans(bundle, folder, manifest)
+            save_manifest(manifest, folder)
         if reference is not None:
             on_stage("verify against PyTorch")
             manifest = manifest.model_copy(update={"parity": tuple(verify_bundle(folder, reference))})

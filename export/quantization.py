@@ -102,9 +102,10 @@ class RunRecorder(ObservedBackend):
 
 
 def record_runs(bundle: Path, prompts: Sequence[str] = PROMPTS) -> dict[str, list[dict[str, np.ndarray]]]:
-    """What the engines of a bundle are fed while they draw the prompts and describe the pictures."""
+    """What the engines of a bundle are fed while they draw the prompts and describe two of the pictures."""
     recorder = RunRecorder(open_backend("cpu"))
-    with LatteFlowPipeline(bundle, load_manifest(bundle), recorder) as pipe:
+    # One engine at a time: a model of a size that wants INT8 hardly fits into memory in fp32.
+    with LatteFlowPipeline(bundle, load_manifest(bundle), recorder, low_memory=True) as pipe:
         images = pipe(list(prompts), num_inference_steps=STEPS, seed=0).images
         pipe.ask(images[:2], [QUESTION] * len(images[:2]), max_new_tokens=ANSWER_TOKENS)
     return recorder.feeds
@@ -145,7 +146,7 @@ def quantize_engine(
     reduce_range = products_saturate() if settings.reduce_range is None else settings.reduce_range
     bits = weight_bits(reduce_range)
     folder = bundle / entry.name
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(dir=bundle) as temporary:  # as large as the engine, so not in the system's folder
         measured = _Switched(load_engine(folder), Path(temporary), entry, bits, feeds)
         sensitivities = measured.sensitivities()
         chosen, error = measured.choose(sensitivities, settings.max_error)

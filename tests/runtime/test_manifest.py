@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import BundleError
-from runtime.manifest import load_manifest
+from runtime.manifest import SCHEMA_VERSION, load_manifest
 from runtime.pipeline import LatteFlowPipeline
 
 RunCommand = Callable[..., tuple[int, str, str]]
@@ -38,11 +38,11 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "not an object": (lambda b: (b / "manifest.json").write_text("[]"), "is not a valid manifest"),
     "newer schema": (
         lambda b: edit(b, lambda m: m.update(schema_version=99)),
-        "schema version 99, this latte-flow reads 3",
+        f"schema version 99, this latte-flow reads {SCHEMA_VERSION}",
     ),
     "older schema": (
         lambda b: edit(b, lambda m: m.update(schema_version=1)),
-        "schema version 1, this latte-flow reads 3; export the bundle again",
+        f"schema version 1, this latte-flow reads {SCHEMA_VERSION}; export the bundle again",
     ),
     "unknown field": (lambda b: edit(b, lambda m: m.update(surprise=1)), "surprise"),
     "missing engine file": (lambda b: (b / "expert_1" / "model.onnx").unlink(), "expert_1/model.onnx is missing"),
