@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,3 +30,10 @@ def server(repository: Path) -> Iterator[TritonServer]:
     """A server for tests that leave it as they found it."""
     with TritonServer(repository) as running:
         yield running
+    for _ in range(50):  # what was killed is gone once its parent has looked
+        try:
+            os.killpg(running.process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("a process of the server outlived it")
