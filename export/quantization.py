@@ -22,9 +22,8 @@ from onnx_ir.tape import Tape
 from pydantic import BaseModel, ConfigDict, Field
 
 from export.graphs import GRAPH_FILE, load_engine, save_engine
-from runtime.backends import Backend, DeviceTensor, open_backend, to_host
-from runtime.backends.base import Value
-from runtime.backends.observed import ObservedBackend
+from runtime.backends import Backend, open_backend, to_host
+from runtime.backends.observed import ObservedBackend, ObservedRun
 from runtime.doctor import products_saturate
 from runtime.manifest import EngineEntry, Manifest, Quantization, file_entry, load_manifest, save_manifest
 from runtime.pipeline import LatteFlowPipeline
@@ -88,17 +87,10 @@ class RunRecorder(ObservedBackend):
         super().__init__(backend)
         self.feeds: dict[str, list[dict[str, np.ndarray]]] = {}
 
-    def observe(
-        self,
-        entry: EngineEntry,
-        feed: Mapping[str, Value],
-        outputs: Mapping[str, DeviceTensor],
-        start: float,
-        end: float,
-    ) -> None:
-        kept = self.feeds.setdefault(entry.name, [])
+    def observe(self, run: ObservedRun) -> None:
+        kept = self.feeds.setdefault(run.entry.name, [])
         if len(kept) < RUNS:
-            kept.append({name: to_host(value) for name, value in feed.items()})
+            kept.append({name: to_host(value) for name, value in run.feed.items()})
 
 
 def record_runs(bundle: Path, prompts: Sequence[str] = PROMPTS) -> dict[str, list[dict[str, np.ndarray]]]:

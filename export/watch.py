@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
-from runtime.backends import Backend, DeviceTensor, Value
-from runtime.backends.observed import ObservedBackend
-from runtime.manifest import EngineEntry
+from runtime.backends import Backend
+from runtime.backends.observed import ObservedBackend, ObservedRun
 
 FLOATING = {"float32", "float16", "bfloat16"}
 
@@ -26,20 +23,15 @@ class FiniteWatch(ObservedBackend):
         """What was not finite, first."""
         self._step = 0
 
-    def observe(
-        self,
-        entry: EngineEntry,
-        feed: Mapping[str, Value],
-        outputs: Mapping[str, DeviceTensor],
-        start: float,
-        end: float,
-    ) -> None:
-        for name, tensor in outputs.items():
+    def observe(self, run: ObservedRun) -> None:
+        for name, tensor in run.outputs.items():
             if self.first is None and tensor.dtype in FLOATING:
                 values = tensor.numpy()
                 lost = values.size - int(np.isfinite(values).sum())
                 if lost:
-                    group = "" if entry.group is None else f" (group {entry.group})"
+                    group = "" if run.entry.group is None else f" (group {run.entry.group})"
                     after = f" after {self._step} steps" if self._step else ""
-                    self.first = f"{lost} of {values.size} values of {entry.name}'s {name}{group} are not finite{after}"
-        self._step += entry.name == "solver_step"
+                    self.first = (
+                        f"{lost} of {values.size} values of {run.entry.name}'s {name}{group} are not finite{after}"
+                    )
+        self._step += run.entry.name == "solver_step"

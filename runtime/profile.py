@@ -5,15 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from runtime.backends import Backend, DeviceTensor, Value
-from runtime.backends.observed import ObservedBackend
+from runtime.backends import Backend
+from runtime.backends.observed import ObservedBackend, ObservedRun
 from runtime.files import write_text
-from runtime.manifest import EngineEntry
 
 
 class Run(NamedTuple):  # made between two engines, where a frozen dataclass takes three times as long
@@ -40,15 +38,8 @@ class Profiler(ObservedBackend):
         super().__init__(backend)
         self.runs: list[Run] = []
 
-    def observe(
-        self,
-        entry: EngineEntry,
-        feed: Mapping[str, Value],
-        outputs: Mapping[str, DeviceTensor],
-        start: float,
-        end: float,
-    ) -> None:
-        self.runs.append(Run(entry.name, start, end))
+    def observe(self, run: ObservedRun) -> None:
+        self.runs.append(Run(run.entry.name, run.start, run.end))
 
     def shares(self, seconds: float) -> list[Share]:
         """Time per engine, on the host between two steps, and on the host otherwise.

@@ -6,11 +6,22 @@ import time
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from runtime.backends.base import Backend, DeviceTensor, Session, Value
 from runtime.manifest import EngineEntry
+
+
+class ObservedRun(NamedTuple):
+    """What an engine took and gave; times in seconds of `time.perf_counter`."""
+
+    entry: EngineEntry
+    feed: Mapping[str, Value]
+    outputs: Mapping[str, DeviceTensor]
+    start: float
+    end: float
 
 
 class ObservedBackend(Backend):
@@ -27,15 +38,8 @@ class ObservedBackend(Backend):
         return self._backend.upload(array)
 
     @abstractmethod
-    def observe(
-        self,
-        entry: EngineEntry,
-        feed: Mapping[str, Value],
-        outputs: Mapping[str, DeviceTensor],
-        start: float,
-        end: float,
-    ) -> None:
-        """Is told of every run, with its times as `time.perf_counter` says them, in seconds."""
+    def observe(self, run: ObservedRun) -> None:
+        """Is told of every run."""
 
 
 class _ObservedSession(Session):
@@ -47,7 +51,7 @@ class _ObservedSession(Session):
     def _execute(self, feed: Mapping[str, Value]) -> dict[str, DeviceTensor]:
         start = time.perf_counter()
         outputs = self._session._execute(feed)
-        self._observer.observe(self.entry, feed, outputs, start, time.perf_counter())
+        self._observer.observe(ObservedRun(self.entry, feed, outputs, start, time.perf_counter()))
         return outputs
 
     def close(self) -> None:
