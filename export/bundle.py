@@ -1,46 +1,43 @@
-"""From a checkpoint to a bundle: trace, bind, fuse, save, verify, and the manifest last."""
+"""From a checkpoint to a bundle: make the graphs, bind the weights, write the engines, verify."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import shutil
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import onnx_ir as ir
 import torch
-from diffusers import AutoencoderDC
 from torch import Tensor, nn
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel, Qwen2VLTextModel
 
 from export.components import (
-    TORCH_DTYPES,
-    WIDE_SOFTMAX,
     Component,
     decoder_component,
     expert_component,
     expert_weight_source,
     geometry_of,
-    language_component,
     solver_component,
-    vision_component,
 )
-from export.dc_ae import use_linear_attention
-from export.graphs import bind, quiet_exporter, trace, write_engine
+from export.engines import bind, write_engine
+from export.graph_store import GraphStore, default_store
+from export.graphs import make_graphs
 from export.plans.build import carry_plans
 from export.quantization import QuantizationSettings, quantize_bundle
 from export.verify import verify_bundle
+from export.vlm_components import language_component, vision_component
 from export.weights import WeightFiles
-from latte.checkpoint import load_checkpoint, load_outline, resolve_checkpoint
+from latte.checkpoint import TORCH_DTYPES, load_checkpoint, load_outline, resolve_checkpoint
 from latte.model import LatteFlow
-from runtime.errors import InputError
-from runtime.files import check_replaceable, replaced_directory
+from runtime.chat import TEMPLATE_FILE, TOKENIZER_FILE
+from runtime.errors import CheckpointError, InputError
+from runtime.files import check_replaceable, replaced_directory, sha256_of, write_text
+from runtime.image_processor import PROCESSOR_FILE
 from runtime.manifest import (
     FILE_NAME,
     SCHEMA_VERSION,
     EngineEntry,
+    EngineRole,
     Manifest,
     ParityRow,
     Precision,
@@ -48,12 +45,11 @@ from runtime.manifest import (
     Understanding,
     file_entry,
     save_manifest,
-    sha256_of,
 )
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json")
+TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", TEMPLATE_FILE, PROCESSOR_FILE)
 PRODUCERS = ("latte-flow", "torch", "transformers", "diffusers", "onnx", "onnxscript", "onnxruntime")
-_PLACEHOLDER = "<PROMPT>"
+ALWAYS_FP32: tuple[EngineRole, ...] = ("solver_step", "vae_decoder")
 
 OnStage = Callable[[str], None]
 
@@ -68,25 +64,27 @@ def export_bundle(
     quantization: QuantizationSettings = QuantizationSettings(),
     verify: bool = True,
     force: bool = False,
+    store: GraphStore | None = None,
     on_stage: OnStage = lambda _: None,
 ) -> tuple[Manifest, list[ParityRow]]:
-    """Writes the bundle of a checkpoint; it appears at `bundle` whole or not at all.
+    """Writes the bundle of a checkpoint; it appears at `bundle` complete or not at all.
 
     Args:
         checkpoint: a directory, or the name of a shipped checkpoint.
-        precision: of weights and arithmetic; the solver and the autoencoder stay fp32. "int8" is of matrix products,
-            for the CPU.
-        fuse: rewrite the graphs with ONNX Runtime's optimisers; such engines run on ONNX Runtime only.
-        quantization: how far INT8 goes, at that precision.
-        verify: compare with PyTorch; the report goes into the manifest.
+        precision: precision of weights and matrix products; the solver and the autoencoder stay fp32. "int8" is for
+            matrix products on the CPU.
+        fuse: rewrite the graphs with ONNX Runtime's optimisers; such engines run only on ONNX Runtime.
+        quantization: settings for "int8".
+        verify: compare with PyTorch; the report becomes part of the manifest.
         force: replace an existing bundle.
-        on_stage: is told what begins.
+        store: keeps traced graphs; by default the store in the user's cache folder.
+        on_stage: called with each stage's name as it starts.
 
     Returns:
         the manifest, and the rows of the verification that failed.
 
     Raises:
-        InputError: something is in the way at `bundle`.
+        InputError: something else is at `bundle`, or the options exclude each other.
         CheckpointError: the checkpoint cannot be used.
     """
     if precision == "bf16" and verify:
@@ -94,22 +92,21 @@ def export_bundle(
             "ONNX Runtime's CPU does not run bf16, so a bf16 bundle cannot be verified here; pass --no-verify"
         )
     if precision == "bf16" and fuse:
-        raise InputError("ONNX Runtime's fused operators do not know bf16; leave out --fuse")
+        raise InputError("ONNX Runtime's fused operators do not support bf16; leave out --fuse")
     if precision == "int8" and fuse:
-        raise InputError("--fuse has no part in int8, whose products ONNX Runtime fuses itself; leave it out")
+        raise InputError("--fuse does nothing in int8, whose products ONNX Runtime fuses itself; leave it out")
     check_replaceable(bundle, FILE_NAME, "bundle", force=force)
     on_stage("load the checkpoint")
     path = resolve_checkpoint(checkpoint)
-    # The export itself reads weights one at a time; a whole model is needed only to verify against.
+    # The export itself reads weights one at a time; only the verification needs a whole model.
     reference = load_checkpoint(path) if verify else None
     model = load_outline(path)
     with replaced_directory(bundle) as folder:
-        # INT8 is made of fp32 engines, whose runs show what it costs.
+        # INT8 engines are made from fp32 engines, whose runs show the error.
         written: Precision = "fp32" if precision == "int8" else precision
-        engines = _export_engines(model, WeightFiles(path), folder, written, opset, fuse, on_stage)
-        for name in TOKENIZER_FILES:
-            if (path / name).is_file():
-                shutil.copyfile(path / name, folder / name)
+        store = store or default_store()
+        engines = _export_engines(model, WeightFiles(path), folder, written, opset, fuse, store, on_stage)
+        _copy_tokenizer_files(model, path, folder)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             producer={name: _version_of(name) for name in PRODUCERS},
@@ -124,7 +121,7 @@ def export_bundle(
         )
         save_manifest(manifest, folder)
         if precision == "int8":
-            on_stage("draw, to see what the engines compute")
+            on_stage("run the fp32 engines")
             manifest = quantize_bundle(folder, quantization, lambda name: on_stage(f"quantise {name}"))
         if (bundle / FILE_NAME).is_file():
             manifest = carry_plans(bundle, folder, manifest)
@@ -136,6 +133,17 @@ def export_bundle(
     return manifest, [row for row in manifest.parity or () if not row.passed]
 
 
+def _copy_tokenizer_files(model: LatteFlow, checkpoint: Path, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, folder / name)
+    if not (folder / TEMPLATE_FILE).is_file():  # older tokenizers keep it in their config
+        template = model.tokenizer.chat_template
+        if not isinstance(template, str):
+            raise CheckpointError(f"{checkpoint} has no {TEMPLATE_FILE}; save the VLM's chat template there")
+        write_text(folder / TEMPLATE_FILE, template)
+
+
 def _export_engines(
     model: LatteFlow,
     files: WeightFiles,
@@ -143,114 +151,81 @@ def _export_engines(
     precision: Precision,
     opset: int,
     fuse: bool,
+    store: GraphStore,
     on_stage: OnStage,
 ) -> list[EngineEntry]:
-    config = model.config
-    language_model = model.vlm.model.language_model
-    dtype = TORCH_DTYPES[precision]
+    components = components_of(model, precision)
+    on_stage("make the graphs")
+    graphs = make_graphs(components, opset, store)
     entries = []
+    for component, graph in zip(components, graphs, strict=True):
+        for group in range(model.config.schedule.num_groups) if component.role == "expert" else (None,):
+            name = component.name if group is None else f"{component.name}_{group}"
+            on_stage(f"write {name}")
+            entry = write_engine(
+                folder,
+                name,
+                component,
+                bind(graph, weights_of(component.role, model, files, precision, group)),
+                precision="fp32" if component.role in ALWAYS_FP32 else precision,
+                opset=opset,
+                group=group,
+                fuse=fuse and component.role != "solver_step",
+            )
+            entries.append(entry)
+    return entries
 
-    def save(name: str, component: Component, graph: ir.Model, precision: Precision, group: int | None = None) -> None:
-        fused = fuse and name != "solver_step"
-        entries.append(
-            write_engine(folder, name, component, graph, precision=precision, opset=opset, group=group, fuse=fused)
-        )
 
-    def value(part: str, name: str, module: nn.Module, dtype: torch.dtype = dtype) -> Tensor:
-        """A parameter from its file, or what the module computes: rotary frequencies, in full precision."""
+def components_of(model: LatteFlow, precision: Precision) -> list[Component]:
+    """Returns the components of a model, in the order of the manifest."""
+    return [
+        vision_component(precision, model.vlm.config.vision_config),
+        language_component(model.config, precision, model.vlm.config),
+        expert_component(model.config, precision),
+        solver_component(model.config),
+        decoder_component(model.config, dict(model.vae.config)),
+    ]
+
+
+def weights_of(
+    role: EngineRole, model: LatteFlow, files: WeightFiles, precision: Precision, group: int | None
+) -> Callable[[str], Tensor]:
+    """Returns a function from the name of a graph's initializer to its value.
+
+    Args:
+        model: the checkpoint's modules; only their buffers are used.
+        files: the checkpoint's files, which parameters are read from.
+        group: the expert group, for experts.
+    """
+    dtype = torch.float32 if role in ALWAYS_FP32 else TORCH_DTYPES[precision]
+    language_model = model.vlm.model.language_model
+    constants = {"latents_mean": model.latents_mean, "latents_std": model.latents_std}
+
+    def value(part: str, name: str, module: nn.Module) -> Tensor:
+        """Returns a parameter from its file, or a buffer that the module computes, such as rotary frequencies."""
         owner, _, attribute = name.rpartition(".")
         computed = module.get_submodule(owner)._buffers.get(attribute)
         return files.read(part, name, dtype) if computed is None else computed
 
-    on_stage("trace vision_encoder")
-    component = vision_component_of(model, precision)
-    graph = trace(component, opset)
-    on_stage("bind vision_encoder")
-    tower = model.vlm.model.visual
-    save(
-        "vision_encoder", component, bind(graph, lambda n: value("vision", n.removeprefix("tower."), tower)), precision
-    )
-
-    on_stage("trace vlm")
-    component = language_component_of(model, precision)
-    graph = trace(component, opset)
-    on_stage("bind vlm")
-
-    def text_weight(name: str) -> Tensor:
-        if name == "lm_head.weight":
+    def weight(name: str) -> Tensor:
+        if role == "vision_encoder":
+            return value("vision", name.removeprefix("tower."), model.vlm.model.visual)
+        if role == "vlm" and name == "lm_head.weight":
             return files.read("head", name, dtype)
-        return value("text", name.removeprefix("language_model."), language_model)
+        if role == "vlm":
+            return value("text", name.removeprefix("language_model."), language_model)
+        if role == "vae_decoder":
+            return constants[name] if name in constants else value("vae", name, model.vae)
+        assert group is not None
+        part, source = expert_weight_source(model.config, group, name)
+        return value("text", source, language_model) if part == "language_model" else value("flow", source, model.flow)
 
-    save("vlm", component, bind(graph, text_weight), precision)
-
-    on_stage("trace expert")
-    component = expert_component(config, precision)
-    graph = trace(component, opset)
-    sources: dict[str, tuple[str, nn.Module]] = {
-        "flow": ("flow", model.flow),
-        "language_model": ("text", language_model),
-    }
-    for group in range(config.schedule.num_groups):
-        on_stage(f"bind expert_{group}")
-
-        def weight(name: str, group: int = group) -> Tensor:
-            source, source_name = expert_weight_source(config, group, name)
-            part, module = sources[source]
-            return value(part, source_name, module)
-
-        save(f"expert_{group}", component, bind(graph, weight), precision, group)
-
-    on_stage("trace solver_step")
-    component = solver_component(config)
-    save("solver_step", component, trace(component, opset), "fp32")
-
-    on_stage("trace vae_decoder")
-
-    def build_decoder() -> nn.Module:
-        with quiet_exporter():
-            return use_linear_attention(AutoencoderDC.from_config(model.vae.config).decoder)
-
-    component = decoder_component(config, build_decoder)
-    constants: dict[str, Tensor] = {"latents_mean": model.latents_mean, "latents_std": model.latents_std}
-
-    def decoder_weight(name: str) -> Tensor:
-        return constants[name] if name in constants else value("vae", name, model.vae, torch.float32)
-
-    save("vae_decoder", component, bind(trace(component, opset), decoder_weight), "fp32")
-    return entries
-
-
-def vision_component_of(model: LatteFlow, precision: Precision) -> Component:
-    """`vision_encoder` of a model."""
-    vision_config = copy.deepcopy(model.vlm.config.vision_config)
-    return vision_component(
-        precision,
-        vision_config,
-        lambda: Qwen2VisionTransformerPretrainedModel._from_config(vision_config, attn_implementation="eager"),
-    )
-
-
-def language_component_of(model: LatteFlow, precision: Precision) -> Component:
-    """`vlm` of a model."""
-    vlm_config = model.vlm.config
-
-    def build() -> tuple[nn.Module, nn.Linear | None]:
-        text_config = copy.deepcopy(vlm_config.text_config)  # it takes the implementation's name in
-        text = Qwen2VLTextModel._from_config(text_config, attn_implementation=WIDE_SOFTMAX)
-        head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
-        return text, None if vlm_config.tie_word_embeddings else head
-
-    return language_component(model.config, precision, vlm_config, build)
+    return weight
 
 
 def prompt_format(model: LatteFlow) -> PromptFormat:
-    """The chat template around a prompt, rendered once, so that the runtime needs no template engine."""
-    message = [{"role": "user", "content": _PLACEHOLDER}]
-    text = model.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    before, _, after = text.partition(_PLACEHOLDER)
+    """Returns what the manifest says about prompts."""
     return PromptFormat(
-        before=before,
-        after=after,
         pad_token_id=model.tokenizer.pad_token_id or 0,
         max_tokens=model.config.max_prompt_tokens,
         special_tokens=tuple(sorted(token for token in model.tokenizer.get_added_vocab() if token.startswith("<|"))),
@@ -258,7 +233,7 @@ def prompt_format(model: LatteFlow) -> PromptFormat:
 
 
 def understanding_of(model: LatteFlow) -> Understanding:
-    """What the manifest says about answering."""
+    """Returns what the manifest says about answers."""
     config, generation = model.vlm.config, model.vlm.generation_config
     ends = (config.text_config.eos_token_id, generation.eos_token_id, model.tokenizer.eos_token_id)
     flat = {token for end in ends if end is not None for token in (end if isinstance(end, (list, tuple)) else [end])}
@@ -272,7 +247,7 @@ def understanding_of(model: LatteFlow) -> Understanding:
 
 
 def checkpoint_hash(path: Path) -> str:
-    """One SHA-256 over the config and all weights of a checkpoint."""
+    """Returns one SHA-256 over the config and all weights of a checkpoint."""
     digest = hashlib.sha256()
     for file in sorted([path / "config.json", *path.rglob("*.safetensors")]):
         if "training" not in file.relative_to(path).parts:

@@ -18,33 +18,37 @@ from export.quantization import QuantizationSettings
 from export.roundtrip import count_agreements, run_roundtrip, sheet_of
 from export.verify import verify_bundle
 from latte.checkpoint import load_checkpoint
+from runtime.backends import PROVIDERS
 from runtime.console import progress_bar, stderr, stdout
 from runtime.errors import VerificationError
+from runtime.images import save_png
 from runtime.manifest import ParityRow, Precision
-from runtime.pictures import save_png
 from runtime.pipeline import LatteFlowPipeline
 
 MAX_SHOWN = 48
-"""Pictures on a sheet of disagreements."""
+"""Largest number of images on a sheet of disagreements."""
+Bundle = Annotated[Path, typer.Argument(help="Folder that `latte-flow export` wrote.")]
+Provider = Annotated[str, typer.Option(help=f"Runs the engines; one of {', '.join(PROVIDERS)}.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def export(
     checkpoint: Annotated[str, typer.Argument(help="`shapes`, or a checkpoint folder.")],
     bundle: Annotated[Path, typer.Argument(help="Folder for the bundle.")],
-    precision: Annotated[Precision, typer.Option(help="Of weights and arithmetic.")] = "fp32",
+    precision: Annotated[Precision, typer.Option(help="Precision of weights and matrix products.")] = "fp32",
     opset: Annotated[int, typer.Option(help="ONNX operator set.", min=18)] = 18,
-    fuse: Annotated[bool, typer.Option(help="Rewrite graphs for ONNX Runtime, which alone then runs them.")] = False,
+    fuse: Annotated[bool, typer.Option(help="Rewrite the graphs so that only ONNX Runtime can run them.")] = False,
     max_error: Annotated[
-        float, typer.Option(help="int8: relative error of an engine up to which its products are quantised.", min=0)
+        float, typer.Option(help="int8: largest relative error of an engine.", min=0)
     ] = QuantizationSettings().max_error,
     reduce_range: Annotated[
         bool | None,
-        typer.Option(help="int8: weights of 7 bits, for CPUs without VNNI; by default as this CPU needs it."),
+        typer.Option(help="int8: weights of 7 bits, for CPUs without VNNI. Default: if this CPU needs it."),
     ] = None,
     verify: Annotated[bool, typer.Option(help="Compare the engines with PyTorch.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
-    """Turn a checkpoint into a bundle: one engine per expert group, VLM, solver and decoder.
+    """Turn a checkpoint into a bundle: one engine per expert group, and those of VLM, solver and autoencoder.
 
     \b
     Examples:
@@ -69,12 +73,12 @@ def export(
 
 
 def verify(
-    bundle: Annotated[Path, typer.Argument(help="Folder that `latte-flow export` wrote.")],
-    checkpoint: Annotated[str, typer.Argument(help="The checkpoint that it was exported from.")],
-    provider: Annotated[str, typer.Option(help="What runs the engines.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    bundle: Bundle,
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint that the bundle was exported from.")],
+    provider: Provider = "cpu",
+    as_json: AsJson = False,
 ) -> None:
-    """Compare a bundle with PyTorch: engines, steps, trajectory, picture. Exits with 1 if a row fails.
+    """Compare a bundle with PyTorch: engines, steps, trajectory, images, answers. Exits with 1 if a row fails.
 
     \b
     Examples:
@@ -95,15 +99,15 @@ def verify(
 
 
 def roundtrip(
-    bundle: Annotated[Path, typer.Argument(help="Bundle of `shapes`, or of a checkpoint of the same world.")],
-    prompts: Annotated[int, typer.Option(help="Held-out prompts.", min=1)] = 100,
-    shapes: Annotated[int, typer.Option(help="Shapes in each prompt.", min=1, max=2)] = 1,
-    seed: Annotated[int, typer.Option(help="Of prompts and noise.")] = 0,
-    provider: Annotated[str, typer.Option(help="What runs the engines.")] = "cpu",
-    sheet: Annotated[Path | None, typer.Option(help="Write the pictures that do not agree here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    bundle: Annotated[Path, typer.Argument(help="Bundle of `shapes`, or of a checkpoint trained like it.")],
+    prompts: Annotated[int, typer.Option(help="Number of held-out prompts.", min=1)] = 100,
+    shapes: Annotated[int, typer.Option(help="Number of shapes in each prompt.", min=1, max=2)] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and noise.")] = 0,
+    provider: Provider = "cpu",
+    sheet: Annotated[Path | None, typer.Option(help="Write the images that do not agree to this PNG.")] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Draw prompts, ask the same bundle what it sees, and compare both with the pixels.
+    """Generate images, ask the same bundle to describe them, and compare both with the pixels.
 
     \b
     Examples:
@@ -112,17 +116,15 @@ def roundtrip(
     """
     with LatteFlowPipeline.from_pretrained(bundle, provider=provider) as pipe, progress_bar() as p:
         task = p.add_task("draw and ask", total=prompts)
-        trips = run_roundtrip(pipe, prompts, shapes, seed, lambda n: p.advance(task, n))
-    counts = count_agreements(trips)
-    apart = [trip for trip in trips if trip.agreement != "all three"]
+        round_trips = run_roundtrip(pipe, prompts, shapes, seed, lambda n: p.advance(task, n))
+    counts = count_agreements(round_trips)
+    apart = [trip for trip in round_trips if trip.agreement != "all three"]
     if sheet is not None and apart:
         save_png(sheet_of(apart[:MAX_SHOWN]), sheet)
     if as_json:
         typer.echo(json.dumps({"prompts": prompts, "shapes": shapes, "seed": seed, "agreements": counts}))
         return
-    table = Table(
-        "agree", "pictures", "share", title=f"{prompts} held-out prompts of {shapes} shape{'s' * (shapes > 1)}"
-    )
+    table = Table("agree", "images", "share", title=f"{prompts} held-out prompts of {shapes} shape{'s' * (shapes > 1)}")
     for agreement, count in counts.items():
         table.add_row(agreement, str(count), f"{count / prompts:.1%}", end_section=agreement == "all three")
     stdout.print(table)
@@ -131,10 +133,10 @@ def roundtrip(
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the bundle and the pictures.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Of the first picture.")] = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the bundle and the images.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
 ) -> None:
-    """Export, verify, draw and ask with the shipped checkpoint, and say how long each stage took.
+    """Export, verify, generate and ask with the shipped checkpoint, and show how long each stage takes.
 
     \b
     Example:
@@ -154,7 +156,7 @@ def demo(
 
 
 def parity_table(rows: list[ParityRow]) -> Table:
-    """The ladder as a table, a line for each measurement."""
+    """Returns the rows of a verification as a table."""
     table = Table("rung", "what", "group", "step", "measured", "tolerance", "")
     for row in rows:
         shown = (
@@ -172,7 +174,7 @@ def parity_table(rows: list[ParityRow]) -> Table:
 
 
 def raise_if_failed(failed: list[ParityRow]) -> None:
-    """Raises `VerificationError` that names the first rung, step and group that failed."""
+    """Raises `VerificationError` with the first rung, step and group that failed, if any did."""
     if not failed:
         return
     first = failed[0]
@@ -190,7 +192,7 @@ def raise_if_failed(failed: list[ParityRow]) -> None:
 
 @contextmanager
 def staged() -> Iterator[Callable[[str], None]]:
-    """A spinner that says what goes on, and a line with the time of each stage that is done."""
+    """Shows a spinner with the current stage, and prints the time of each finished stage."""
     started = time.perf_counter()
     current: list[str] = []
 

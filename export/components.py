@@ -1,178 +1,225 @@
-"""The engines of a bundle: for each its graph in PyTorch, its tensors with their named axes, its weights.
+"""The engines of a bundle: for each its tensors with their named axes, its parts in PyTorch, and how they make a graph.
 
-A tensor has one name, here, in the ONNX graph, in the engine and in the manifest.
+A graph with many equal layers has three parts: what comes before the layers, one layer, and what comes after them. Each
+part is traced once, and the layer is then repeated with the names of other weights. A tensor has the same name here, in
+the ONNX graph, in the engine and in the manifest.
+
+Shapes: R rows, P prefix tokens, N latent tokens, S new tokens, T tokens in all, M layers per expert group, Hq and Hkv
+query and key-value heads, D head dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
+from diffusers import AutoencoderDC
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
-from latte.checkpoint import VLM_FROM_FLOW
+from export.dc_ae import use_linear_attention
+from latte.checkpoint import TORCH_DTYPES, VLM_FROM_FLOW, quiet_libraries
 from latte.config import LatteFlowConfig
-from latte.model import FlowTransformer, pixels_to_uint8, rotate
-from runtime.manifest import DType, Geometry, TensorSpec
+from latte.model import FlowLayer, FlowTransformer, VelocityHead, pixels_to_uint8
+from runtime.flow_time import ExpertSchedule
+from runtime.manifest import DType, EngineRole, Geometry, TensorSpec
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ONNX_NAMES: dict[str, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
-class Component:
-    """One traced graph. Engines with the same graph and other weights (the experts) share it."""
+class Part:
+    """A piece of a graph that is traced on its own."""
 
     name: str
     build: Callable[[], nn.Module]
-    """Makes the module; called where no weights are allocated."""
+    """Makes the module; called where no weights are allocated. It can be pickled, so that a process can trace it."""
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    example_axes: dict[str, int]
+    sizes: Mapping[str, int]
     """A size for every named axis, for tracing. Sizes differ, so that no two axes are taken for one."""
-    variadic: int = 0
-    """How many of the last inputs the graph takes as `*args`."""
+    settings: Mapping[str, Any]
+    """Everything besides code and specs that the graph depends on, as JSON."""
 
     def example_inputs(self) -> tuple[Tensor, ...]:
-        """Zeros of every input's shape and dtype at the example sizes."""
+        """Returns a tensor of ones for every input, with the example sizes."""
         tensors = []
         for spec in self.inputs:
-            shape = [self.example_axes[axis] if isinstance(axis, str) else axis for axis in spec.shape]
+            shape = [self.sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape]
             tensors.append(torch.ones(shape, dtype=getattr(torch, spec.dtype)))
         return tuple(tensors)
 
-    def dynamic_shapes(self) -> tuple[Any, ...]:
-        """Named axes of every input, as `torch.onnx.export` takes them."""
-        axes = [{i: axis for i, axis in enumerate(spec.shape) if isinstance(axis, str)} for spec in self.inputs]
-        fixed = len(axes) - self.variadic
-        return (*axes[:fixed], tuple(axes[fixed:])) if self.variadic else tuple(axes)
+
+class Assembly(Protocol):
+    """Puts the parts of a component together. A value stands for a tensor of the graph."""
+
+    def input(self, name: str) -> Any:
+        """Returns an input of the graph."""
+
+    def call(self, part: str, *inputs: Any, weights: tuple[str, str] = ("", "")) -> tuple[Any, ...]:
+        """Adds a part to the graph; returns its outputs.
+
+        Args:
+            inputs: values; None for a tensor of zeros, with which everything that it makes zero is left out.
+            weights: a prefix of the part's weights, and the prefix that takes its place in the graph.
+        """
+
+    def select(self, value: Any, index: int) -> Any:
+        """Returns `value[index]`."""
+
+    def stack(self, values: Sequence[Any]) -> Any:
+        """Returns the values stacked along a new first axis."""
+
+    def output(self, name: str, value: Any) -> None:
+        """Makes a value an output of the graph."""
 
 
-class ExpertGraph(nn.Module):
-    """One expert group as a function of flat tensors. Interfaces are fp32 but for the KV cache."""
+@dataclass(frozen=True)
+class Component:
+    """One graph. Engines with the same graph and other weights, as the experts, share it."""
+
+    name: str
+    role: EngineRole
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    parts: tuple[Part, ...]
+    assemble: Callable[[Assembly], None]
+    """Adds the parts to an empty graph with these inputs and outputs."""
+
+
+# ---- experts -----------------------------------------------------------------------------------------
+
+
+class ExpertBegin(nn.Module):
+    """Embeds latents and time. Interfaces are fp32, except for what goes into matrix products."""
 
     def __init__(self, flow: FlowTransformer) -> None:
         super().__init__()
         self.flow = flow
 
-    def forward(self, latents: Tensor, timestep: Tensor, prefix_kv: Tensor, prefix_mask: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, timestep: Tensor, prefix_mask: Tensor) -> tuple[Tensor, ...]:
         dtype = self.flow.latent_embed.weight.dtype
-        return self.flow(latents.to(dtype), timestep, prefix_kv, prefix_mask, 0).float()
+        hidden, time, modulation, rotary, mask = self.flow.embed(latents.to(dtype), timestep, prefix_mask)
+        return hidden, time, modulation, *rotary, mask
 
 
-class LanguageGraph(nn.Module):
-    """The VLM's text model: the encoder of prompts, and the decoder of answers, with one set of weights.
+class ExpertLayer(nn.Module):
+    """One flow layer after the first of its group. The first layer is the same with scores of zero before it."""
 
-    `past_kv` are the keys and values of what came before, one tensor per expert group; what comes out is
-    past and new side by side, so that the output of a run is the next one's input.
-    """
-
-    def __init__(
-        self, language_model: nn.Module, lm_head: nn.Linear | None, config: LatteFlowConfig, image_token_id: int
-    ):
+    def __init__(self, layer: FlowLayer) -> None:
         super().__init__()
-        self.language_model = language_model
-        self.lm_head = lm_head
-        self.config = config
-        self.image_token_id = image_token_id
+        self.layer = layer
 
     def forward(
-        self, input_ids: Tensor, image_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, *past_kv: Tensor
-    ) -> tuple[Tensor, ...]:
-        text: Any = self.language_model
-        rows, tokens = input_ids.shape
-        past = past_kv[0].shape[4]
-        hidden = text.embed_tokens(input_ids)
-        # The images' embeddings take their places in order; `masked_scatter` would be NonZero, which TensorRT rejects.
-        is_image = input_ids == self.image_token_id
-        place = is_image.reshape(-1).long().cumsum(0).sub(1).clamp(min=0).reshape(rows, tokens)
-        dtype = hidden.dtype
-        hidden = torch.where(is_image[..., None], nn.functional.embedding(place, image_embeds), hidden.float())
-        rotary = tuple(part.to(dtype) for part in text.rotary_emb(hidden, position_ids))
-        query = past + torch.arange(tokens, device=input_ids.device)
-        key = torch.arange(attention_mask.shape[1], device=input_ids.device)
-        visible = (key[None, :] <= query[:, None])[None, None] & attention_mask[:, None, None, :]
-        mask = torch.zeros(()).expand(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
-        cache = KeyValueCache(
-            {
-                layer: (kv[index, 0], kv[index, 1])
-                for group, kv in enumerate(past_kv)
-                for index, layer in enumerate(self.config.layers_of(group))
-            }
-        )
-        # transformers' own loop, with the residual stream in fp32.
-        for layer in text.layers:
-            normed = layer.input_layernorm(hidden).to(dtype)
-            attended, _ = layer.self_attn(
-                normed, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, use_cache=True
-            )
-            hidden = hidden + attended
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden).to(dtype))
-        last = attention_mask[:, past:].long().sum(dim=1).sub(1).clamp(min=0)
-        last_hidden = text.norm(hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[-1])).squeeze(1))
-        head = text.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        groups = range(self.config.schedule.num_groups)
-        kv = (
-            torch.stack([torch.stack(cache.layers[layer]) for layer in self.config.layers_of(group)])
-            for group in groups
-        )
-        return nn.functional.linear(last_hidden.to(dtype), head).float(), *kv
+        self,
+        hidden: Tensor,
+        time: Tensor,
+        modulation: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        prefix: Tensor,
+        mask: Tensor,
+        scores: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        outputs: tuple[Tensor, Tensor] = self.layer(hidden, time, modulation, (cos, sin), prefix, mask, scores)
+        return outputs
 
 
-class KeyValueCache:
-    """The part of transformers' cache that its attention calls: appends to each layer's keys and values."""
+class ExpertEnd(nn.Module):
+    """The velocity head of an expert group."""
 
-    def __init__(self, layers: dict[int, tuple[Tensor, Tensor]]) -> None:
-        self.layers = layers
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        past_key, past_value = self.layers[layer_idx]
-        self.layers[layer_idx] = (torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2))
-        return self.layers[layer_idx]
-
-
-class VisionGraph(nn.Module):
-    """The VLM's vision tower over the patches of several images, which do not see each other.
-
-    transformers' own loop splits by image on the host, which cannot be traced; this one masks.
-    """
-
-    def __init__(self, tower: nn.Module) -> None:
+    def __init__(self, head: VelocityHead) -> None:
         super().__init__()
-        self.tower = tower
+        self.head = head
 
-    def forward(self, pixel_values: Tensor, position_ids: Tensor, image_ids: Tensor) -> Tensor:
-        tower: Any = self.tower
-        merged = pixel_values.shape[1]
-        weight = tower.patch_embed.proj.weight
-        dtype = weight.dtype
-        hidden = nn.functional.linear(pixel_values.flatten(0, 1).to(dtype), weight.flatten(1)).float()
-        cos, sin = (part.unsqueeze(1) for part in tower.rotary_pos_emb(hidden, position_ids.flatten(0, 1)))
-        image_of = image_ids[:, None].expand(-1, merged).reshape(-1)
-        apart = image_of[:, None] != image_of[None, :]
-        mask = (
-            torch.zeros((), dtype=torch.float32).expand(apart.shape).masked_fill(apart, torch.finfo(torch.float32).min)
-        )
-        for block in tower.blocks:
-            hidden = hidden + self._attend(block.attn, wide_layer_norm(block.norm1, hidden).to(dtype), cos, sin, mask)
-            hidden = hidden + block.mlp(wide_layer_norm(block.norm2, hidden).to(dtype))
-        normed = wide_layer_norm(tower.merger.ln_q, hidden).to(dtype)
-        embeds: Tensor = tower.merger.mlp(normed.view(-1, tower.merger.hidden_size))
-        return embeds.float()
+    def forward(self, hidden: Tensor, time: Tensor, latents: Tensor) -> Tensor:
+        velocity: Tensor = self.head(hidden, time).transpose(1, 2)  # [R, C, N]
+        return velocity.reshape(latents.shape).float()
 
-    @staticmethod
-    def _attend(attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        patches = hidden.shape[0]
-        query, key, value = attention.qkv(hidden).reshape(patches, 3, attention.num_heads, -1).unbind(1)
-        query, key = (rotate(part, (cos, sin)).transpose(0, 1) for part in (query, key))
-        scores = torch.matmul(query, key.transpose(1, 2)) * attention.scaling
-        weights = (scores.float() + mask).softmax(dim=-1).to(value.dtype)
-        attended = torch.matmul(weights, value.transpose(0, 1)).transpose(0, 1)
-        return attention.proj(attended.reshape(patches, -1))
+
+def expert_component(config: LatteFlowConfig, precision: str) -> Component:
+    """Returns the graph that all experts share. Its weights are named as those of group 0."""
+    narrow = ONNX_NAMES[precision]
+    heads, kv_heads, head_dim, size = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.hidden_size,
+    )
+    latents = latents_spec("latents", "rows", config)
+    timestep = TensorSpec(name="timestep", dtype="float32", shape=("rows",))
+    prefix_mask = TensorSpec(name="prefix_mask", dtype="bool", shape=("rows", "prefix"))
+    hidden = TensorSpec(name="hidden", dtype="float32", shape=("rows", "tokens", size))
+    shared = (
+        TensorSpec(name="time", dtype=narrow, shape=("rows", size)),
+        TensorSpec(name="modulation", dtype=narrow, shape=("rows", 6, size)),
+        TensorSpec(name="cos", dtype="float32", shape=("rows", 1, "tokens", head_dim)),
+        TensorSpec(name="sin", dtype="float32", shape=("rows", 1, "tokens", head_dim)),
+    )
+    prefix = layer_kv_spec("prefix", "rows", "prefix", config, precision)
+    mask = TensorSpec(name="mask", dtype="bool", shape=("rows", 1, 1, "total"))
+    scores = TensorSpec(name="scores", dtype=narrow, shape=("rows", kv_heads, "queries", "total"))
+    velocity = latents_spec("velocity", "rows", config)
+    image = {"rows": 3, "prefix": 5, "latent_height": 8, "latent_width": 6, "tokens": 48}
+    tokens = {"rows": 3, "prefix": 5, "tokens": 7, "total": 12, "queries": 7 * heads // kv_heads}
+    # Models that differ in depth or in statistics of the latents share the traces of their parts.
+    single = config.model_copy(update={"num_hidden_layers": 1, "schedule": ExpertSchedule.uniform(1)})
+    settings = single.model_dump(
+        mode="json", exclude={"variant", "latent_size", "latents_mean", "latents_std", "max_prompt_tokens"}
+    ) | {"precision": precision}
+    parts = (
+        Part(
+            "begin",
+            partial(_expert_begin, single, precision),
+            (latents, timestep, prefix_mask),
+            (hidden, *shared, mask),
+            image,
+            settings,
+        ),
+        Part(
+            "layer",
+            partial(_expert_layer, single, precision),
+            (hidden, *shared, prefix, mask, scores),
+            (hidden, scores),
+            tokens,
+            settings,
+        ),
+        Part(
+            "end", partial(_expert_end, single, precision), (hidden, shared[0], latents), (velocity,), image, settings
+        ),
+    )
+
+    def assemble(graph: Assembly) -> None:
+        latents = graph.input("latents")
+        hidden, *shared, mask = graph.call("begin", latents, graph.input("timestep"), graph.input("prefix_mask"))
+        scores = None
+        for index in range(config.layers_per_group):
+            prefix = graph.select(graph.input("prefix_kv"), index)
+            weights = ("layer.", f"flow.layers.{index}.")
+            hidden, scores = graph.call("layer", hidden, *shared, prefix, mask, scores, weights=weights)
+        (velocity,) = graph.call("end", hidden, shared[0], latents, weights=("head.", "flow.heads.0."))
+        graph.output("velocity", velocity)
+
+    inputs = (latents, timestep, kv_spec("prefix_kv", "rows", "prefix", config, precision), prefix_mask)
+    return Component("expert", "expert", inputs, (velocity,), parts, assemble)
+
+
+def _expert_begin(config: LatteFlowConfig, precision: str) -> nn.Module:
+    return ExpertBegin(cast_parameters(FlowTransformer(config), TORCH_DTYPES[precision]))
+
+
+def _expert_layer(config: LatteFlowConfig, precision: str) -> nn.Module:
+    return ExpertLayer(cast_parameters(FlowLayer(config, first_of_group=False), TORCH_DTYPES[precision]))
+
+
+def _expert_end(config: LatteFlowConfig, precision: str) -> nn.Module:
+    return ExpertEnd(cast_parameters(VelocityHead(config), TORCH_DTYPES[precision]))
+
+
+# ---- the solver and the autoencoder ------------------------------------------------------------------
 
 
 class SolverStepGraph(nn.Module):
@@ -213,138 +260,12 @@ class DecoderGraph(nn.Module):
         return pixels_to_uint8(self.decoder((latents * self.latents_std + self.latents_mean).to(dtype)))
 
 
-def wide_softmax_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    scaling: float,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention for transformers' layers, its softmax in fp32 whatever the dtype of the weights.
-
-    transformers' own asks for the same with `softmax(dtype=torch.float32)`, which the exporter turns into a
-    softmax in half precision and a cast after it. The query heads of a key-value head stand one after
-    another, so that keys and values need not be repeated.
-
-    Args:
-        query: `[B, Hq, S, D]`.
-        key, value: `[B, Hkv, T, D]`.
-        attention_mask: 0 or the lowest number, `[B, 1, S, T]` float32.
-    """
-    rows, heads, tokens, head_dim = query.shape
-    grouped = query.reshape(rows, key.shape[1], -1, head_dim)
-    scores = (torch.matmul(grouped, key.transpose(-1, -2)) * scaling).float()
-    weights = (scores.reshape(rows, heads, tokens, -1) + attention_mask).softmax(dim=-1).to(value.dtype)
-    attended = torch.matmul(weights.reshape(rows, key.shape[1], heads // key.shape[1] * tokens, -1), value)
-    return attended.reshape(rows, heads, tokens, head_dim).transpose(1, 2), None
-
-
-WIDE_SOFTMAX = "latte_flow_wide_softmax"
-AttentionInterface.register(WIDE_SOFTMAX, wide_softmax_attention)
-
-
-def wide_layer_norm(norm: nn.LayerNorm, hidden: Tensor) -> Tensor:
-    """Layer normalisation in fp32, whatever the dtype of the weights."""
-    return nn.functional.layer_norm(hidden, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
-
-
-def cast_parameters(module: ModuleT, dtype: torch.dtype) -> ModuleT:
-    """Casts parameters and leaves buffers: `module.half()` would round the rotary frequencies too."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return module
-
-
-def latents_spec(name: str, batch: str, config: LatteFlowConfig) -> TensorSpec:
-    """`[batch, C, H, W]` float32."""
-    shape = (batch, config.latent_channels, "latent_height", "latent_width")
-    return TensorSpec(name=name, dtype="float32", shape=shape)
-
-
-def kv_spec(name: str, batch: str, length: str, config: LatteFlowConfig, precision: str) -> TensorSpec:
-    """`[M, 2, batch, Hkv, length, D]`."""
-    shape = (config.layers_per_group, 2, batch, config.num_key_value_heads, length, config.head_dim)
-    return TensorSpec(name=name, dtype=ONNX_NAMES[precision], shape=shape)
-
-
-def expert_component(config: LatteFlowConfig, precision: str) -> Component:
-    """The graph that all experts share; weights are named as group 0's."""
-    return Component(
-        name="expert",
-        build=lambda: ExpertGraph(cast_parameters(FlowTransformer(config), TORCH_DTYPES[precision])),
-        inputs=(
-            latents_spec("latents", "rows", config),
-            TensorSpec(name="timestep", dtype="float32", shape=("rows",)),
-            kv_spec("prefix_kv", "rows", "prefix", config, precision),
-            TensorSpec(name="prefix_mask", dtype="bool", shape=("rows", "prefix")),
-        ),
-        outputs=(latents_spec("velocity", "rows", config),),
-        example_axes={"rows": 3, "prefix": 5, "latent_height": 8, "latent_width": 6},
-    )
-
-
-def language_component(
-    config: LatteFlowConfig, precision: str, vlm_config: Any, build: Callable[[], tuple[nn.Module, nn.Linear | None]]
-) -> Component:
-    """`vlm`: prompts and answers.
-
-    Args:
-        vlm_config: the VLM's `Qwen2VLConfig`.
-        build: makes the text model, and the output layer unless it is tied to the embedding.
-    """
-    groups = range(config.schedule.num_groups)
-
-    def build_graph() -> nn.Module:
-        return cast_parameters(LanguageGraph(*build(), config, vlm_config.image_token_id), TORCH_DTYPES[precision])
-
-    return Component(
-        name="vlm",
-        build=build_graph,
-        inputs=(
-            TensorSpec(name="input_ids", dtype="int64", shape=("batch", "tokens")),
-            TensorSpec(name="image_embeds", dtype="float32", shape=("image_tokens", config.hidden_size)),
-            TensorSpec(name="position_ids", dtype="int64", shape=(3, "batch", "tokens")),
-            TensorSpec(name="attention_mask", dtype="bool", shape=("batch", "total")),
-            *(kv_spec(f"past_kv_{group}", "batch", "past", config, precision) for group in groups),
-        ),
-        outputs=(
-            TensorSpec(name="logits", dtype="float32", shape=("batch", vlm_config.text_config.vocab_size)),
-            *(kv_spec(f"kv_{group}", "batch", "total", config, precision) for group in groups),
-        ),
-        example_axes={"batch": 3, "tokens": 5, "image_tokens": 4, "past": 6, "total": 11},
-        variadic=len(groups),
-    )
-
-
-def vision_component(precision: str, vision_config: Any, build_tower: Callable[[], nn.Module]) -> Component:
-    """`vision_encoder`; the patches that merge into one token stand together.
-
-    Args:
-        vision_config: the VLM's `Qwen2VLVisionConfig`.
-    """
-    merged = vision_config.spatial_merge_size**2
-    features = vision_config.in_channels * vision_config.temporal_patch_size * vision_config.patch_size**2
-    return Component(
-        name="vision_encoder",
-        build=lambda: VisionGraph(cast_parameters(build_tower(), TORCH_DTYPES[precision])),
-        inputs=(
-            TensorSpec(name="pixel_values", dtype="float32", shape=("image_tokens", merged, features)),
-            TensorSpec(name="position_ids", dtype="int64", shape=("image_tokens", merged, 2)),
-            TensorSpec(name="image_ids", dtype="int64", shape=("image_tokens",)),
-        ),
-        outputs=(TensorSpec(name="image_embeds", dtype="float32", shape=("image_tokens", vision_config.hidden_size)),),
-        example_axes={"image_tokens": 6},
-    )
-
-
 def solver_component(config: LatteFlowConfig) -> Component:
-    """`solver_step`; always fp32, for rounding here adds up over the steps."""
-    return Component(
-        name="solver_step",
-        build=SolverStepGraph,
-        inputs=(
+    """Returns `solver_step`. It is always fp32, because rounding errors here add up over the steps."""
+    part = Part(
+        "all",
+        SolverStepGraph,
+        (
             latents_spec("latents", "batch", config),
             latents_spec("velocity", "rows", config),
             TensorSpec(name="unconditional_row", dtype="int64", shape=("batch",)),
@@ -352,29 +273,81 @@ def solver_component(config: LatteFlowConfig) -> Component:
             TensorSpec(name="step_size", dtype="float32", shape=("batch",)),
             TensorSpec(name="row_of", dtype="int64", shape=("rows",)),
         ),
-        outputs=(latents_spec("next_latents", "batch", config), latents_spec("row_latents", "rows", config)),
-        example_axes={"batch": 3, "rows": 5, "latent_height": 8, "latent_width": 6},
+        (latents_spec("next_latents", "batch", config), latents_spec("row_latents", "rows", config)),
+        {"batch": 3, "rows": 5, "latent_height": 8, "latent_width": 6},
+        {},
     )
+    return _single("solver_step", "solver_step", part)
 
 
-def decoder_component(config: LatteFlowConfig, build_decoder: Callable[[], nn.Module]) -> Component:
-    """`vae_decoder`."""
-    shape = (1, config.latent_channels, 1, 1)
-    return Component(
-        name="vae_decoder",
-        build=lambda: DecoderGraph(
-            build_decoder(), torch.tensor(config.latents_mean).view(shape), torch.tensor(config.latents_std).view(shape)
-        ),
-        inputs=(latents_spec("latents", "batch", config),),
-        outputs=(TensorSpec(name="image", dtype="uint8", shape=("batch", "height", "width", 3)),),
-        example_axes={"batch": 3, "latent_height": 8, "latent_width": 6},
+def decoder_component(config: LatteFlowConfig, vae_config: Mapping[str, Any]) -> Component:
+    """Returns `vae_decoder`.
+
+    Args:
+        vae_config: the config of the `AutoencoderDC`.
+    """
+    settings = {name: value for name, value in vae_config.items() if not name.startswith("_")}
+    part = Part(
+        "all",
+        partial(_decoder, settings, config.latent_channels),
+        (latents_spec("latents", "batch", config),),
+        (TensorSpec(name="image", dtype="uint8", shape=("batch", "height", "width", 3)),),
+        {"batch": 3, "latent_height": 8, "latent_width": 6},
+        settings,
     )
+    return _single("vae_decoder", "vae_decoder", part)
+
+
+def _decoder(vae_config: Mapping[str, Any], channels: int) -> nn.Module:
+    with quiet_libraries():
+        decoder = use_linear_attention(AutoencoderDC.from_config(vae_config).decoder)
+    statistics = torch.ones((1, channels, 1, 1))  # like weights, the values are bound later
+    return DecoderGraph(decoder, statistics, statistics.clone())
+
+
+def _single(name: str, role: EngineRole, part: Part) -> Component:
+    """Returns a component of one part, whose inputs and outputs are the graph's own."""
+
+    def assemble(graph: Assembly) -> None:
+        outputs = graph.call(part.name, *(graph.input(spec.name) for spec in part.inputs))
+        for spec, value in zip(part.outputs, outputs, strict=True):
+            graph.output(spec.name, value)
+
+    return Component(name, role, part.inputs, part.outputs, (part,), assemble)
+
+
+# ---- what the graphs share ---------------------------------------------------------------------------
+
+
+def cast_parameters(module: ModuleT, dtype: torch.dtype) -> ModuleT:
+    """Casts a module's parameters but not its buffers: `module.half()` would round the rotary frequencies too."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
+
+
+def latents_spec(name: str, batch: str, config: LatteFlowConfig) -> TensorSpec:
+    """Returns the spec of `[batch, C, H, W]` float32."""
+    shape = (batch, config.latent_channels, "latent_height", "latent_width")
+    return TensorSpec(name=name, dtype="float32", shape=shape)
+
+
+def kv_spec(name: str, batch: str, length: str, config: LatteFlowConfig, precision: str) -> TensorSpec:
+    """Returns the spec of the keys and values of an expert group, `[M, 2, batch, Hkv, length, D]`."""
+    layer = layer_kv_spec(name, batch, length, config, precision)
+    return layer.model_copy(update={"shape": (config.layers_per_group, *layer.shape)})
+
+
+def layer_kv_spec(name: str, batch: str, length: str, config: LatteFlowConfig, precision: str) -> TensorSpec:
+    """Returns the spec of the keys and values of one layer, `[2, batch, Hkv, length, D]`."""
+    shape = (2, batch, config.num_key_value_heads, length, config.head_dim)
+    return TensorSpec(name=name, dtype=ONNX_NAMES[precision], shape=shape)
 
 
 def expert_weight_source(config: LatteFlowConfig, group: int, name: str) -> tuple[str, str]:
-    """Where the weight `name` of the traced expert comes from for `group`: (part of the model, name in it).
+    """Returns where the weight `name` of the expert's graph comes from for a group: part of the model, name in it.
 
-    The part is "flow" or, for what `blend` shares, "language_model".
+    The part is "flow" or, for weights that `blend` shares with the VLM, "language_model".
     """
     name = name.removeprefix("flow.")
     kind, _, rest = name.partition(".")
@@ -390,6 +363,6 @@ def expert_weight_source(config: LatteFlowConfig, group: int, name: str) -> tupl
 
 
 def geometry_of(config: LatteFlowConfig) -> Geometry:
-    """What the manifest says of a model's sizes."""
+    """Returns a model's sizes for the manifest."""
     fields = config.model_dump() | {"layers_per_group": config.layers_per_group, "head_dim": config.head_dim}
     return Geometry.model_validate({name: fields[name] for name in Geometry.model_fields})

@@ -1,4 +1,4 @@
-"""The main job on the shipped checkpoint, from export to pictures, and to answers about one of them."""
+"""`latte-flow demo`: the shipped checkpoint from export to images, and to answers about one of them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from PIL import Image
 
 from export.bundle import OnStage, export_bundle
 from runtime.files import make_writable_folder
+from runtime.images import contact_sheet, save_png
 from runtime.manifest import ParityRow
-from runtime.pictures import contact_sheet, save_png
 from runtime.pipeline import LatteFlowPipeline
 
 PROMPTS = (
@@ -26,7 +26,7 @@ PROMPTS = (
     "a medium pink cross below a medium cyan circle on a black background",
     "on a beige background, a large green diamond to the right of a medium red square",
 )
-ASKED_PICTURE = 1
+ASKED_IMAGE = 1
 QUESTIONS = ("describe the image", "what colour is the star?", "where is the star?", "what is the background colour?")
 TRAJECTORY_STEPS = 20
 TRAJECTORY_EVERY = 2
@@ -34,11 +34,11 @@ TRAJECTORY_EVERY = 2
 
 @dataclass
 class DemoResult:
-    """What the demo made."""
+    """The output of the demo."""
 
     files: list[Path] = field(default_factory=list)
     answers: list[tuple[str, str]] = field(default_factory=list)
-    """Questions about a picture of the grid, and what the bundle answered."""
+    """Questions about an image of the grid, with the bundle's answers."""
     seconds: dict[str, float] = field(default_factory=dict)
     failed: list[ParityRow] = field(default_factory=list)
 
@@ -60,13 +60,13 @@ def run_demo(out: Path, seed: int, on_stage: OnStage) -> DemoResult:
 
     _, result.failed = export_bundle("shapes", out / "bundle", force=True, on_stage=stage)
     with LatteFlowPipeline.from_pretrained(out / "bundle") as pipe:
-        stage(f"draw {len(PROMPTS)} pictures")
+        stage(f"draw {len(PROMPTS)} images")
         images = pipe(PROMPTS, seed=seed).images
         save_png(contact_sheet(images, PROMPTS), out / "grid.png")
         stage("draw a trajectory")
         save_png(_trajectory(pipe, PROMPTS[5], seed), out / "trajectory.png")
-        stage("ask about a picture")
-        asked = images[ASKED_PICTURE]
+        stage("ask about an image")
+        asked = images[ASKED_IMAGE]
         answers = pipe.ask([asked] * len(QUESTIONS), QUESTIONS)
         result.answers = list(zip(QUESTIONS, answers, strict=True))
         labels = [f"{question} {answer}" for question, answer in result.answers]
@@ -77,7 +77,7 @@ def run_demo(out: Path, seed: int, on_stage: OnStage) -> DemoResult:
 
 
 def _trajectory(pipe: LatteFlowPipeline, prompt: str, seed: int) -> Image.Image:
-    """The same picture decoded after every few steps, with the expert group that made it."""
+    """Shows one image decoded after every few steps, with the expert group of each step."""
     frames: list[np.ndarray] = []
     labels: list[str] = []
 
@@ -88,5 +88,5 @@ def _trajectory(pipe: LatteFlowPipeline, prompt: str, seed: int) -> Image.Image:
             labels.append(f"after step {step + 1}, t = {(step + 1) / TRAJECTORY_STEPS:g}, expert {group}")
 
     pipe(prompt, seed=seed, num_inference_steps=TRAJECTORY_STEPS, output_type="latent", callback_on_step_end=record)
-    decoded = pipe.engines["vae_decoder"].run({"latents": np.concatenate(frames)})["image"].numpy()
+    decoded = pipe.decode(np.concatenate(frames))
     return contact_sheet([Image.fromarray(image) for image in decoded], labels, columns=5)

@@ -1,7 +1,6 @@
-"""From a component to an ONNX graph, and from a graph and weights to an engine's files.
+"""From a component to an ONNX graph: its parts are traced, or taken from the store, and put together.
 
-A graph is traced once, without weights, and serves every engine that has its form: the weights are
-bound afterwards, as external data that points into a safetensors file beside the graph.
+Graphs have no weights: initializers have a name and a type, but no value until an engine is written.
 """
 
 from __future__ import annotations
@@ -9,61 +8,164 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import multiprocessing
 import os
-import struct
+import re
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
-from torch import Tensor
+from onnx_ir.passes.common import (
+    ClearMetadataAndDocStringPass,
+    CommonSubexpressionEliminationPass,
+    RemoveUnusedNodesPass,
+)
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from export.components import Component
-from runtime.manifest import EngineEntry, Precision, file_entry
+from export.components import Component, Part
+from runtime.manifest import TensorSpec
 
-GRAPH_FILE = "model.onnx"
-WEIGHTS_FILE = "weights.safetensors"
-SAFETENSORS_DTYPES = {
-    "DOUBLE": "F64",
-    "FLOAT": "F32",
-    "FLOAT16": "F16",
-    "BFLOAT16": "BF16",
-    "INT64": "I64",
-    "INT32": "I32",
-    "INT8": "I8",
-    "UINT8": "U8",
-    "BOOL": "BOOL",
+IR_VERSION = 10
+ZERO_OF_ZERO = {"Mul", "Cast", "Reshape", "Transpose", "Expand", "Slice", "Unsqueeze"}
+"""Operators whose result is zero if one of their operands is."""
+UNBOUND = "unbound_initializers"
+"""Metadata of a graph that `write_graph` wrote."""
+DATA_TYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "int64": ir.DataType.INT64,
+    "bool": ir.DataType.BOOL,
+    "uint8": ir.DataType.UINT8,
 }
-INLINE_BYTES = 64
-"""Constants up to this size stay in the graph."""
 
 
-def trace(component: Component, opset: int) -> ir.Model:
-    """The graph of a component, its weights unbound: initializers have a name and a type, no value.
+class Store(Protocol):
+    """Keeps the graphs of traced parts."""
 
-    The ONNX optimiser runs on the unbound graph, so it cannot fold one group's values into all.
+    def load(self, part: Part, opset: int) -> ir.Model | None:
+        """Returns a part's graph, or None if there is none."""
+
+    def save(self, part: Part, opset: int, model: ir.Model) -> None:
+        """Adds a part's graph."""
+
+
+def make_graphs(components: Sequence[Component], opset: int, store: Store) -> list[ir.Model]:
+    """Returns a graph for each component, with unbound initializers.
+
+    Parts that the store does not have are traced, those of one component in one process, on as many cores as there are.
     """
+    graphs = [{part.name: store.load(part, opset) for part in component.parts} for component in components]
+    missing = [
+        [part for part in component.parts if known[part.name] is None]
+        for component, known in zip(components, graphs, strict=True)
+    ]
+    for known, parts, traced in zip(graphs, missing, _trace_in_processes(missing, opset), strict=True):
+        for part, model in zip(parts, traced, strict=True):
+            store.save(part, opset, model)
+            known[part.name] = model
+    models = []
+    for component, known in zip(components, graphs, strict=True):
+        assembly = GraphAssembly(component, {name: model for name, model in known.items() if model is not None}, opset)
+        component.assemble(assembly)
+        models.append(assembly.finish())
+    return models
+
+
+# ---- tracing -----------------------------------------------------------------------------------------
+
+
+class _Together(nn.Module):
+    """Several independent modules as one, since half a second of every trace does not depend on what is traced."""
+
+    def __init__(self, modules: Sequence[nn.Module], inputs: Sequence[int]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+        self._inputs = inputs
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs: list[Tensor] = []
+        for module, count in zip(self.parts, self._inputs, strict=True):
+            result = module(*tensors[:count])
+            outputs += result if isinstance(result, tuple) else [result]
+            tensors = tensors[count:]
+        return tuple(outputs)
+
+
+def _trace_in_processes(groups: Sequence[Sequence[Part]], opset: int) -> Iterator[list[ir.Model]]:
+    """Traces groups of parts, each in a process of its own, if that can be faster."""
+    busy = sum(bool(group) for group in groups)
+    workers = min(busy, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    if workers < 2 or sys.platform != "linux":  # only a fork starts with torch imported, and only Linux forks safely
+        yield from (trace_parts(group, opset) for group in groups)
+        return
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        for contents in pool.map(partial(_trace_to_bytes, opset=opset), groups):
+            yield [read_graph(content) for content in contents]
+
+
+def _trace_to_bytes(parts: Sequence[Part], opset: int) -> list[bytes]:
+    return [write_graph(model) for model in trace_parts(parts, opset)]
+
+
+def write_graph(model: ir.Model) -> bytes:
+    """Returns a graph as ONNX. Unbound initializers, which ONNX does not know, become inputs."""
+    model = model.clone()
+    unbound = [value for value in model.graph.initializers.values() if value.const_value is None]
+    for value in unbound:
+        del model.graph.initializers[str(value.name)]
+        model.graph.inputs.append(value)
+    model.metadata_props[UNBOUND] = json.dumps([value.name for value in unbound])
+    return ir.to_proto(model).SerializeToString()
+
+
+def read_graph(content: bytes) -> ir.Model:
+    """Reverses `write_graph`."""
+    model = ir.from_proto(onnx.load_from_string(content))
+    inputs = {value.name: value for value in model.graph.inputs}
+    for name in json.loads(model.metadata_props.pop(UNBOUND)):
+        model.graph.inputs.remove(inputs[name])
+        model.graph.initializers[name] = inputs[name]
+    return model
+
+
+def trace_parts(parts: Sequence[Part], opset: int) -> list[ir.Model]:
+    """Traces parts; returns a graph for each, with unbound initializers.
+
+    The ONNX optimiser runs on unbound graphs, so it cannot fold the weights of one engine into all.
+    """
+    if not parts:
+        return []
+    names = [f"{index}_{spec.name}" for index, part in enumerate(parts) for spec in part.inputs]
+    specs = [spec for part in parts for spec in part.inputs]
+    # Every axis of every input has a symbol of its own: expressions of few symbols are what makes a trace fast.
+    axes = [
+        {axis: f"{size}_{number}" for axis, size in enumerate(spec.shape) if isinstance(size, str)}
+        for number, spec in enumerate(specs)
+    ]
     with quiet_exporter():
         with FakeTensorMode(allow_non_fake_inputs=True):
-            module = component.build().eval()
-            inputs = component.example_inputs()
+            modules = [part.build().eval() for part in parts]
+            inputs = tuple(tensor for part in parts for tensor in part.example_inputs())
         program = torch.onnx.export(
-            module,
+            _Together(modules, [len(part.inputs) for part in parts]),
             inputs,
             dynamo=True,
             optimize=False,
             verbose=False,
             opset_version=opset,
-            input_names=[spec.name for spec in component.inputs],
-            output_names=[spec.name for spec in component.outputs],
-            dynamic_shapes=component.dynamic_shapes() if component.inputs else None,
+            input_names=names,
+            dynamic_shapes=(tuple(axes),),
         )
         assert program is not None
         model = program.model
@@ -71,23 +173,46 @@ def trace(component: Component, opset: int) -> ir.Model:
             value.const_value = None
         onnxscript.optimizer.optimize_ir(model)
         ClearMetadataAndDocStringPass()(model)
-        RemoveUnusedNodesPass()(model)
-    model.producer_name, model.producer_version = "latte-flow", ""
-    model.graph.name = component.name
-    _name_output_axes(model, component)
+    split = []
+    first_output = 0
+    for index, part in enumerate(parts):
+        split.append(_only(model, index, part, first_output))
+        first_output += len(part.outputs)
+    return split
+
+
+def _only(model: ir.Model, index: int, part: Part, first_output: int) -> ir.Model:
+    """Returns the graph of one part from the graph of all."""
+    model = model.clone()
+    graph = model.graph
+    inputs = {value.name: value for value in graph.inputs}
+    outputs = list(graph.outputs)[first_output : first_output + len(part.outputs)]
+    graph.inputs.clear()
+    graph.outputs.clear()
+    graph.inputs.extend(inputs[f"{index}_{spec.name}"] for spec in part.inputs)
+    graph.outputs.extend(outputs)
+    RemoveUnusedNodesPass()(model)
+    for value, spec in zip((*graph.inputs, *graph.outputs), (*part.inputs, *part.outputs), strict=True):
+        _declare(value, spec)
+    for value in list(graph.initializers.values()):
+        value.name = str(value.name).removeprefix(f"parts.{index}.")
+    for node in graph:
+        for value in node.outputs:
+            if value.shape is not None:
+                value.shape = ir.Shape([_axis_of(size) for size in value.shape])
     return model
 
 
-def _name_output_axes(model: ir.Model, component: Component) -> None:
-    """Gives outputs the declared axis names, where the tracer left expressions."""
-    for value, spec in zip(model.graph.outputs, component.outputs, strict=True):
-        value.shape = ir.Shape(spec.shape)
-        value.dtype = ir.DataType[{"float32": "FLOAT", "float16": "FLOAT16"}.get(spec.dtype, spec.dtype.upper())]
+def _axis_of(size: int | ir.SymbolicDim) -> int | str | None:
+    """Returns a size in the names of the specs: "past_4 + tokens_1" becomes "past + tokens"."""
+    if isinstance(size, int):
+        return size
+    return None if size.value is None else re.sub(r"\b([a-z_]+)_\d+\b", r"\1", size.value)
 
 
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Keeps the exporters' notes about themselves off the user's screen; their errors are raised as ever."""
+    """Hides the exporters' notes and warnings; errors are raised as usual."""
     names = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
@@ -102,141 +227,141 @@ def quiet_exporter() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def bind(model: ir.Model, weight: Callable[[str], Tensor]) -> ir.Model:
-    """A copy of a traced graph in which every unbound initializer has the value that `weight` gives its name.
+# ---- putting parts together --------------------------------------------------------------------------
 
-    `weight` is asked when the value is written, and the value forgotten after.
-    """
-    bound = model.clone()
-    for name, value in bound.graph.initializers.items():
-        if value.const_value is None:
-            assert value.dtype is not None
-            assert value.shape is not None
-            value.const_value = ir.LazyTensor(
-                partial(_checked, weight, name, value), value.dtype, value.shape, name=name
+
+class GraphAssembly:
+    """Builds a component's graph out of the graphs of its parts; see `export.components.Assembly`."""
+
+    def __init__(self, component: Component, parts: Mapping[str, ir.Model], opset: int) -> None:
+        self._component = component
+        self._parts = parts
+        self._opset = opset
+        self._inputs = {spec.name: _declare(ir.Value(name=spec.name), spec) for spec in component.inputs}
+        self._outputs: dict[str, ir.Value] = {}
+        self._initializers: dict[str, ir.Value] = {}
+        self._nodes: list[ir.Node] = []
+        self._sizes: dict[str, ir.Value] = {}
+        """Sizes of named axes, `[1]` int64."""
+        self._calls = 0
+
+    def input(self, name: str) -> ir.Value:
+        """Returns an input of the graph."""
+        return self._inputs[name]
+
+    def call(self, part: str, *inputs: ir.Value | None, weights: tuple[str, str] = ("", "")) -> tuple[ir.Value, ...]:
+        """Copies the nodes of a part, but for those that compute zeros; returns the values of its outputs."""
+        graph = self._parts[part].graph
+        scope = f"{part}_{self._calls}"
+        self._calls += 1
+        values: dict[ir.Value | None, ir.Value | None] = {None: None}
+        values |= dict(zip(graph.inputs, inputs, strict=True))
+        zeros = {value for value, given in zip(graph.inputs, inputs, strict=True) if given is None}
+        for initializer in graph.initializers.values():
+            values[initializer] = self._initializer(initializer, weights)
+        for node in graph:
+            if zeros.intersection(node.inputs):
+                if node.op_type == "Add":  # the sum is the other operand
+                    (values[node.outputs[0]],) = (values[value] for value in node.inputs if value not in zeros)
+                elif node.op_type in ZERO_OF_ZERO:
+                    zeros.add(node.outputs[0])
+                else:
+                    raise ValueError(f"{node.op_type} of a tensor of zeros is not known to be zero")
+                continue
+            if (size := self._size_of(node, part)) is not None and size in self._sizes:
+                values[node.outputs[0]] = self._sizes[size]
+                continue
+            outputs = [ir.Value(name=f"{scope}/{out.name}", type=out.type, shape=out.shape) for out in node.outputs]
+            values |= dict(zip(node.outputs, outputs, strict=True))
+            if size is not None:
+                self._sizes[size] = outputs[0]
+            self._nodes.append(
+                ir.Node(
+                    node.domain,
+                    node.op_type,
+                    [values[value] for value in node.inputs],
+                    node.attributes.values(),
+                    outputs=outputs,
+                    name=f"{scope}/{node.name}",
+                )
             )
-    return bound
+        return tuple(value for output in graph.outputs if (value := values[output]) is not None)
 
+    def select(self, value: ir.Value, index: int) -> ir.Value:
+        """Returns `value[index]`."""
+        return self._add("Gather", [value, self._constant(index)], {"axis": 0})
 
-def _checked(weight: Callable[[str], Tensor], name: str, value: ir.Value) -> ir.TensorProtocol:
-    tensor = ir.tensor_adapters.TorchTensor(weight(name).detach().cpu().contiguous(), name=name)
-    if tensor.shape != value.shape or tensor.dtype != value.dtype:
-        raise ValueError(
-            f"weight {name} is {tensor.dtype} {tensor.shape}, the graph expects {value.dtype} {value.shape}"
+    def stack(self, values: Sequence[ir.Value]) -> ir.Value:
+        """Returns the values stacked along a new first axis."""
+        axes = self._constant([0])
+        return self._add("Concat", [self._add("Unsqueeze", [value, axes]) for value in values], {"axis": 0})
+
+    def output(self, name: str, value: ir.Value) -> None:
+        """Makes a value an output of the graph."""
+        self._outputs[name] = value
+
+    def finish(self) -> ir.Model:
+        """Returns the graph."""
+        outputs = []
+        for spec in self._component.outputs:
+            value = _declare(self._outputs[spec.name], spec)
+            value.name = spec.name
+            outputs.append(value)
+        graph = ir.Graph(
+            list(self._inputs.values()),
+            outputs,
+            nodes=self._nodes,
+            initializers=list(self._initializers.values()),
+            opset_imports={"": self._opset},
+            name=self._component.name,
         )
-    return tensor
+        model = ir.Model(graph, ir_version=IR_VERSION, producer_name="latte-flow", producer_version="")
+        CommonSubexpressionEliminationPass()(model)  # layers repeat what depends on shapes only
+        RemoveUnusedNodesPass()(model)
+        return model
 
+    def _size_of(self, node: ir.Node, part: str) -> str | None:
+        """Returns the name of the axis whose size a node computes, if it does; all parts can share that value."""
+        graph = self._parts[part].graph
+        if node.op_type != "Shape" or node.inputs[0] not in graph.inputs:
+            return None
+        start, end = (node.attributes.get_int(name, -1) for name in ("start", "end"))
+        size = node.inputs[0].shape[start] if node.inputs[0].shape is not None and end == start + 1 else None
+        return size.value if isinstance(size, ir.SymbolicDim) else None
 
-def save_engine(model: ir.Model, folder: Path, *, fuse: bool = False) -> list[str]:
-    """Writes `model.onnx` and, where it has weights, `weights.safetensors`; returns the names of the files.
+    def _initializer(self, initializer: ir.Value, weights: tuple[str, str]) -> ir.Value:
+        """Returns a weight by its name in the graph, or a copy of a constant."""
+        old, new = weights
+        name = str(initializer.name)
+        constant = initializer.const_value
+        if constant is not None:
+            return self._constant(constant.numpy())
+        name = new + name.removeprefix(old) if name.startswith(old) else name
+        if name not in self._initializers:
+            self._initializers[name] = ir.Value(name=name, type=initializer.type, shape=initializer.shape)
+        return self._initializers[name]
 
-    The graph is checked by ONNX as written, and holds no path but the name of the file beside it. With
-    `fuse` it is then rewritten for ONNX Runtime, whose operators ONNX's checker does not know.
-    """
-    files = _write(model, folder)
-    onnx.checker.check_model(str(folder / GRAPH_FILE), full_check=True)
-    return _write(fuse_for_onnxruntime(model), folder) if fuse else files
-
-
-def write_engine(
-    bundle: Path,
-    name: str,
-    component: Component,
-    graph: ir.Model,
-    *,
-    precision: Precision,
-    opset: int,
-    group: int | None = None,
-    fuse: bool = False,
-) -> EngineEntry:
-    """`save_engine` into a bundle; returns the entry for its manifest."""
-    files = save_engine(graph, bundle / name, fuse=fuse)
-    return EngineEntry(
-        name=name,
-        group=group,
-        precision=precision,
-        opset=opset,
-        fused=fuse,
-        files=tuple(file_entry(bundle, f"{name}/{file}") for file in files),
-        inputs=component.inputs,
-        outputs=component.outputs,
-    )
-
-
-def load_engine(folder: Path) -> ir.Model:
-    """The graph that `save_engine` wrote; its weights stay in their file until they are asked for."""
-    return ir.load(folder / GRAPH_FILE)
-
-
-def _write(model: ir.Model, folder: Path) -> list[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    large = {
-        name: value.const_value
-        for name, value in model.graph.initializers.items()
-        if value.const_value is not None and value.const_value.nbytes > INLINE_BYTES
-    }
-    if large:
-        # Not in place: the values of a graph that was written before may live in the file that this replaces.
-        temporary = folder / f".{WEIGHTS_FILE}.tmp"
-        write_safetensors(temporary, large)
-        os.replace(temporary, folder / WEIGHTS_FILE)
-        offsets = tensor_offsets(folder / WEIGHTS_FILE)
-        for name, tensor in large.items():
-            offset, length = offsets[name]
-            model.graph.initializers[name].const_value = ir.ExternalTensor(
-                WEIGHTS_FILE, offset, length, tensor.dtype, shape=tensor.shape, name=name, base_dir=folder
+    def _constant(self, value: Any) -> ir.Value:
+        """Returns an initializer with a value; equal values share one."""
+        array = np.asarray(value)
+        name = f"constant_{array.dtype}_{'x'.join(map(str, array.shape))}_{array.tobytes().hex()}"
+        if name not in self._initializers:
+            tensor = ir.tensor(array, name=name)
+            self._initializers[name] = ir.Value(
+                name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
             )
-    onnx.save(ir.to_proto(model), folder / GRAPH_FILE)
-    return [GRAPH_FILE, WEIGHTS_FILE] if large else [GRAPH_FILE]
+        return self._initializers[name]
+
+    def _add(self, op_type: str, inputs: Sequence[ir.Value], attributes: Mapping[str, int] | None = None) -> ir.Value:
+        node = ir.node(op_type, inputs, attributes=attributes or {}, name=f"{op_type}_{len(self._nodes)}")
+        node.outputs[0].name = f"{node.name}/output"
+        node.outputs[0].dtype = inputs[0].dtype
+        self._nodes.append(node)
+        return node.outputs[0]
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Any]) -> None:
-    """Writes tensors one after another, each evaluated when it is its turn; safetensors' own writer wants them all.
-
-    Args:
-        tensors: of onnx_ir, by name.
-    """
-    # Wide types first, so that each tensor is aligned to its elements.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    header: dict[str, Any] = {}
-    offset = 0
-    for name, tensor in ordered:
-        header[name] = {
-            "dtype": SAFETENSORS_DTYPES[tensor.dtype.name],
-            "shape": [int(size) for size in tensor.shape],
-            "data_offsets": [offset, offset + tensor.nbytes],
-        }
-        offset += tensor.nbytes
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for _, tensor in ordered:
-            # The torch tensor's own bytes, where it is one: `tobytes` would make another copy.
-            value = tensor.raw() if isinstance(tensor, ir.LazyTensor) else tensor
-            if isinstance(value, ir.tensor_adapters.TorchTensor):
-                file.write(memoryview(value.raw.view(-1).view(torch.uint8).numpy()))
-            else:
-                file.write(value.tobytes())
-
-
-def tensor_offsets(path: Path) -> Mapping[str, tuple[int, int]]:
-    """(offset from the file's start, length) in bytes of every tensor in a safetensors file."""
-    with path.open("rb") as file:
-        (header_size,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(header_size))
-    start = 8 + header_size
-    return {
-        name: (start + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
-
-
-def fuse_for_onnxruntime(model: ir.Model) -> ir.Model:
-    """The graph in ONNX Runtime's own fused operators (domain `com.microsoft`); no other runtime loads it."""
-    from onnxscript.rewriter import ort_fusions
-
-    with quiet_exporter(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
-        fused, _ = ort_fusions.optimize_for_ort(model)
-    return fused
+def _declare(value: ir.Value, spec: TensorSpec) -> ir.Value:
+    """Gives a value the declared type and shape; returns it."""
+    value.shape = ir.Shape(spec.shape)
+    value.dtype = DATA_TYPES[spec.dtype]
+    return value

@@ -1,10 +1,11 @@
-"""INT8 for the CPU: dynamic quantisation of an engine's matrix products, chosen by what each costs in accuracy.
+"""INT8 for the CPU: dynamic quantisation of an engine's matrix products, chosen by their effect on accuracy.
 
-A product of activations with a weight becomes `DynamicQuantizeLinear` (activations to 8 bits, their range taken at
-run time) and `MatMulInteger` with 8-bit weights, a scale for each output. ONNX Runtime fuses the two into one kernel.
+A product of activations with a weight becomes `DynamicQuantizeLinear` (activations to 8 bits, with a range found at
+run time) and `MatMulInteger` (8-bit weights, with a scale for each output). ONNX Runtime fuses the two.
 
-Which products may: each is quantised alone, on tensors of real runs, and the error of the engine's outputs is
-measured; those that save most for the error they make are then taken together while the engine stays within a limit.
+To choose the products, each one is quantised alone on the tensors of real runs, and the error of the engine's
+outputs is measured. Then the products that save most for their error are quantised together, as many as keep the
+engine's error within a limit.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.tape import Tape
 from pydantic import BaseModel, ConfigDict, Field
 
-from export.graphs import GRAPH_FILE, load_engine, save_engine
+from export.engines import GRAPH_FILE, load_engine, save_engine
 from runtime.backends import Backend, open_backend, to_host
 from runtime.backends.observed import ObservedBackend, ObservedRun
-from runtime.doctor import products_saturate
-from runtime.manifest import EngineEntry, Manifest, Quantization, file_entry, load_manifest, save_manifest
+from runtime.machine import products_saturate
+from runtime.manifest import EngineEntry, EngineRole, Manifest, Quantization, file_entry, load_manifest, save_manifest
 from runtime.pipeline import LatteFlowPipeline
 
-ENGINES = ("vision_encoder", "vlm", "expert")
-"""Engines whose time goes into matrix products; the autoencoder's convolutions are slower in 8 bits."""
+QUANTIZED_ROLES: tuple[EngineRole, ...] = ("vision_encoder", "vlm", "expert")
+"""Engines that spend their time in matrix products. The autoencoder's convolutions are slower in 8 bits."""
 PROMPTS = (
     "a small red circle in the center on a white background",
     "a large green star above a small blue square on a grey background",
@@ -40,7 +41,7 @@ QUESTION = "describe the image"
 STEPS = 16
 ANSWER_TOKENS = 4
 RUNS = 4
-"""Of each engine, on whose tensors errors are measured."""
+"""Runs of each engine whose tensors are used to measure errors."""
 SWITCHES = "switches"
 
 
@@ -49,8 +50,8 @@ class QuantizationSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_error: float = Field(default=0.05, ge=0, description="relative, that it may make in an engine's outputs")
-    reduce_range: bool | None = Field(default=None, description="7 bits for weights; None: where this CPU needs it")
+    max_error: float = Field(default=0.05, ge=0, description="largest relative error of an engine's outputs")
+    reduce_range: bool | None = Field(default=None, description="7 bits for weights; None: if this CPU needs it")
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,14 @@ class Product:
 
     @property
     def size(self) -> int:
-        """Weights, which is multiplications for each row of activations."""
+        """Number of weights, which is the number of multiplications per row of activations."""
         rows, columns = (int(size) for size in self.weight.shape or ())
         return rows * columns
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What quantising one product alone does to the engine's outputs."""
+    """The error of the engine's outputs when one product is quantised alone."""
 
     name: str
     size: int
@@ -81,7 +82,7 @@ class Sensitivity:
 
 
 class RunRecorder(ObservedBackend):
-    """A backend that keeps the first runs of every engine."""
+    """A backend that keeps the inputs of the first runs of every engine."""
 
     def __init__(self, backend: Backend) -> None:
         super().__init__(backend)
@@ -94,9 +95,9 @@ class RunRecorder(ObservedBackend):
 
 
 def record_runs(bundle: Path, prompts: Sequence[str] = PROMPTS) -> dict[str, list[dict[str, np.ndarray]]]:
-    """What the engines of a bundle are fed while they draw the prompts and describe two of the pictures."""
+    """Returns the inputs of a bundle's engines while they draw the prompts and describe two of the images."""
     recorder = RunRecorder(open_backend("cpu"))
-    # One engine at a time: a model of a size that wants INT8 hardly fits into memory in fp32.
+    # One engine at a time: a model that is large enough to need INT8 hardly fits into memory in fp32.
     with LatteFlowPipeline(bundle, load_manifest(bundle), recorder, low_memory=True) as pipe:
         images = pipe(list(prompts), num_inference_steps=STEPS, seed=0).images
         pipe.ask(images[:2], [QUESTION] * len(images[:2]), max_new_tokens=ANSWER_TOKENS)
@@ -109,13 +110,13 @@ def quantize_bundle(
     """Quantises the engines of an fp32 bundle in place, and saves its manifest.
 
     Args:
-        on_engine: is told the name of each engine that begins.
+        on_engine: called with the name of each engine before it is quantised.
     """
     manifest = load_manifest(bundle)
     feeds = record_runs(bundle)
     engines = []
     for entry in manifest.engines:
-        if entry.name.startswith(ENGINES):
+        if entry.role in QUANTIZED_ROLES:
             on_engine(entry.name)
             entry = quantize_engine(bundle, entry, feeds[entry.name], settings)
         engines.append(entry)
@@ -130,16 +131,16 @@ def quantize_engine(
     feeds: Sequence[Mapping[str, np.ndarray]],
     settings: QuantizationSettings,
 ) -> EngineEntry:
-    """Replaces an fp32 engine's files by those of its INT8 form; returns its entry.
+    """Replaces an fp32 engine's files with those of its INT8 form; returns its entry.
 
     Args:
-        feeds: of the runs on which errors are measured.
+        feeds: inputs of the runs that are used to measure errors.
     """
     reduce_range = products_saturate() if settings.reduce_range is None else settings.reduce_range
     bits = weight_bits(reduce_range)
     folder = bundle / entry.name
     with tempfile.TemporaryDirectory(dir=bundle) as temporary:  # as large as the engine, so not in the system's folder
-        measured = _Switched(load_engine(folder), Path(temporary), entry, bits, feeds)
+        measured = _SwitchableEngine(load_engine(folder), Path(temporary), entry, bits, feeds)
         sensitivities = measured.sensitivities()
         chosen, error = measured.choose(sensitivities, settings.max_error)
     rewritten = rewrite_engine(bundle, entry, bundle, chosen, bits)
@@ -161,7 +162,7 @@ def rewrite_engine(
     """Writes the INT8 form of an engine into a bundle, the same or another; returns its entry.
 
     Args:
-        chosen: weights of the products to quantise; all where it is None.
+        chosen: weights of the products to quantise; None for all.
     """
     graph = load_engine(bundle / entry.name)
     quantize_graph(graph, {p.name for p in products_of(graph)} if chosen is None else chosen, bits)
@@ -171,12 +172,12 @@ def rewrite_engine(
 
 
 def weight_bits(reduce_range: bool) -> int:
-    """Bits of a weight."""
+    """Returns the number of bits of a quantised weight."""
     return 7 if reduce_range else 8
 
 
-class _Switched:
-    """An engine that computes every product both ways; an input says which of the two each takes."""
+class _SwitchableEngine:
+    """An engine that computes every product both ways, and an input that selects one of the two for each."""
 
     def __init__(
         self,
@@ -208,7 +209,7 @@ class _Switched:
         return outputs
 
     def error(self, quantized: set[str]) -> float:
-        """The largest relative error of an output in a run."""
+        """Returns the largest relative error of any output in any run."""
         return max(
             float(np.linalg.norm(value - reference)) / max(float(np.linalg.norm(reference)), 1e-12)
             for feed, references in zip(self._feeds, self._references, strict=True)
@@ -217,15 +218,16 @@ class _Switched:
         )
 
     def sensitivities(self) -> list[Sensitivity]:
-        """Every product alone."""
+        """Measures every product alone."""
         return [
             Sensitivity(name, size, self.error({name})) for name, size in zip(self._names, self._sizes, strict=True)
         ]
 
     def choose(self, sensitivities: Sequence[Sensitivity], max_error: float) -> tuple[set[str], float]:
-        """The products that save most for their error, as many as stay within `max_error` together; and their error.
+        """Chooses the products that save most for their error; returns them and their error together.
 
-        Errors of products are nearly independent, so their squares add up: that orders them. How many is measured.
+        Errors of products are nearly independent, so their squares add up; that gives the order. How many products
+        stay within `max_error` together is measured.
         """
         ranked = sorted(sensitivities, key=lambda s: s.error**2 / s.size)
         low, high, error = 0, len(ranked), 0.0
@@ -240,7 +242,7 @@ class _Switched:
 
 
 def products_of(graph: ir.Model) -> Iterator[Product]:
-    """Every product of activations with a weight, `x Wᵀ` or `x Wᵀ + b`."""
+    """Yields every product of activations with a weight, `x Wᵀ` or `x Wᵀ + b`."""
     for node in graph.graph:
         if node.op_type == "MatMul":
             transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
@@ -254,7 +256,7 @@ def products_of(graph: ir.Model) -> Iterator[Product]:
 
 
 def quantize_graph(model: ir.Model, chosen: set[str], bits: int, switches: ir.Value | None = None) -> None:
-    """Turns the products of these weights into integer ones, in place; with `switches`, keeps both and selects."""
+    """Replaces the products of these weights with integer products; with `switches`, keeps both and selects one."""
     graph = model.graph
     activations: dict[ir.Value, Sequence[ir.Value]] = {}
     for index, (node, weight) in enumerate([(p.node, p.weight) for p in products_of(model)]):
@@ -288,7 +290,7 @@ def quantize_graph(model: ir.Model, chosen: set[str], bits: int, switches: ir.Va
 
 
 def _quantized_weight(graph: ir.Graph, weight: ir.Value, bits: int) -> tuple[ir.Value, ir.Value]:
-    """The initializers of a weight `[N, K]`: its levels `[K, N]` int8, and the scale of each output, `[N]` fp32."""
+    """Returns the initializers of a weight `[N, K]`: its levels `[K, N]` int8, and its scales `[N]` fp32."""
     rows, columns = (int(size) for size in weight.shape or ())
     values = [
         ir.Value(name=f"{weight.name}.levels", type=ir.TensorType(ir.DataType.INT8), shape=ir.Shape([columns, rows])),

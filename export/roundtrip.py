@@ -1,8 +1,7 @@
-"""Both directions of one bundle: draw a prompt, ask the bundle what it sees, and let the pixels judge.
+"""Both directions of one bundle: generate an image, ask the bundle what it shows, and compare with the pixels.
 
-Three descriptions of each picture, all in the canonical words of `latte.scenes.describe`: what the
-prompt said, what the pixel scorer reads, and what the bundle answers. It works for `shapes` and for
-checkpoints of the same world.
+Each image has three descriptions in the canonical words of `latte.shapes.scenes.describe`: the prompt's, that of the
+reader of pixels, and the bundle's answer. It works for `shapes` and for checkpoints trained like it.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from latte.scenes import DESCRIBE, describe
-from latte.score import held_out_prompts
-from latte.scorer import describe_found, read_picture
-from runtime.pictures import contact_sheet
+from latte.shapes.reader import describe_found, read_image
+from latte.shapes.scenes import DESCRIBE, describe
+from latte.shapes.score import held_out_prompts
+from runtime.images import contact_sheet
 from runtime.pipeline import LatteFlowPipeline
 
 Agreement = Literal["all three", "prompt and pixels", "prompt and answer", "pixels and answer", "none"]
@@ -33,8 +32,8 @@ BATCH = 25
 
 
 @dataclass(frozen=True)
-class Trip:
-    """One picture and its three descriptions."""
+class RoundTrip:
+    """One image with its three descriptions."""
 
     prompt: str
     said: str
@@ -45,7 +44,7 @@ class Trip:
 
     @property
     def agreement(self) -> Agreement:
-        """Which of the three descriptions are the same."""
+        """Which of the three descriptions agree."""
         if self.said == self.seen == self.answered:
             return "all three"
         if self.said == self.seen:
@@ -61,9 +60,9 @@ def run_roundtrip(
     shapes: int,
     seed: int = 0,
     on_progress: Callable[[int], None] = lambda _: None,
-) -> list[Trip]:
-    """Draws `prompts` held-out prompts of one or two shapes and asks the bundle to describe each picture."""
-    trips: list[Trip] = []
+) -> list[RoundTrip]:
+    """Generates images of held-out prompts with one or two shapes, and asks the bundle to describe each."""
+    trips: list[RoundTrip] = []
     drawn = held_out_prompts(prompts, shapes, seed)
     for start in range(0, prompts, BATCH):
         part = drawn[start : start + BATCH]
@@ -72,19 +71,19 @@ def run_roundtrip(
         images = pipe(texts, seed=seeds, output_type="np").images
         answers = pipe.ask(list(images), [DESCRIBE] * len(part))
         for (text, stated), image_seed, image, answer in zip(part, seeds, images, answers, strict=True):
-            seen = describe_found(read_picture(image))
-            trips.append(Trip(text, describe(stated), seen, answer.strip(), image_seed, image))
+            seen = describe_found(read_image(image))
+            trips.append(RoundTrip(text, describe(stated), seen, answer.strip(), image_seed, image))
         on_progress(len(part))
     return trips
 
 
-def count_agreements(trips: Sequence[Trip]) -> dict[Agreement, int]:
-    """How many pictures agree in which way; every way is listed."""
+def count_agreements(trips: Sequence[RoundTrip]) -> dict[Agreement, int]:
+    """Counts the images by the kind of agreement; every kind is listed."""
     found = Counter(trip.agreement for trip in trips)
     return {agreement: found[agreement] for agreement in AGREEMENTS}
 
 
-def sheet_of(trips: Sequence[Trip]) -> Image.Image:
-    """Pictures with their three descriptions."""
+def sheet_of(trips: Sequence[RoundTrip]) -> Image.Image:
+    """Returns a sheet of images with their three descriptions."""
     labels = [f"PROMPT {trip.said} | PIXELS {trip.seen} | ANSWER {trip.answered}" for trip in trips]
     return contact_sheet([Image.fromarray(trip.image) for trip in trips], labels, columns=6)

@@ -1,13 +1,13 @@
-"""Whether a bundle computes what PyTorch computes: a ladder of five rungs, each with a number.
+"""Verification: whether a bundle computes what PyTorch computes, measured on five rungs.
 
-    engine       every engine against its PyTorch module, over batch sizes, prefix lengths and latent sizes
-    step         every sampling step, with the reference's latents fed in
+    engine       every engine against its PyTorch module, for several batch sizes, prefix lengths and latent sizes
+    step         every sampling step, with the reference's latents as input
     trajectory   the final latents, from the same noise
-    image        the decoded picture, as PSNR
+    image        the decoded images, as PSNR
     answer       the logits of every token of an answer about two images
 
-The first row that fails names rung, step and group. A reference that is not finite or is constant is
-itself a failure: it would agree with anything.
+Each row names its rung, step and group, so that the first row that fails shows where the error begins. A reference
+that is constant or not finite is a failure too: it would agree with anything.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ import torch
 from torch import Tensor
 
 from export.components import geometry_of
-from export.watch import FiniteWatch
 from latte.model import LatteFlow
 from latte.sampling import SampleStep
-from runtime.backends import open_backend, to_host
+from runtime.backends import Backend, open_backend, to_host
+from runtime.backends.observed import ObservedBackend, ObservedRun
 from runtime.chat import ChatInputs, user_message
 from runtime.errors import InputError
+from runtime.flow_time import initial_latents, time_grid
 from runtime.language import LanguageModel
 from runtime.manifest import ParityRow, Precision, load_manifest
-from runtime.noise import initial_latents
 from runtime.pipeline import LatteFlowPipeline
 
 
 @dataclass(frozen=True)
 class Tolerances:
-    """The largest relative error of a rung, ‖a − b‖ / ‖b‖, and the smallest PSNR in dB."""
+    """The largest accepted relative error, ‖a − b‖ / ‖b‖, and the smallest accepted PSNR in dB."""
 
     engine: float
     trajectory: float
@@ -49,28 +49,29 @@ TOLERANCES: dict[Precision, Tolerances] = {
     "int8": Tolerances(engine=1e-1, trajectory=1e-1, image_psnr_db=35.0),
 }
 PSNR_OF_EQUAL_IMAGES = 100.0
-"""Reported where not one pixel differs."""
+"""Reported if no pixel differs."""
 SIZES = ((1, 0, (0, 0)), (2, 3, (0, 0)), (3, 17, (1, 2)))
-"""Rows, prefix tokens beyond the shortest prompt, and rows and columns beyond the default latent size."""
+"""Rows, prefix tokens beyond the shortest prompt, and latent rows and columns beyond the default size."""
 STEPS = 8
 ANSWER_TOKENS = 4
+FLOATING = {"float32", "float16", "bfloat16"}
 PROMPTS = ("a", "a small red circle", "a large green star above a small blue square on a white background")
 
 
 def verify_bundle(bundle: Path, model: LatteFlow, provider: str = "cpu") -> list[ParityRow]:
-    """All rungs of the ladder, in order.
+    """Measures all rungs, in order.
 
     Args:
         bundle: a folder with a manifest.
         model: the checkpoint that the bundle was exported from, in fp32.
-        provider: what runs the engines.
+        provider: runs the engines.
 
     Raises:
-        InputError: the checkpoint has other sizes than the bundle.
+        InputError: the checkpoint and the bundle have different sizes.
     """
     manifest = load_manifest(bundle)
     if (manifest.geometry, manifest.schedule) != (geometry_of(model.config), model.config.schedule):
-        raise InputError(f"{bundle} was exported from a checkpoint of another form; verify it against that one")
+        raise InputError(f"{bundle} was exported from a checkpoint of another form; verify it against that checkpoint")
     tolerances = TOLERANCES[manifest.precision]
     watch = FiniteWatch(open_backend(provider))
     rows = []
@@ -83,7 +84,7 @@ def verify_bundle(bundle: Path, model: LatteFlow, provider: str = "cpu") -> list
 
 
 def _engine_rows(pipeline: LatteFlowPipeline, model: LatteFlow, tolerances: Tolerances) -> Iterator[ParityRow]:
-    """Engines alone, on random inputs of several sizes. Engines get the reference's prefix, not their own."""
+    """Compares engines one by one, on random inputs of several sizes and with the reference's prefix."""
     generator = torch.Generator().manual_seed(0)
     config = model.config
     engines = pipeline.engines
@@ -94,7 +95,7 @@ def _engine_rows(pipeline: LatteFlowPipeline, model: LatteFlow, tolerances: Tole
         size = f"{batch} rows, {mask.shape[1]} tokens, {height}x{width}"
         outputs = LanguageModel(engines).forward(ids.numpy(), mask.bool().numpy())
         for group, reference in enumerate(prefix.kv):
-            # Padding is masked wherever it is read, so it may hold anything.
+            # Padding is masked wherever it is read, so its values do not matter.
             kept = mask.bool()[None, None, :, None, :, None].numpy()
             value = outputs.kv[group].numpy() * kept
             yield _relative("engine", f"vlm, {size}", value, reference.numpy() * kept, tolerances.engine, group=group)
@@ -113,7 +114,7 @@ def _engine_rows(pipeline: LatteFlowPipeline, model: LatteFlow, tolerances: Tole
             value = engines[f"expert_{group}"].run(feed)["velocity"].numpy()
             what = f"expert_{group}, {size}"
             yield _relative("engine", what, value, reference.numpy(), tolerances.engine, group=group)
-        images = engines["vae_decoder"].run({"latents": latents.numpy()})["image"].numpy()
+        images = pipeline.decode(latents.numpy())
         reference = model.decode_latents(latents)
         yield _psnr("engine", f"vae_decoder, {size}", images, reference.numpy(), tolerances.image_psnr_db)
 
@@ -132,34 +133,34 @@ def _sampling_rows(pipeline: LatteFlowPipeline, model: LatteFlow, tolerances: To
         callback_on_step_end=reference.append,
     )
     before = [torch.from_numpy(noise), *(step.latents for step in reference)]
-    run = pipeline.prepare(list(PROMPTS), negative_prompts=[""] * len(PROMPTS), guidance_scales=scales)
-    for step in reference:
-        t_next = (step.index + 1) / STEPS
-        value = run.step(before[step.index].numpy(), step.t, t_next)
+    sampler = pipeline.sampler(list(PROMPTS), negative_prompts=[""] * len(PROMPTS), guidance_scales=scales)
+    for step, inputs in zip(reference, sampler.step_inputs(time_grid(STEPS)), strict=True):
+        latents = before[step.index].numpy()
+        value = sampler.step(latents, sampler.rows_of(latents), inputs)[0].numpy()
         expected = step.latents.numpy()
         yield _relative("step", "next latents", value, expected, tolerances.engine, group=step.group, step=step.index)
     value = pipeline(
         list(PROMPTS), num_inference_steps=STEPS, guidance_scale=scales, latents=noise, output_type="latent"
     ).images
     yield _relative("trajectory", f"final latents of {STEPS} steps", value, final, tolerances.trajectory)
-    images = pipeline.engines["vae_decoder"].run({"latents": value})["image"].numpy()
+    images = pipeline.decode(value)
     expected = model.decode_latents(torch.from_numpy(final)).numpy()
-    yield _psnr("image", "decoded pictures", images, expected, tolerances.image_psnr_db)
+    yield _psnr("image", "decoded images", images, expected, tolerances.image_psnr_db)
 
 
 def _answer_rows(pipeline: LatteFlowPipeline, model: LatteFlow, tolerances: Tolerances) -> Iterator[ParityRow]:
-    """Two noisy pictures of different sizes and a question; the reference's tokens are fed to both sides."""
+    """Compares an answer about two noisy images of different sizes; both sides get the reference's tokens."""
     rng = np.random.default_rng(0)
     answerer = pipeline.answerer
     side = pipeline.manifest.understanding.patch_size * pipeline.manifest.understanding.spatial_merge_size
-    pictures = [rng.integers(0, 256, (rows * side, columns * side, 3), np.uint8) for rows, columns in ((3, 4), (5, 2))]
-    inputs = answerer.chat([[user_message(pictures, PROMPTS[1])]])
+    images = [rng.integers(0, 256, (rows * side, columns * side, 3), np.uint8) for rows, columns in ((3, 4), (5, 2))]
+    inputs = answerer.chat.encode_conversations([[user_message(images, PROMPTS[1])]])
     assert inputs.images is not None
     reference_inputs = inputs_of_reference(model, inputs)
     embeds = answerer.encode_images(inputs.images)
     vision = (reference_inputs["pixel_values"], reference_inputs["image_grid_thw"])
     reference = model.vlm.model.visual(*vision).pooler_output
-    what = f"vision_encoder, {len(pictures)} images, {len(reference)} tokens"
+    what = f"vision_encoder, {len(images)} images, {len(reference)} tokens"
     yield _relative("engine", what, to_host(embeds), reference.numpy(), tolerances.engine)
 
     ids = reference_inputs["input_ids"]
@@ -176,10 +177,10 @@ def _answer_rows(pipeline: LatteFlowPipeline, model: LatteFlow, tolerances: Tole
 
 
 def inputs_of_reference(model: LatteFlow, inputs: ChatInputs, ids: Tensor | None = None) -> dict[str, Tensor]:
-    """What transformers' Qwen2-VL takes for the runtime's inputs with images.
+    """Converts the runtime's inputs with images to the arguments of transformers' Qwen2-VL.
 
     Args:
-        ids: the tokens `[B, S]` int64 where some were written since.
+        ids: the tokens `[B, S]` int64, if some were written since.
     """
     assert inputs.images is not None
     ids = torch.from_numpy(inputs.input_ids) if ids is None else ids
@@ -194,7 +195,7 @@ def inputs_of_reference(model: LatteFlow, inputs: ChatInputs, ids: Tensor | None
 
 
 def _random_prompts(batch: int, shortest: int, vocabulary: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Token ids and mask `[B, P]` int64, the lengths shortest, shortest + 1, …"""
+    """Returns token ids and mask, `[B, P]` int64, of prompts with the lengths shortest, shortest + 1, …"""
     lengths = torch.arange(batch) + shortest
     ids = torch.randint(0, vocabulary, (batch, int(lengths.max())), generator=generator)
     mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
@@ -202,7 +203,7 @@ def _random_prompts(batch: int, shortest: int, vocabulary: int, generator: torch
 
 
 def relative_error(value: np.ndarray, reference: np.ndarray) -> float | None:
-    """‖value − reference‖ / ‖reference‖; None where either is not finite or the reference is constant."""
+    """Returns ‖value − reference‖ / ‖reference‖; None if either is not finite or the reference is constant."""
     value, reference = np.asarray(value, np.float64), np.asarray(reference, np.float64)
     if value.shape != reference.shape or not np.isfinite(value).all() or not np.isfinite(reference).all():
         return None
@@ -212,7 +213,7 @@ def relative_error(value: np.ndarray, reference: np.ndarray) -> float | None:
 
 
 def psnr_db(value: np.ndarray, reference: np.ndarray) -> float | None:
-    """Peak signal-to-noise ratio of uint8 images; None where the reference is constant or shapes differ."""
+    """Returns the peak signal-to-noise ratio of uint8 images; None if the reference is constant or shapes differ."""
     if value.shape != reference.shape or np.ptp(reference) == 0:
         return None
     error = np.mean((value.astype(np.float64) - reference.astype(np.float64)) ** 2)
@@ -258,3 +259,30 @@ def _psnr(rung: str, what: str, value: np.ndarray, reference: np.ndarray, tolera
             "passed": passed,
         }
     )
+
+
+class FiniteWatch(ObservedBackend):
+    """A backend that records which engine first puts out a value that is not finite."""
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__(backend)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets earlier runs."""
+        self.first: str | None = None
+        """Description of the first output that is not finite."""
+        self._step = 0
+
+    def observe(self, run: ObservedRun) -> None:
+        for name, tensor in run.outputs.items():
+            if self.first is None and tensor.dtype in FLOATING:
+                values = tensor.numpy()
+                lost = values.size - int(np.isfinite(values).sum())
+                if lost:
+                    group = "" if run.entry.group is None else f" (group {run.entry.group})"
+                    after = f" after {self._step} steps" if self._step else ""
+                    self.first = (
+                        f"{lost} of {values.size} values of {run.entry.name}'s {name}{group} are not finite{after}"
+                    )
+        self._step += run.entry.role == "solver_step"

@@ -1,4 +1,4 @@
-"""A checkpoint's weights, read from its files one at a time, so that an export needs no memory for a model."""
+"""A checkpoint's weights, read from its files one at a time, so that an export never holds a model in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PREFIXES = {
     "head": ("",),
     "vae": ("",),
 }
-"""Before a module's own names in its file: transformers has changed its mind about the VLM's."""
+"""Possible prefixes of a module's names in its file; transformers has changed those of the VLM."""
 FOLDERS = {"flow": ".", "text": "vlm", "vision": "vlm", "head": "vlm", "vae": "vae"}
 
 
@@ -29,27 +29,27 @@ class WeightFiles:
         self._files: dict[str, dict[str, Path]] = {}
 
     def read(self, part: str, name: str, dtype: torch.dtype) -> Tensor:
-        """One tensor.
+        """Reads one tensor.
 
         Args:
             part: "flow", "text", "vision", "head" or "vae".
-            name: as the part's own module names it.
+            name: its name in the part's own module.
 
         Raises:
-            CheckpointError: there is none of this name.
+            CheckpointError: there is no tensor of this name.
         """
         where = self._index(FOLDERS[part])
         for prefix in PREFIXES[part]:
             file = where.get(prefix + name)
             if file is not None:
-                # Opened for each tensor: what stays mapped would count as memory in use.
+                # Opened for each tensor, since mapped pages would count as memory in use.
                 with safe_open(file, framework="pt") as opened:
                     tensor: Tensor = opened.get_tensor(prefix + name)
                     return tensor.to(dtype, copy=True)
-        raise CheckpointError(f"{self._path / FOLDERS[part]} holds no tensor {name}; is the checkpoint complete?")
+        raise CheckpointError(f"{self._path / FOLDERS[part]} contains no tensor {name}; is the checkpoint complete?")
 
     def _index(self, folder: str) -> dict[str, Path]:
-        """File of every tensor, by its name in the file."""
+        """Returns the file of every tensor, by its name in the file."""
         if folder not in self._files:
             found: dict[str, Path] = {}
             for file in sorted((self._path / folder).glob("*.safetensors")):

@@ -35,7 +35,8 @@ from runtime.files import make_writable_folder, replaced_directory, write_text
 
 SHIPPED = {"shapes": Path(__file__).parent / "checkpoints" / "shapes"}
 """Names that stand for a checkpoint wherever a path does."""
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""PyTorch's dtype of each precision."""
 
 VLM_FROM_FLOW = {
     "input_layernorm.weight": "input_layernorm.weight",
@@ -109,7 +110,7 @@ def load_outline(name_or_path: str | Path) -> LatteFlow:
     for part, kind in (("vlm", "Qwen2VLForConditionalGeneration"), ("vae", "AutoencoderDC")):
         if not (path / part / "config.json").is_file():
             raise CheckpointError(f"{path / part} holds no config.json, expected a {kind} as its library saves it")
-    with init_empty_weights(include_buffers=False), _quiet_libraries():
+    with init_empty_weights(include_buffers=False), quiet_libraries():
         vlm_config = Qwen2VLConfig.from_pretrained(path / "vlm", local_files_only=True)
         vlm = Qwen2VLForConditionalGeneration._from_config(vlm_config, attn_implementation="eager")
         vae = AutoencoderDC.from_config(AutoencoderDC.load_config(path / "vae", local_files_only=True))
@@ -162,7 +163,7 @@ def _from_pretrained(kind: Any, path: Path, dtype: torch.dtype, **options: Any) 
             raise CheckpointError(f"{index} names {escaping[0]}, which is not a file beside it")
     option = "dtype" if kind is Qwen2VLForConditionalGeneration else "torch_dtype"
     try:
-        with _quiet_libraries():
+        with quiet_libraries():
             model, info = kind.from_pretrained(
                 path,
                 local_files_only=True,
@@ -197,8 +198,8 @@ def load_flow(flow: FlowTransformer, path: Path) -> None:
                 tensor = file.get_tensor(name)
                 if tensor.shape != expected[name].shape:
                     problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
-                elif tensor.dtype not in DTYPES.values():
-                    problems.append(f"{name} is {tensor.dtype}, expected one of {', '.join(DTYPES)}")
+                elif tensor.dtype not in TORCH_DTYPES.values():
+                    problems.append(f"{name} is {tensor.dtype}, expected one of {', '.join(TORCH_DTYPES)}")
                 else:
                     with torch.no_grad():
                         expected[name].copy_(tensor)
@@ -311,7 +312,7 @@ def save_checkpoint(model: LatteFlow, image_processor: Any, path: Path, dtype: t
 
 def save_part(module: Any, path: Path, *processors: Any) -> None:
     """Saves a model of transformers or diffusers, with its processors, in place of the folder at `path`."""
-    with replaced_directory(path) as part, _quiet_libraries():
+    with replaced_directory(path) as part, quiet_libraries():
         for saved in (module, *processors):
             saved.save_pretrained(part)
         # Where the part was loaded from is nobody's business: diffusers writes it down.
@@ -327,7 +328,7 @@ def _as(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Keeps the libraries' own progress bars off the screen: the command says what goes on."""
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from latte.checkpoint import (
-    DTYPES,
+    TORCH_DTYPES,
     assemble,
     load_checkpoint,
     load_image_processor,
@@ -24,32 +24,36 @@ from latte.checkpoint import (
     load_vlm,
     resolve_checkpoint,
     save_checkpoint,
+    vae_scale_factor,
 )
 from latte.model import LatteFlow
-from latte.score import AnswerScore, DrawingScore, score_answers, score_drawing
-from latte.scorer import ATTRIBUTES
-from latte.training.recipe import RECIPE, STAGES, run_stage
-from latte.understanding import answer
-from runtime.console import progress_bar, stdout
+from latte.shapes.reader import ATTRIBUTES
+from latte.shapes.recipe import RECIPE, STAGES, run_stage
+from latte.shapes.score import AnswerScore, DrawingScore, answer, score_answers, score_drawing
+from runtime.console import progress_bar, renamed_option, stdout
 from runtime.errors import InputError
-from runtime.pictures import contact_sheet, save_png
+from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
+from runtime.images import contact_sheet, save_png
 
 Variant = Literal["couple", "blend"]
+Precision = Literal["fp32", "fp16", "bf16"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+PRECISION_OF: dict[str, Precision] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 StageName = Literal["autoencoder", "vision", "vlm", "flow", "all"]
-Precision = Literal["fp32", "bf16"]
+TrainingPrecision = Literal["fp32", "bf16"]
 
 
 def init(
     out: Annotated[Path, typer.Argument(help="Folder for the new checkpoint.")],
     vlm: Annotated[Path, typer.Option(help="Folder of a Qwen2-VL, as transformers saves it.")],
     vae: Annotated[Path, typer.Option(help="Folder of an AutoencoderDC, as diffusers saves it.")],
-    groups: Annotated[int, typer.Option(help="Expert groups; must divide the VLM's layers.")] = 4,
-    variant: Annotated[Variant, typer.Option(help="Own weights, or the VLM's.")] = "couple",
-    height: Annotated[int, typer.Option(help="Default picture height in pixels.")] = 256,
-    width: Annotated[int, typer.Option(help="Default picture width in pixels.")] = 256,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights on disk.")] = "float16",
+    groups: Annotated[int, typer.Option(help="Number of expert groups; must divide the VLM's layers.")] = 4,
+    variant: Annotated[Variant, typer.Option(help="couple: own weights; blend: the VLM's weights.")] = "couple",
+    height: Annotated[int, typer.Option(help="Default image height in pixels.")] = 256,
+    width: Annotated[int, typer.Option(help="Default image width in pixels.")] = 256,
+    precision: Annotated[Precision, typer.Option(help="Precision of the weights on disk.")] = "fp16",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
+    dtype: Annotated[Dtype | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Make a checkpoint from a Qwen2-VL and a DC-AE, its flow layers ready to be trained.
 
@@ -57,8 +61,9 @@ def init(
     Example:
       latte-flow init my-checkpoint --vlm Qwen2-VL-2B-Instruct --vae dc-ae-f32c32-sana-1.0-diffusers
     """
+    precision = renamed_option("--dtype", None if dtype is None else PRECISION_OF[dtype], "--precision", precision)
     if (out / "config.json").exists() and not force:
-        raise InputError(f"{out} holds a checkpoint already; pass --force to replace it")
+        raise InputError(f"{out} already contains a checkpoint; pass --force to replace it")
     autoencoder = load_vae(vae)
     model = assemble(
         load_vlm(vlm),
@@ -68,13 +73,11 @@ def init(
         variant=variant,
         latent_size=_latent_size(autoencoder, height, width),
     )
-    save_checkpoint(model, load_image_processor(vlm), out, DTYPES[dtype])
+    save_checkpoint(model, load_image_processor(vlm), out, TORCH_DTYPES[precision])
     typer.echo(str(out))
 
 
 def _latent_size(vae: object, height: int, width: int) -> tuple[int, int]:
-    from latte.checkpoint import vae_scale_factor
-
     factor = vae_scale_factor(vae)
     if height < factor or width < factor or height % factor or width % factor:
         raise InputError(
@@ -84,15 +87,17 @@ def _latent_size(vae: object, height: int, width: int) -> tuple[int, int]:
 
 
 def train(
-    run: Annotated[Path, typer.Argument(help="Folder of the run; the same folder again resumes it.")],
-    stage: Annotated[StageName, typer.Option(help="One stage, or all that are left.")] = "all",
-    steps: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides everything that is drawn.")] = 0,
-    precision: Annotated[Precision, typer.Option(help="bf16 is faster where the processor has it.")] = "fp32",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    start_from: Annotated[str | None, typer.Option(help="Start a stage from this checkpoint's weights.")] = None,
+    run: Annotated[Path, typer.Argument(help="Folder of the run; a run that was stopped continues.")],
+    stage: Annotated[StageName, typer.Option(help="Stage to train, or all of them.")] = "all",
+    steps: Annotated[int | None, typer.Option(help="Number of steps. Default: the recipe's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per step. Default: the recipe's.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the recipe's.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    precision: Annotated[
+        TrainingPrecision, typer.Option(help="bf16 is faster on processors that support it.")
+    ] = "fp32",
+    device: Annotated[str, typer.Option(help="Device to train on: cpu or cuda.")] = "cpu",
+    start_from: Annotated[str | None, typer.Option(help="Checkpoint whose weights to start from.")] = None,
 ) -> None:
     """Train a checkpoint like `shapes`: autoencoder, vision tower, VLM, flow layers.
 
@@ -106,7 +111,7 @@ def train(
     given = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
     changes |= {name: value for name, value in given.items() if value is not None}
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device {device} was asked for, and PyTorch sees no CUDA device; use --device cpu")
+        raise InputError(f"device {device} is not available: PyTorch finds no CUDA device; use --device cpu")
     if min(value for value in (steps, batch_size, learning_rate, 1) if value is not None) <= 0:
         raise InputError("steps, batch size and learning rate must be positive")
     start = None if start_from is None else resolve_checkpoint(start_from)
@@ -118,16 +123,18 @@ def train(
 
 def score(
     checkpoint: Annotated[str, typer.Argument(help="`shapes`, or a checkpoint folder.")] = "shapes",
-    prompts: Annotated[int, typer.Option(help="Held-out prompts of each kind: one shape, two shapes.", min=0)] = 500,
-    questions: Annotated[int, typer.Option(help="Held-out questions.", min=0)] = 500,
-    num_inference_steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 20,
-    guidance_scale: Annotated[float, typer.Option(help="Guidance of the sampler.")] = 3.0,
-    seed: Annotated[int, typer.Option(help="Of prompts, noise and questions.")] = 0,
-    sheet: Annotated[Path | None, typer.Option(help="Write a sheet of the first pictures here.")] = None,
-    failures: Annotated[Path | None, typer.Option(help="Write a sheet of the wrong pictures here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    prompts: Annotated[int, typer.Option(help="Number of held-out prompts of each kind.", min=0)] = 500,
+    questions: Annotated[int, typer.Option(help="Number of held-out questions.", min=0)] = 500,
+    num_inference_steps: Annotated[int, typer.Option(help="Number of sampling steps.")] = DEFAULT_STEPS,
+    guidance_scale: Annotated[float, typer.Option(help="Guidance scale.")] = DEFAULT_GUIDANCE_SCALE,
+    seed: Annotated[int, typer.Option(help="Seed of prompts, noise and questions.")] = 0,
+    sheet: Annotated[Path | None, typer.Option(help="Write the first images to this PNG.")] = None,
+    failures: Annotated[Path | None, typer.Option(help="Write the wrong images to this PNG.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Score a checkpoint on combinations that its training never saw, by pixels.
+    """Score a checkpoint on combinations that its training never saw.
+
+    A reader judges the images by their pixels.
 
     \b
     Examples:
@@ -192,15 +199,13 @@ def _report(drawings: dict[int, DrawingScore], answers: AnswerScore | None, as_j
         typer.echo(json.dumps(report))
         return
     if drawings:
-        table = Table(
-            "right in the picture", *(f"{n} shape{'s' * (n > 1)}" for n in drawings), title="Held-out prompts"
-        )
+        table = Table("right in the image", *(f"{n} shape{'s' * (n > 1)}" for n in drawings), title="Held-out prompts")
         for name in ("all", *ATTRIBUTES):
             cells = [f"{r.share(name):.1%} of {r.stated[name]}" if name in r.stated else "" for r in drawings.values()]
             table.add_row("all attributes" if name == "all" else name, *cells, end_section=name == "all")
         stdout.print(table)
     if answers is not None:
-        table = Table("question about", "right", title="Held-out questions on rendered pictures")
+        table = Table("question about", "right", title="Held-out questions about rendered images")
         table.add_row("everything", f"{answers.share():.1%} of {sum(answers.asked.values())}", end_section=True)
         for kind in sorted(answers.asked):
             table.add_row(kind, f"{answers.right[kind] / answers.asked[kind]:.1%} of {answers.asked[kind]}")

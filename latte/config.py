@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from runtime.schedule import ExpertSchedule
+from runtime.flow_time import ExpertSchedule
 
 
 class LatteFlowConfig(BaseModel):

@@ -29,8 +29,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2VLForConditionalGeneratio
 from latte.config import LatteFlowConfig
 from latte.sampling import SampleStep, guided, sample
 from runtime.errors import InputError
-from runtime.noise import initial_latents
-from runtime.schedule import time_grid
+from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_SHIFT, DEFAULT_STEPS, initial_latents, time_grid
 
 TIME_FREQUENCIES = 256
 
@@ -242,44 +241,51 @@ class FlowTransformer(nn.Module):
         Returns:
             v, `[R, C, H, W]`.
         """
-        rows, channels, height, width = latents.shape
-        embedding = self.latent_embed(latents.flatten(2).transpose(1, 2))
-        hidden = embedding.float() + self._position_embedding(height, width)
-        time = F.silu(self.time_embed(timestep))
-        modulation = self.time_modulation(time).view(rows, 6, -1)
-        rotary = self._rotary(prefix_mask, height, width)
-        mask = torch.cat([prefix_mask, prefix_mask.new_ones(rows, height * width)], dim=1)[:, None, None]
+        hidden, time, modulation, rotary, mask = self.embed(latents, timestep, prefix_mask)
         scores = None
         for index, layer in enumerate(self.config.layers_of(group)):
             hidden, scores = self.layers[layer](hidden, time, modulation, rotary, prefix_kv[index], mask, scores)
-        return self.heads[group](hidden, time).transpose(1, 2).reshape(rows, channels, height, width)
+        return self.heads[group](hidden, time).transpose(1, 2).reshape(latents.shape)  # [R, N, C] to [R, C, H, W]
 
-    def _rotary(self, prefix_mask: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Latent (r, c) stands at the M-RoPE position (p, p + r, p + c), p being its own prompt's length."""
-        device = prefix_mask.device
-        row = torch.arange(height, device=device)[:, None].expand(height, width).reshape(-1)
-        column = torch.arange(width, device=device)[None, :].expand(height, width).reshape(-1)
-        offsets = torch.stack([torch.zeros_like(row), row, column], dim=-1)
-        lengths = prefix_mask.long().sum(dim=1)
-        positions = (lengths[:, None, None] + offsets).float()
-        angles = positions.index_select(-1, self.rotary_axes) * self.rotary_frequencies
+    def embed(
+        self, latents: Tensor, timestep: Tensor, prefix_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:
+        """Returns what the layers of every group take: `hidden`, `time`, `modulation`, `rotary` and `mask`."""
+        rows, _, height, width = latents.shape
+        embedding = self.latent_embed(latents.flatten(2).transpose(1, 2))  # [R, N, hidden]
+        rows_of, columns_of = (torch.arange(size, device=latents.device).float() for size in (height, width))
+        row = rows_of[:, None].expand(height, width).reshape(-1)  # [N]
+        column = columns_of.expand(height, width).reshape(-1)  # [N]
+        hidden = embedding.float() + self._position_embedding(row, column)
+        time = F.silu(self.time_embed(timestep))  # [R, hidden]
+        modulation = self.time_modulation(time).view(rows, 6, -1)
+        rotary = self._rotary(prefix_mask, row, column)
+        mask = torch.cat([prefix_mask, prefix_mask.new_ones(rows, height * width)], dim=1)[:, None, None]
+        return hidden, time, modulation, rotary, mask  # mask: [R, 1, 1, T]
+
+    def _rotary(self, prefix_mask: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns cosines and sines, each `[R, 1, N, D]`, of the latents' M-RoPE positions.
+
+        Latent (r, c) has the position (p, p + r, p + c), p being the length of its own prompt.
+        """
+        offsets = torch.stack([torch.zeros_like(row), row, column], dim=-1)  # [N, 3]
+        lengths = prefix_mask.sum(dim=1, dtype=torch.float32)  # [R]
+        positions = lengths[:, None, None] + offsets  # [R, N, 3]
+        angles = positions.index_select(-1, self.rotary_axes) * self.rotary_frequencies  # [R, N, D / 2]
         angles = torch.cat([angles, angles], dim=-1)[:, None]
         return angles.cos(), angles.sin()
 
-    def _position_embedding(self, height: int, width: int) -> Tensor:
-        """Fixed 2-D sine-cosine embedding of (row, column), `[N, hidden]` float32.
+    def _position_embedding(self, row: Tensor, column: Tensor) -> Tensor:
+        """Returns a fixed 2-D sine-cosine embedding of (row, column), `[N, hidden]` float32.
 
-        Rotary positions are relative; with M layers in an expert, "at the top left" is learned far
-        sooner when a latent knows where it is.
+        Rotary positions are relative. With few layers in an expert, "at the top left" is learned much sooner if each
+        latent also has its absolute position.
         """
         quarter = self.config.hidden_size // 4
-        device = self.rotary_frequencies.device
-        frequencies = torch.exp(-math.log(100.0) * torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
-        row = torch.arange(height, dtype=torch.float32, device=device)[:, None] * frequencies
-        column = torch.arange(width, dtype=torch.float32, device=device)[:, None] * frequencies
-        row = torch.cat([row.sin(), row.cos()], dim=-1)[:, None].expand(height, width, 2 * quarter)
-        column = torch.cat([column.sin(), column.cos()], dim=-1)[None].expand(height, width, 2 * quarter)
-        return torch.cat([row, column], dim=-1).reshape(height * width, 4 * quarter)
+        exponents = torch.arange(quarter, dtype=torch.float32, device=row.device) / quarter
+        frequencies = torch.exp(-math.log(100.0) * exponents)
+        angles = torch.stack([row, column], dim=-1)[..., None] * frequencies  # [N, 2, hidden / 4]
+        return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -376,17 +382,17 @@ class LatteFlow(nn.Module):
         self,
         prompt: str | Sequence[str],
         negative_prompt: str | Sequence[str] = "",
-        num_inference_steps: int = 20,
-        guidance_scale: float | Sequence[float] = 3.0,
+        num_inference_steps: int = DEFAULT_STEPS,
+        guidance_scale: float | Sequence[float] = DEFAULT_GUIDANCE_SCALE,
         seed: int | Sequence[int] = 0,
         latents: Tensor | None = None,
         solver: str = "euler",
-        shift: float = 1.0,
+        shift: float = DEFAULT_SHIFT,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         output_type: str = "np",
         callback_on_step_end: Callable[[SampleStep], None] | None = None,
     ) -> np.ndarray:
-        """Pictures of prompts, one for each.
+        """Images of prompts, one for each.
 
         Args:
             negative_prompt: what guidance leads away from; one for all or one for each.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from runtime.errors import InputError
-from runtime.schedule import ExpertSchedule
+from runtime.flow_time import ExpertSchedule
 
 Velocity = Callable[[Tensor, float, int], Tensor]
 """(x_t, t, expert group) to v, of x_t's shape."""

@@ -1,4 +1,4 @@
-"""A backend of the runtime whose engines are other models of the same Triton server (`--layout per-engine`)."""
+"""A backend whose engines are other models of the same Triton server (`--layout per-engine`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runtime.manifest import EngineEntry
 
 
 class HostTensor(DeviceTensor):
-    """A value that came back from another model."""
+    """An output of another model."""
 
     def __init__(self, array: np.ndarray) -> None:
         self._array = array
@@ -33,7 +33,7 @@ class HostTensor(DeviceTensor):
 
 
 class BlsSession(Session):
-    """Calls the model that holds the engine."""
+    """Calls the model that runs the engine."""
 
     def _execute(self, feed: Mapping[str, Value]) -> dict[str, DeviceTensor]:
         request = pb_utils.InferenceRequest(
@@ -48,11 +48,11 @@ class BlsSession(Session):
         return {tensor.name(): HostTensor(np.array(tensor.as_numpy())) for tensor in response.output_tensors()}
 
     def close(self) -> None:
-        """The model is Triton's."""
+        """Does nothing: the model belongs to Triton."""
 
 
 class BlsBackend(Backend):
-    """Finds engines by name among the server's models."""
+    """Finds engines among the server's models by name."""
 
     name = "triton"
 

@@ -1,7 +1,7 @@
-"""A small client of the model `latte_flow` over Triton's gRPC: pictures, answers, progress, cancel, retries.
+"""A client of the model `latte_flow` over Triton's gRPC: images, answers, progress, cancellation, retries.
 
-A request that the service had no place for is sent again after a pause. One that was cut off is not:
-whoever wants that can send it again with the same seed and gets the same picture.
+A request that found the queue full is sent again after a pause. A request that was cut off is not: the caller can
+send it again, and the same seed gives the same image.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from model_repository.schema import CANCELLED, INPUTS, INVALID, MODEL, NUMPY_DTYPES, UNAVAILABLE
-from runtime.errors import CancelledError, InputError, ServiceError, one_line
-from runtime.pictures import png_bytes
+from runtime.errors import CancelledError, InputError, QueueFullError, ServiceError, one_line
+from runtime.images import png_bytes
 
 _FIELDS = {field.name: field for field in INPUTS}
 RETRIES = 5
@@ -46,7 +46,7 @@ class Response:
 
 
 class Client:
-    """Talks to one server.
+    """Sends requests to one server.
 
     Example:
         >>> with Client("localhost:8001") as client:
@@ -65,46 +65,50 @@ class Client:
         on_response: Callable[[Response], None] | None = None,
         **options: Any,
     ) -> list[Image.Image]:
-        """Pictures of a prompt.
+        """Generates images from a prompt.
 
         Args:
-            on_response: sees progress and previews, if `progress` or `preview_every` asks for them.
+            on_response: called with progress and previews, if `progress` or `preview_every` is set.
             options: inputs of the model by name: `seed=7`, `num_inference_steps=20`, …
 
         Raises:
-            InputError: the service refuses the request.
-            ServiceError: it could not be served.
+            InputError: the request is not valid.
+            ServiceError: the service could not serve it.
         """
         for response in self.stream(prompt=prompt, **options):
             if response.event == "done" and response.images is not None:
                 return [Image.fromarray(image) for image in response.images]
             if on_response is not None:
                 on_response(response)
-        raise ServiceError(f"{self.url} ended its answer without pictures")
+        raise ServiceError(f"{self.url} ended its answer without images")
 
     def ask(self, images: Any, question: str, **options: Any) -> str:
-        """The answer to a question about pictures: paths, PIL images or `[H, W, 3]` uint8, one or a list.
+        """Answers a question about images.
+
+        Args:
+            images: a path, a PIL image or `[H, W, 3]` uint8; a list of these; or None.
+            options: inputs of the model by name: `max_new_tokens=64`, …
 
         Raises:
             InputError, ServiceError: as `generate`.
         """
-        pictures = images if isinstance(images, (list, tuple)) else [] if images is None else [images]
-        inputs = {"question": question} | ({"image": [_encoded(picture) for picture in pictures]} if pictures else {})
+        several = images if isinstance(images, (list, tuple)) else [] if images is None else [images]
+        inputs = {"question": question} | ({"image": [_encoded(image) for image in several]} if several else {})
         for response in self.stream(**inputs, **options):
             if response.event == "done" and response.text is not None:
                 return response.text
         raise ServiceError(f"{self.url} ended its answer without a text")
 
     def stream(self, **inputs: Any) -> Iterator[Response]:
-        """Responses as they come; closing the iterator cancels the request."""
+        """Yields responses as they come; closing the iterator cancels the request."""
         for attempt in range(self._retries + 1):
             try:
                 yield from self._stream_once(inputs)
                 return
-            except _NoPlace as error:
+            except QueueFullError:
                 if attempt == self._retries:
-                    raise ServiceError(str(error)) from error
-                # Apart from each other, so that clients refused together do not come back together.
+                    raise
+                # At random, so that clients that were refused together do not come back together.
                 time.sleep(FIRST_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1.5))
 
     def _stream_once(self, inputs: dict[str, Any]) -> Iterator[Response]:
@@ -118,7 +122,7 @@ class Client:
             while not finished:
                 try:
                     result, error = responses.get(timeout=POLL_SECONDS)
-                except Empty:  # short waits, so that Ctrl-C is heard
+                except Empty:  # short waits, so that Ctrl-C works
                     continue
                 if error is not None:
                     finished = True
@@ -132,7 +136,7 @@ class Client:
             client.close()
 
     def is_alive(self, timeout: float = 10.0) -> bool:
-        """Whether the model draws a picture in time; a server's own word for it is not enough."""
+        """Returns whether the model draws an image in time. A server's own report is not enough."""
         client = grpc.InferenceServerClient(self.url)
         try:
             if not client.is_server_live(client_timeout=timeout):
@@ -152,10 +156,6 @@ class Client:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Nothing is kept open between calls."""
-
-
-class _NoPlace(Exception):
-    """The service had no place now."""
 
 
 def _tensor(name: str, value: Any) -> Any:
@@ -193,10 +193,10 @@ def _response(result: Any) -> Response:
 
 
 def _as_error(error: InferenceServerException, url: str, begun: bool) -> Exception:
-    """The exception for an error of the service.
+    """Returns the exception for an error of the service.
 
-    A stream tells no status code, and the header that asks for one crashes server 2.51 now and then, so
-    the model's messages begin with the code.
+    A stream has no status codes, and the header that asks for them crashes server 2.51 now and then, so the model's
+    messages begin with the code.
     """
     code, colon, message = one_line(Exception(error.message())).partition(": ")
     if code == INVALID or (not colon and "inference input" in code):
@@ -204,15 +204,15 @@ def _as_error(error: InferenceServerException, url: str, begun: bool) -> Excepti
     if code == CANCELLED:
         return CancelledError(message)
     if code == UNAVAILABLE and not begun:
-        return _NoPlace(f"{url}: {message}")
+        return QueueFullError(f"{url}: {message}")
     return ServiceError(f"{url}: {code}{colon}{message}")
 
 
-def _encoded(picture: Any) -> bytes:
-    if isinstance(picture, (str, os.PathLike)):
+def _encoded(image: Any) -> bytes:
+    if isinstance(image, (str, os.PathLike)):
         try:
-            return Path(picture).read_bytes()
+            return Path(image).read_bytes()
         except OSError as error:
-            raise InputError(f"cannot read {picture}: {error.strerror or error}") from error
-    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-    return png_bytes(image.convert("RGB"))
+            raise InputError(f"cannot read {image}: {error.strerror or error}") from error
+    decoded = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    return png_bytes(decoded.convert("RGB"))

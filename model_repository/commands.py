@@ -14,29 +14,37 @@ from model_repository.client import Client, Response
 from model_repository.layout import write_repository
 from model_repository.schema import Layout, Platform
 from model_repository.server import TritonServer
-from runtime.console import command_group, progress_bar, stderr
+from runtime.answers import DEFAULT_MAX_NEW_TOKENS
+from runtime.backends import PROVIDERS
+from runtime.commands import AsJson, GuidanceScale, MaxNewTokens, NegativePrompt, Shift, Steps
+from runtime.console import command_group, parse_pairs, progress_bar, stderr
 from runtime.errors import InputError, ServiceError
 from runtime.files import make_writable_folder
-from runtime.pictures import save_png
+from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_SHIFT, DEFAULT_STEPS
+from runtime.images import save_png
 
-app = command_group('Talk to a running service.\n\n\b\nExample:\n  latte-flow client generate "a red star" --seed 7')
-Url = Annotated[str, typer.Option(help="Of Triton's gRPC endpoint.")]
+app = command_group(
+    'Send requests to a running service.\n\n\b\nExample:\n  latte-flow client generate "a red star" --seed 7'
+)
+Bundle = Annotated[Path, typer.Argument(help="Folder that `latte-flow export` wrote.")]
+Provider = Annotated[str, typer.Option(help=f"Runs the engines in Python; one of {', '.join(PROVIDERS)}.")]
+Url = Annotated[str, typer.Option(help="Address of Triton's gRPC endpoint.")]
 LayoutOption = Annotated[Layout, typer.Option(help="All engines in one process, or each as a Triton model.")]
 LOCAL = "127.0.0.1:8001"
 
 
 def repository(
-    bundle: Annotated[Path, typer.Argument(help="Folder that `latte-flow export` wrote.")],
+    bundle: Bundle,
     out: Annotated[Path, typer.Argument(help="Folder for the model repository.")],
     layout: LayoutOption = "in-process",
-    platform: Annotated[Platform, typer.Option(help="What runs the engines of the layout per-engine.")] = "python",
-    provider: Annotated[str, typer.Option(help="What runs the engines in a Python process.")] = "cpu",
+    platform: Annotated[Platform, typer.Option(help="Runs the engines in the layout per-engine.")] = "python",
+    provider: Provider = "cpu",
     gpu: Annotated[
-        list[str] | None, typer.Option(metavar="ENGINE=NUMBER", help="Place an engine; may be given again.")
+        list[str] | None, typer.Option(metavar="ENGINE=NUMBER", help="GPU of an engine; may be repeated.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing repository.")] = False,
 ) -> None:
-    """Write a Triton model repository from a bundle; it holds the bundle too.
+    """Write a Triton model repository, which contains the bundle.
 
     \b
     Examples:
@@ -44,24 +52,23 @@ def repository(
       latte-flow repository bundle models --layout per-engine --platform onnxruntime --gpu expert_0=0 --gpu expert_1=1
     """
     placement = {}
-    for item in gpu or ():
-        engine, equals, number = item.partition("=")
-        if not equals or not number.isdecimal():
-            raise InputError(f"--gpu takes ENGINE=NUMBER, got {item!r}")
+    for engine, number in parse_pairs(gpu, "--gpu").items():
+        if not number.isdecimal():
+            raise InputError(f"expected --gpu ENGINE=NUMBER, got {engine}={number}")
         placement[engine] = int(number)
     write_repository(bundle, out, layout=layout, platform=platform, provider=provider, placement=placement, force=force)
     typer.echo(str(out))
 
 
 def serve(
-    bundle: Annotated[Path, typer.Argument(help="Folder that `latte-flow export` wrote.")],
-    http_port: Annotated[int, typer.Option(help="HTTP; 0 takes a free one.")] = 8000,
-    grpc_port: Annotated[int, typer.Option(help="gRPC; 0 takes a free one.")] = 8001,
-    metrics_port: Annotated[int, typer.Option(help="Prometheus metrics; 0 takes a free one.")] = 8002,
+    bundle: Bundle,
+    http_port: Annotated[int, typer.Option(help="Port for HTTP; 0 takes a free one.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="Port for gRPC; 0 takes a free one.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="Port for Prometheus metrics; 0 takes a free one.")] = 8002,
     layout: LayoutOption = "in-process",
-    provider: Annotated[str, typer.Option(help="What runs the engines.")] = "cpu",
+    provider: Provider = "cpu",
 ) -> None:
-    """Serve a bundle on this machine with the bundled Triton server, until Ctrl-C; requests in flight finish.
+    """Serve a bundle on this machine with the bundled Triton server. On Ctrl-C, requests in flight finish.
 
     \b
     Examples:
@@ -81,7 +88,7 @@ def serve(
             code = server.process.wait()
             raise ServiceError(f"the Triton server ended by itself with code {code}")
         except KeyboardInterrupt:
-            stderr.print("finish what is in flight …")
+            stderr.print("waiting for requests in flight …")
         finally:
             server.drain()
 
@@ -91,21 +98,21 @@ def client_generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     url: Url = LOCAL,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNGs.")] = Path("."),
-    negative_prompt: Annotated[str, typer.Option(help="What guidance leads away from.")] = "",
-    num_inference_steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 20,
-    guidance_scale: Annotated[float, typer.Option(help="1 is without guidance.")] = 3.0,
-    shift: Annotated[float, typer.Option(help="Of the time grid; 2 is good for few steps.")] = 1.0,
-    num_images: Annotated[int, typer.Option(help="Pictures of the prompt.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the first picture.")] = 0,
-    priority: Annotated[int, typer.Option(help="-2 to 2; a higher one is served first.")] = 0,
-    deadline: Annotated[float | None, typer.Option(help="Seconds after which to give up.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    negative_prompt: NegativePrompt = "",
+    num_inference_steps: Steps = DEFAULT_STEPS,
+    guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE,
+    shift: Shift = DEFAULT_SHIFT,
+    num_images: Annotated[int, typer.Option(help="Number of images.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the first image; the others count up.")] = 0,
+    priority: Annotated[int, typer.Option(help="-2 to 2; requests with a higher priority are served first.")] = 0,
+    deadline: Annotated[float | None, typer.Option(help="Seconds after which the request fails.")] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Draw through a service; Ctrl-C cancels there too.
+    """Generate images through a service. Ctrl-C cancels the request there too.
 
     \b
     Example:
-      latte-flow client generate "a small red circle" --seed 7 -o pictures
+      latte-flow client generate "a small red circle" --seed 7 -o images
     """
     make_writable_folder(out)
     options = {"deadline": deadline} if deadline is not None else {}
@@ -139,15 +146,17 @@ def client_generate(
 
 @app.command(name="ask", no_args_is_help=True)
 def client_ask(
-    images_and_question: Annotated[list[str], typer.Argument(metavar="[IMAGE]... QUESTION")],
+    images_and_question: Annotated[
+        list[str], typer.Argument(metavar="[IMAGE]... QUESTION", help="Image files, if any, then the question.")
+    ],
     url: Url = LOCAL,
-    max_new_tokens: Annotated[int, typer.Option(help="The answer is cut here.")] = 128,
+    max_new_tokens: MaxNewTokens = DEFAULT_MAX_NEW_TOKENS,
 ) -> None:
-    """Ask through a service.
+    """Ask a question about images through a service.
 
     \b
     Example:
-      latte-flow client ask picture.png "what colour is the circle?"
+      latte-flow client ask image.png "what colour is the circle?"
     """
     *images, question = images_and_question
     typer.echo(Client(url).ask(images, question, max_new_tokens=max_new_tokens))
@@ -155,7 +164,7 @@ def client_ask(
 
 @app.command(name="health", no_args_is_help=False)
 def client_health(url: Url = LOCAL) -> None:
-    """Exit with 0 if the service draws a picture in time, with 1 if not.
+    """Check that the service draws an image in time. Exits with 1 if it does not.
 
     \b
     Example:

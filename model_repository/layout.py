@@ -1,4 +1,4 @@
-"""From a bundle to a Triton model repository: configs through protobuf, the models' sources, the bundle beside them."""
+"""From a bundle to a Triton model repository: configurations through protobuf, the models' sources, and the bundle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from model_repository.schema import INPUTS, MODEL, OUTPUTS, Field, Layout, Platf
 from runtime.errors import InputError
 from runtime.files import check_replaceable, link_or_copy, replaced_directory, write_text
 from runtime.manifest import FILE_NAME, EngineEntry, Manifest, check_file, load_manifest
-from runtime.requests import Limits
+from runtime.serving.requests import Limits
 
 CONFIG_FILE = "config.pbtxt"
 ENGINE_FILE = "engine.json"
@@ -43,20 +43,20 @@ def write_repository(
     execution_environment: Path | None = None,
     force: bool = False,
 ) -> None:
-    """Writes the repository of a bundle; it appears at `out` whole or not at all.
+    """Writes the repository of a bundle; it appears at `out` complete or not at all.
 
     Args:
-        layout: all engines in the process of the model `latte_flow`, or each as a model of its own.
-        platform: what runs the engines of the layout per-engine.
-        provider: what runs the engines in a Python process.
+        layout: "in-process" for all engines in the process of the model `latte_flow`, "per-engine" for a model each.
+        platform: runs the engines in the layout per-engine.
+        provider: runs the engines in a Python process.
         limits: what the service accepts.
-        placement: engine name to the number of its GPU, in the layout per-engine; the others run on the CPU.
-        execution_environment: the virtual environment that Python models run in, where it is not the server's own.
-        force: replace a repository.
+        placement: GPU numbers by engine name, in the layout per-engine; the other engines run on the CPU.
+        execution_environment: virtual environment of the Python models, if it is not the server's own.
+        force: replace an existing repository.
 
     Raises:
         BundleError: the bundle cannot be used.
-        InputError: something is in the way at `out`, or the options do not fit each other.
+        InputError: something else is at `out`, or the options exclude each other.
     """
     manifest = load_manifest(bundle)
     if layout == "in-process" and (platform != "python" or placement):
@@ -78,22 +78,22 @@ def write_repository(
 
 
 def _write_model(folder: Path, config: Any, source: str | None) -> Path:
-    """A model's folder with its config and, where it is in Python, its source; returns the folder of the version."""
+    """Writes a model's configuration and, if it is in Python, its source; returns the folder of its version."""
     version = folder / VERSION
     version.mkdir(parents=True)
     write_text(folder / CONFIG_FILE, text_format.MessageToString(config))
     if source is not None:
-        shutil.copyfile(SOURCES / source / "model.py", version / "model.py")
+        shutil.copyfile(SOURCES / source / VERSION / "model.py", version / "model.py")
     return version
 
 
 def _write_engine(bundle: Path, engine: EngineEntry, version: Path, platform: Platform) -> None:
-    """An engine's files in the folder of its version."""
+    """Writes an engine's files into the folder of its version."""
     if platform == "tensorrt":
         plan = engine.plan("tensorrt")
         if plan is None:
             raise InputError(
-                f"{bundle} holds no TensorRT plan of {engine.name}; run `latte-flow build`, or choose "
+                f"{bundle} has no TensorRT plan of {engine.name}; run `latte-flow build`, or choose "
                 "--platform onnxruntime"
             )
         link_or_copy(check_file(bundle, plan.file), version / "model.plan")
@@ -107,7 +107,7 @@ def _write_engine(bundle: Path, engine: EngineEntry, version: Path, platform: Pl
 
 
 def engine_config(engine: EngineEntry, platform: Platform, gpu: int | None, parameters: Mapping[str, str]) -> Any:
-    """The configuration of an engine's own model. Its batches are the scheduler's: Triton's batcher is off."""
+    """Returns the configuration of an engine's own model. The scheduler makes the batches; Triton's batcher is off."""
     config = model_config_pb2.ModelConfig(name=engine_model(engine.name), max_batch_size=0)
     if platform == "python":
         config.backend = "python"
@@ -126,7 +126,7 @@ def engine_config(engine: EngineEntry, platform: Platform, gpu: int | None, para
 
 
 def service_config(parameters: Mapping[str, str]) -> Any:
-    """The configuration of the model `latte_flow`."""
+    """Returns the configuration of the model `latte_flow`."""
     config = model_config_pb2.ModelConfig(name=MODEL, backend="python", max_batch_size=0)
     config.model_transaction_policy.decoupled = True
     _place(config, None)
@@ -138,7 +138,7 @@ def service_config(parameters: Mapping[str, str]) -> Any:
         config.output.append(model_config_pb2.ModelOutput(name=field.name, data_type=_type(field), dims=field.dims))
     _set_parameters(config, parameters)
     if parameters["layout"] == "per-engine":
-        # Other models cannot be called while this one is initialised, so Triton sends a first request: an empty prompt.
+        # Other models cannot be called while this one is initialised, so Triton sends an empty prompt first.
         warmup = config.model_warmup.add(name="an empty prompt")
         prompt = warmup.inputs["prompt"]
         prompt.data_type, prompt.zero_data = model_config_pb2.TYPE_STRING, True
@@ -166,7 +166,7 @@ def _type(field: Field) -> Any:
 
 
 def copy_bundle(bundle: Path, manifest: Manifest, target: Path) -> None:
-    """The bundle's files, linked where the file system can; the manifest last."""
+    """Copies a bundle's files, as hard links where the file system allows."""
     plans = [plan.file for engine in manifest.engines for plan in engine.plans]
     for entry in (*manifest.files(), *plans):
         link_or_copy(bundle / entry.path, target / entry.path)

@@ -1,8 +1,7 @@
-"""What a request to the model `latte_flow` holds, and what comes back: one table for config, model and client.
+"""Requests to the model `latte_flow`, and its responses: one table for configuration, model and client.
 
-Names are those of diffusers' pipelines, so that a JSON body for Triton's `generate` endpoint reads
-like a call. Every input has one value unless its dims say otherwise. A request has a `prompt` (it
-draws) or a `question` (it answers).
+The names are those of diffusers' pipelines, so that a JSON body for Triton's `generate` endpoint reads like a call.
+Every input has one value unless its dims say otherwise. A request has a `prompt` or a `question`.
 """
 
 from __future__ import annotations
@@ -17,23 +16,25 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from runtime.answers import AnswerSettings
+from runtime.answers import DEFAULT_MAX_NEW_TOKENS, AnswerSettings
 from runtime.chat import Message, user_message
 from runtime.errors import InputError
-from runtime.pictures import png_bytes
-from runtime.requests import GenerationRequest
+from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_SHIFT, DEFAULT_STEPS
+from runtime.images import png_bytes
+from runtime.serving.requests import GenerationRequest
 
 MODEL = "latte_flow"
 Layout = Literal["in-process", "per-engine"]
 Platform = Literal["python", "onnxruntime", "tensorrt"]
+RequestKind = Literal["prompt", "question"]
 ImageFormat = Literal["raw", "png", "png_base64"]
 IMAGE_FORMATS: tuple[ImageFormat, ...] = ("raw", "png", "png_base64")
 MAX_TEXT_BYTES = 65_536
-"""Of a prompt or a question; the model's limit in tokens is far below."""
+"""Limit of a prompt or a question; the model's own limit in tokens is far lower."""
 MAX_IMAGE_BYTES = 20_000_000
 MAX_IMAGES_ASKED = 8
 INVALID, CANCELLED, UNAVAILABLE, INTERNAL = "INVALID_ARG", "CANCELLED", "UNAVAILABLE", "INTERNAL"
-"""Triton's codes that errors have; a message begins with its own."""
+"""Triton's codes of errors; each message begins with its code."""
 
 
 @dataclass(frozen=True)
@@ -42,38 +43,44 @@ class Field:
 
     name: str
     dtype: str
-    """As Triton names it: "BYTES", "INT32", …"""
+    """Triton's name of it: "BYTES", "INT32", …"""
     dims: tuple[int, ...]
     about: str
+    requests: tuple[RequestKind, ...] = ()
+    """The kinds of requests that take this input."""
 
 
+DRAW: tuple[RequestKind, ...] = ("prompt",)
+ASK: tuple[RequestKind, ...] = ("question",)
 INPUTS = (
-    Field("prompt", "BYTES", (1,), "what to draw"),
-    Field("negative_prompt", "BYTES", (1,), "what guidance leads away from"),
-    Field("num_inference_steps", "INT32", (1,), "steps of Euler's method, default 20"),
-    Field("guidance_scale", "FP32", (1,), "default 3; 1 is without guidance"),
-    Field("shift", "FP32", (1,), "of the time grid, default 1; 2 is good for few steps"),
-    Field("seed", "INT64", (1,), "image i is drawn from seed + i, default 0"),
-    Field("num_images", "INT32", (1,), "pictures of the prompt, default 1"),
-    Field("image_format", "BYTES", (1,), "raw, png, or png_base64 for JSON; default raw"),
-    Field("progress", "BOOL", (1,), "send an event after every step"),
-    Field("preview_every", "INT32", (1,), "send a decoded preview after so many steps"),
-    Field("priority", "INT32", (1,), "-2 to 2; a higher one is served first"),
-    Field("deadline", "FP32", (1,), "seconds after which the request is given up"),
-    Field("question", "BYTES", (1,), "what to answer"),
-    Field("image", "BYTES", (-1,), "pictures that the question is about: PNG or JPEG files, or their base64"),
-    Field("max_new_tokens", "INT32", (1,), "an answer is cut here, default 128"),
-    Field("temperature", "FP32", (1,), "0, the default, is greedy"),
-    Field("top_p", "FP32", (1,), "sample from the likeliest tokens of this probability"),
-    Field("stream", "BOOL", (1,), "send an answer piece by piece"),
+    Field("prompt", "BYTES", (1,), "what to draw", DRAW),
+    Field("negative_prompt", "BYTES", (1,), "what the image should not show", DRAW),
+    Field("num_inference_steps", "INT32", (1,), f"number of Euler steps, default {DEFAULT_STEPS}", DRAW),
+    Field(
+        "guidance_scale", "FP32", (1,), f"default {DEFAULT_GUIDANCE_SCALE:g}; 1 disables it and halves the cost", DRAW
+    ),
+    Field("shift", "FP32", (1,), f"time-grid shift, default {DEFAULT_SHIFT:g}; try 2 with few steps", DRAW),
+    Field("seed", "INT64", (1,), "default 0; image i is drawn from seed + i", (*DRAW, *ASK)),
+    Field("num_images", "INT32", (1,), "number of images, default 1", DRAW),
+    Field("image_format", "BYTES", (1,), "raw (the default), png, or png_base64 for JSON", DRAW),
+    Field("progress", "BOOL", (1,), "send a response after every step", DRAW),
+    Field("preview_every", "INT32", (1,), "number of steps between decoded previews", DRAW),
+    Field("priority", "INT32", (1,), "-2 to 2; requests with a higher priority are served first", DRAW),
+    Field("deadline", "FP32", (1,), "seconds after which the request fails", DRAW),
+    Field("question", "BYTES", (1,), "what to answer", ASK),
+    Field("image", "BYTES", (-1,), "images that the question is about: PNG or JPEG files, or their base64", ASK),
+    Field("max_new_tokens", "INT32", (1,), f"largest number of tokens, default {DEFAULT_MAX_NEW_TOKENS}", ASK),
+    Field("temperature", "FP32", (1,), "default 0, which takes the most likely token", ASK),
+    Field("top_p", "FP32", (1,), "sample from the most likely tokens with this probability", ASK),
+    Field("stream", "BOOL", (1,), "send the answer piece by piece", ASK),
 )
 OUTPUTS = (
     Field("event", "BYTES", (1,), "progress, preview, text, and last done"),
-    Field("image_index", "INT32", (1,), "which picture, of progress and preview"),
-    Field("step", "INT32", (1,), "steps that it has behind it"),
-    Field("images", "UINT8", (-1, -1, -1, 3), "raw pictures [n, height, width, 3]: all of them in done"),
-    Field("png", "BYTES", (-1,), "the same as PNG files or their base64"),
-    Field("text", "BYTES", (1,), "a piece of an answer, or in done the whole"),
+    Field("image_index", "INT32", (1,), "index of the image, in progress and preview"),
+    Field("step", "INT32", (1,), "number of finished steps"),
+    Field("images", "UINT8", (-1, -1, -1, 3), "raw images [n, height, width, 3]; all of them in done"),
+    Field("png", "BYTES", (-1,), "images as PNG files or their base64"),
+    Field("text", "BYTES", (1,), "a piece of an answer; the whole answer in done"),
 )
 _BY_NAME = {field.name: field for field in INPUTS}
 NUMPY_DTYPES = {
@@ -88,7 +95,7 @@ NUMPY_DTYPES = {
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """Pictures of a prompt, and how to send them."""
+    """A request for images, and how to send them."""
 
     generation: GenerationRequest
     image_format: ImageFormat
@@ -97,7 +104,7 @@ class DrawRequest:
 
 @dataclass(frozen=True)
 class AskRequest:
-    """A question about pictures, and how to send the answer."""
+    """A question about images, and how to send the answer."""
 
     conversation: tuple[Message, ...]
     settings: AnswerSettings
@@ -105,28 +112,26 @@ class AskRequest:
 
 
 def engine_model(engine: str) -> str:
-    """The Triton model of an engine, in the layout with one for each."""
+    """Returns the name of an engine's own Triton model, in the layout per-engine."""
     return f"{MODEL}_{engine}"
 
 
 def read_request(tensors: Mapping[str, np.ndarray]) -> DrawRequest | AskRequest:
-    """A request of its input tensors.
+    """Makes a request of its input tensors.
 
     Raises:
-        InputError: one is unknown, of a wrong shape or value, or prompt and question are both there or both not.
+        InputError: an input is unknown or wrong, or there is not exactly one of prompt and question.
     """
     values = {name: _value(name, array) for name, array in tensors.items()}
     if ("prompt" in values) == ("question" in values):
         raise InputError("a request needs either a prompt, to draw, or a question, to be answered")
-    drawing = "prompt" in values
-    split = [field.name for field in INPUTS].index("question")
-    fitting = {field.name for field in (INPUTS[:split] if drawing else (*INPUTS[split:], _BY_NAME["seed"]))}
+    kind: RequestKind = "prompt" if "prompt" in values else "question"
+    fitting = {field.name for field in INPUTS if kind in field.requests}
     if strange := sorted(set(values) - fitting):
-        kind = "prompt" if drawing else "question"
         raise InputError(
             f"a request with a {kind} takes no {', '.join(strange)}; it takes {', '.join(sorted(fitting))}"
         )
-    return _draw_request(values) if drawing else _ask_request(values)
+    return _draw_request(values) if kind == "prompt" else _ask_request(values)
 
 
 def _value(name: str, array: np.ndarray) -> Any:
@@ -159,14 +164,14 @@ def _draw_request(values: dict[str, Any]) -> DrawRequest:
 
 def _ask_request(values: dict[str, Any]) -> AskRequest:
     stream = values.pop("stream", False)
-    pictures = [_picture(content) for content in values.pop("image", [])]
-    if len(pictures) > MAX_IMAGES_ASKED:
-        raise InputError(f"a question may be about {MAX_IMAGES_ASKED} images, got {len(pictures)}")
-    message = user_message(pictures, values.pop("question"))
+    images = [_image(content) for content in values.pop("image", [])]
+    if len(images) > MAX_IMAGES_ASKED:
+        raise InputError(f"a question may be about {MAX_IMAGES_ASKED} images, got {len(images)}")
+    message = user_message(images, values.pop("question"))
     return AskRequest((message,), AnswerSettings(**values), stream)
 
 
-def _picture(content: bytes | str) -> Image.Image:
+def _image(content: bytes | str) -> Image.Image:
     raw = content if isinstance(content, bytes) else content.encode()
     if len(raw) > MAX_IMAGE_BYTES:
         raise InputError(f"an image has {len(raw)} bytes, the limit is {MAX_IMAGE_BYTES}; make it smaller")
@@ -182,7 +187,7 @@ def _picture(content: bytes | str) -> Image.Image:
 
 
 def write_images(pixels: np.ndarray, image_format: ImageFormat) -> tuple[str, np.ndarray]:
-    """The output tensor of pictures `[n, height, width, 3]` uint8: its name and value."""
+    """Returns name and value of the output tensor for images `[n, height, width, 3]` uint8."""
     if image_format == "raw":
         return "images", pixels
     files = [png_bytes(Image.fromarray(image)) for image in pixels]

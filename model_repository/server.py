@@ -1,6 +1,6 @@
-"""The Triton server of the `nvidia-pytriton` wheel, for one machine and for tests: started, watched, drained.
+"""The Triton server in the `nvidia-pytriton` wheel, for one machine and for tests.
 
-It listens on the loopback interface. Production uses NVIDIA's container; see docs/serving.md.
+It listens on the loopback interface only. Production uses NVIDIA's container; see docs/serving.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 import uuid
-from http.client import HTTPConnection
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -25,11 +24,13 @@ import numpy as np
 import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
+from model_repository.client import Client
 from model_repository.schema import MODEL
-from runtime.errors import InputError, MissingExtraError, ServiceError, one_line
+from runtime.errors import InputError, MissingExtraError, ServiceError
 
 HOST = "127.0.0.1"
 START_SECONDS = 120.0
+PROBE_SECONDS = 5.0
 DRAIN_SECONDS = 60.0
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -81,16 +82,16 @@ class TritonServer:
         return f"http://{HOST}:{self._ports[2]}/metrics"
 
     def wait_until_ready(self) -> None:
-        """Returns once the model has answered a request.
+        """Waits until the model has drawn an image.
 
         Raises:
-            ServiceError: the server ended, or did not answer in time; its last lines are in the message.
+            ServiceError: the server ended or did not answer in time; the message has its last lines.
         """
         give_up = time.monotonic() + START_SECONDS
         while time.monotonic() < give_up:
             if self.process.poll() is not None:
                 raise ServiceError(f"the Triton server ended with code {self.process.returncode}: {self._last_lines()}")
-            if is_alive(self.http_url):
+            if Client(self.grpc_url, retries=0).is_alive(PROBE_SECONDS):
                 return
             time.sleep(0.1)
         raise ServiceError(f"the Triton server did not answer within {START_SECONDS:g} s: {self._last_lines()}")
@@ -111,25 +112,13 @@ class TritonServer:
                     time.sleep(0.05)
         self.close()
 
-    def reload(self) -> None:
-        """Loads what the repository holds now; the old model serves until the new one can, and finishes what it has.
-
-        Raises:
-            ServiceError: the new one cannot be loaded; the old one goes on.
-        """
-        with tritonclient.http.InferenceServerClient(self.http_url, network_timeout=START_SECONDS) as client:
-            try:
-                client.load_model(MODEL)
-            except InferenceServerException as error:
-                raise ServiceError(f"the Triton server keeps the old model: {one_line(error)}") from error
-
     def close(self) -> None:
         """Ends the server and its stubs, and removes its temporary files."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=DRAIN_SECONDS)
-        # A stub can outlive its server, and so can a server its patience.
+        # The server may not end in time, and a stub can outlive its server.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -153,27 +142,8 @@ class TritonServer:
         self.close()
 
 
-def is_alive(url: str, timeout: float = 5.0) -> bool:
-    """Whether the model draws: Triton calls itself ready also when the model's process is dead."""
-    body = b'{"prompt": "", "num_inference_steps": 1, "guidance_scale": 1.0}'
-    connection = http_connection(url, timeout)
-    try:
-        connection.request("POST", f"/v2/models/{MODEL}/generate", body, {"Content-Type": "application/json"})
-        return connection.getresponse().status == 200
-    except OSError:
-        return False
-    finally:
-        connection.close()
-
-
-def http_connection(url: str, timeout: float) -> HTTPConnection:
-    """A plain connection to `host:port`."""
-    host, _, port = url.rpartition(":")
-    return HTTPConnection(host, int(port), timeout=timeout)
-
-
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """Returns a port that is not in use."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
@@ -181,7 +151,7 @@ def free_port() -> int:
 
 
 def _prepare(folder: Path) -> tuple[Path, Path]:
-    """Lays out a backend folder with the stub of this Python; returns the server and its libraries' folder."""
+    """Makes a backend folder with the stub of this Python; returns the server and its libraries' folder."""
     spec = find_spec("pytriton")
     if spec is None or spec.origin is None:
         raise MissingExtraError('the bundled Triton server is not installed; run: pip install "latte-flow[triton]"')

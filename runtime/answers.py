@@ -1,7 +1,7 @@
-"""Answering: images through `vision_encoder`, the conversation through `vlm`, then token by token.
+"""Answers about images: the images go through `vision_encoder`, the conversation through `vlm`, token by token.
 
-Between tokens the keys and values stay where the engine left them; only the logits of the last token
-come to the host, where a token is chosen.
+Between tokens the keys and values stay where the engine left them; only the logits of the last token come to the
+host, where a token is chosen.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from tokenizers.decoders import DecodeStream
 from runtime.backends import Session, Value, to_host
 from runtime.chat import ChatInputs, ChatProcessor, Message
 from runtime.errors import InputError
-from runtime.images import ImagePatches
+from runtime.image_processor import ImagePatches
 from runtime.language import LanguageModel
 from runtime.manifest import Understanding
 
 DEFAULT_MAX_NEW_TOKENS = 128
 PATCHES_PER_RUN = 4096
-"""Images are encoded together up to this many patches: attention costs their square."""
+"""Images are encoded together up to this many patches, because attention costs the square of their number."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class AnswerSettings:
     """How tokens are chosen.
 
     Args:
-        max_new_tokens: an answer is cut here.
-        temperature: 0 takes the likeliest token; otherwise logits are divided by it.
-        top_p: samples from the likeliest tokens that together have this probability (arXiv 1904.09751).
-        seed: of the sampling; rows of a batch use seed, seed + 1, …
-        stop: an answer ends before the first of these texts.
+        max_new_tokens: largest number of tokens of an answer.
+        temperature: 0 takes the most likely token; otherwise logits are divided by it.
+        top_p: sample from the most likely tokens that together have this probability (arXiv 1904.09751).
+        seed: seed of the sampling; rows of a batch use seed, seed + 1, …
+        stop: texts that end an answer; the answer stops before the first of them.
     """
 
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
@@ -59,26 +59,23 @@ class AnswerSettings:
 class Answerer:
     """Answers conversations with a bundle's engines."""
 
-    def __init__(
-        self, engines: Mapping[str, Session], chat: ChatProcessor, tokenizer: Tokenizer, understanding: Understanding
-    ) -> None:
+    def __init__(self, engines: Mapping[str, Session], chat: ChatProcessor, understanding: Understanding) -> None:
         self._engines = engines
         self.chat = chat
-        self._tokenizer = tokenizer
         self._understanding = understanding
         self.language = LanguageModel(engines)
 
     def answer(self, conversations: Sequence[Sequence[Message]], settings: AnswerSettings) -> list[str]:
-        """The answer to each conversation."""
+        """Returns the answer to each conversation."""
         texts = [""] * len(conversations)
         for pieces in self.stream(conversations, settings):
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         return texts
 
     def stream(self, conversations: Sequence[Sequence[Message]], settings: AnswerSettings) -> Iterator[list[str]]:
-        """New text of every answer, token by token; "" where there is none."""
-        inputs = self.chat(conversations)
-        writers = [_Writer(self._tokenizer, settings.stop) for _ in conversations]
+        """Yields the new text of every answer after each token; "" where there is none."""
+        inputs = self.chat.encode_conversations(conversations)
+        writers = [_Writer(self.chat.tokenizer, settings.stop) for _ in conversations]
         done = np.zeros(len(conversations), bool)
         for tokens in self.tokens(inputs, settings):
             pieces = [""] * len(conversations)
@@ -94,9 +91,9 @@ class Answerer:
         yield [writer.finish() for writer in writers]
 
     def tokens(self, inputs: ChatInputs, settings: AnswerSettings) -> Iterator[np.ndarray]:
-        """The next token of every row, `[B]` int64, until `max_new_tokens` or the model's limit.
+        """Yields the next token of every row, `[B]` int64, until `max_new_tokens` or the model's limit.
 
-        A row goes on after its end; whoever reads decides when all have ended.
+        Rows continue past their end tokens: the caller decides when all have ended.
         """
         rows, length = inputs.input_ids.shape
         generators = [np.random.default_rng([settings.seed + row]) for row in range(rows)]
@@ -116,7 +113,7 @@ class Answerer:
                 output = self.language.forward(chosen[:, None], mask, positions, past=output.kv)
 
     def encode_images(self, images: ImagePatches) -> Value:
-        """Embeddings of all tokens, `[T, hidden]` float32; large images go through the tower one by one."""
+        """Returns the embeddings of all image tokens, `[T, hidden]` float32; large images are encoded one by one."""
         embeds: list[Value] = []
         for part in _in_runs(images):
             feed = {
@@ -140,7 +137,7 @@ def _in_runs(images: ImagePatches) -> Iterator[ImagePatches]:
 
 
 def choose_token(logits: np.ndarray, generator: np.random.Generator, settings: AnswerSettings) -> int:
-    """One token from the logits of a row, `[vocabulary]` float32."""
+    """Returns one token, chosen from the logits of a row, `[vocabulary]` float32."""
     if settings.temperature == 0:
         return int(np.argmax(logits))
     scaled = logits.astype(np.float64) / settings.temperature
@@ -154,7 +151,7 @@ def choose_token(logits: np.ndarray, generator: np.random.Generator, settings: A
 
 
 class _Writer:
-    """Tokens to text, holding back what may be the beginning of a stop text."""
+    """Decodes tokens to text, and holds back text that may be the beginning of a stop text."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer
@@ -166,7 +163,7 @@ class _Writer:
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """The text that is certain after one more token."""
+        """Takes one more token; returns the text that is certain now."""
         self._tokens.append(token)
         decoded = self._decoder.step(self._tokenizer, token) or ""
         self._decoded += len(decoded)
@@ -181,11 +178,11 @@ class _Writer:
         return text
 
     def finish(self) -> str:
-        """What was held back: the beginning of a stop text that did not come, and of a character that did not."""
+        """Returns the text that was held back: an incomplete stop text, or the bytes of an incomplete character."""
         text, self._held = self._held, ""
         return text if self.stopped else text + self._tokenizer.decode(self._tokens)[self._decoded :]
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many of the last characters of `text` begin `stop`."""
+    """Returns how many of the last characters of `text` are the beginning of `stop`."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,7 +1,10 @@
-"""Conversations to tokens, as Qwen2-VL's processor of transformers makes them, without transformers or torch.
+"""Text and images to tokens, as Qwen2-VL's processor in transformers does it, without transformers or torch.
 
-A message is a dict in the Hugging Face chat format: a role, and content that is text or a list of
-parts, `{"type": "text", "text": …}` or `{"type": "image", "image": …}`.
+Prompts and conversations take the same way: through the model's chat template, then the tokenizer. A prompt is a
+conversation of one user message.
+
+A message is a dict in the Hugging Face chat format: a role, and content that is text or a list of parts,
+`{"type": "text", "text": …}` or `{"type": "image", "image": …}`.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +23,19 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from runtime.errors import BundleError, InputError, one_line
-from runtime.images import ImagePatches, ImageProcessor, Picture
-from runtime.manifest import Manifest, check_file
-from runtime.prompts import refuse_special_tokens
+from runtime.image_processor import ImagePatches, ImageProcessor
+from runtime.images import ImageInput
+from runtime.manifest import Manifest
 
 Message = Mapping[str, Any]
+TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
 ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
 class ChatInputs:
-    """Conversations side by side, ready for the engines."""
+    """Conversations as a batch, ready for the engines."""
 
     input_ids: np.ndarray
     """`[B, T]` int64, padded on the right."""
@@ -39,74 +44,100 @@ class ChatInputs:
     position_ids: np.ndarray
     """M-RoPE positions, `[3, B, T]` int64."""
     next_position: np.ndarray
-    """The position of the first new token, `[B]` int64."""
+    """Position of the first new token, `[B]` int64."""
     images: ImagePatches | None
-    """All images in order."""
+    """The images of all conversations, in order."""
 
 
 class ChatProcessor:
-    """Chat template, tokenizer and image processor of a bundle."""
+    """The chat template, tokenizer and image processor of a bundle."""
 
-    def __init__(self, tokenizer: Tokenizer, template: Template, images: ImageProcessor, manifest: Manifest) -> None:
-        self.tokenizer = tokenizer
-        self._template = template
-        self._images = images
-        self._understanding = manifest.understanding
-        self._prompt = manifest.prompt
-
-    @classmethod
-    def from_bundle(cls, bundle: Path, manifest: Manifest, tokenizer: Tokenizer) -> ChatProcessor:
-        """Reads the bundle's template and processor, once they are known to be unaltered.
+    def __init__(self, bundle: Path, manifest: Manifest) -> None:
+        """Reads the bundle's tokenizer and template after checking that they were not altered.
 
         Raises:
-            BundleError: the bundle has none.
+            BundleError: one of them is missing, altered or broken.
         """
-        files = {entry.path: entry for entry in manifest.tokenizer_files}
-        if TEMPLATE_FILE not in files:
-            raise BundleError(f"{bundle} holds no {TEMPLATE_FILE}, so it cannot answer; export the checkpoint again")
-        template = compile_template(check_file(bundle, files[TEMPLATE_FILE]).read_text(encoding="utf-8"))
-        return cls(tokenizer, template, ImageProcessor.from_bundle(bundle, manifest), manifest)
+        self.tokenizer = Tokenizer.from_file(str(manifest.tokenizer_file(bundle, TOKENIZER_FILE)))
+        self._template = compile_template(manifest.tokenizer_file(bundle, TEMPLATE_FILE).read_text(encoding="utf-8"))
+        self._bundle = bundle
+        self._manifest = manifest
 
-    def __call__(self, conversations: Sequence[Sequence[Message]]) -> ChatInputs:
-        """Conversations, each ending where the assistant's answer begins.
+    @cached_property
+    def image_processor(self) -> ImageProcessor:
+        """The bundle's image processor, read when the first image comes."""
+        return ImageProcessor.from_bundle(self._bundle, self._manifest)
+
+    def prompt_tokens(self, prompt: str) -> list[int]:
+        """Returns the token ids of one prompt in the chat template.
 
         Raises:
-            InputError: a conversation that cannot be read, or that is longer than the model's limit.
+            InputError: the prompt is not text, contains a special token, or is too long for the model.
         """
-        texts: list[str] = []
-        pictures: list[Picture] = []
-        images_of: list[int] = []
-        for conversation in conversations:
-            parts = _parts_of(conversation)
-            found = [part["image"] for part in parts if part["type"] == "image"]
-            for part in parts:
-                if part["type"] == "text":
-                    refuse_special_tokens("message", part["text"], self._prompt)
-            texts.append(self._render(conversation))
-            images_of.append(len(found))
-            pictures += found
-        images = self._images(pictures) if pictures else None
-        grids = list(images.grids) if images is not None else []
-        rows = []
-        for text, count in zip(texts, images_of, strict=True):
-            rows.append(self._row(text, grids[:count]))
-            grids = grids[count:]
-        return self._side_by_side(rows, images)
+        if not isinstance(prompt, str):
+            raise InputError(f"a prompt must be text, got {type(prompt).__name__}")
+        self._refuse_special_tokens("prompt", prompt)
+        ids = self._encode([{"role": "user", "content": prompt}])
+        limit = self._manifest.prompt.max_tokens
+        if len(ids) > limit:
+            raise InputError(
+                f"a prompt has {len(ids)} tokens in its chat template, the model's limit is {limit}; shorten it"
+            )
+        return ids
 
-    def _render(self, conversation: Sequence[Message]) -> str:
+    def encode_prompts(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns prompts as a batch: ids `[B, P]` int64, padded on the right, and their mask `[B, P]` bool."""
+        return self._pad([self.prompt_tokens(prompt) for prompt in prompts])
+
+    def encode_conversations(self, conversations: Sequence[Sequence[Message]]) -> ChatInputs:
+        """Returns conversations as a batch; each ends where the assistant's answer begins.
+
+        Raises:
+            InputError: a conversation cannot be read, or is too long for the model.
+        """
+        images_of = [self._checked_images(conversation) for conversation in conversations]
+        images = [image for of_one in images_of for image in of_one]
+        patches = self.image_processor(images) if images else None
+        grids = list(patches.grids) if patches is not None else []
+        rows: list[list[int]] = []
+        positions: list[np.ndarray] = []
+        for conversation, of_one in zip(conversations, images_of, strict=True):
+            ids, position = self._with_images(self._encode(conversation), grids[: len(of_one)])
+            rows.append(ids)
+            positions.append(position)
+            grids = grids[len(of_one) :]
+        input_ids, mask = self._pad(rows)
+        position_ids = np.zeros((3, *input_ids.shape), np.int64)
+        for i, position in enumerate(positions):
+            position_ids[:, i, : position.shape[1]] = position
+        following = np.array([position.max() + 1 for position in positions], np.int64)
+        return ChatInputs(input_ids, mask, position_ids, following, patches)
+
+    def _encode(self, conversation: Sequence[Message]) -> list[int]:
+        """Renders the chat template and tokenises the result."""
         try:
-            return self._template.render(messages=conversation, add_generation_prompt=True)
+            text = self._template.render(messages=conversation, add_generation_prompt=True)
         except TemplateError as error:
             raise InputError(f"the model's chat template refuses the conversation: {one_line(error)}") from error
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
 
-    def _row(self, text: str, grids: Sequence[tuple[int, int]]) -> tuple[list[int], np.ndarray]:
-        """Token ids with each image's place as wide as its tokens, and their M-RoPE positions `[3, T]`."""
-        image_token = self._understanding.image_token_id
+    def _checked_images(self, conversation: Sequence[Message]) -> list[ImageInput]:
+        """Checks the form and the texts of a conversation; returns its images."""
+        parts = _parts_of(conversation)
+        for part in parts:
+            if part["type"] == "text":
+                self._refuse_special_tokens("message", part["text"])
+        return [part["image"] for part in parts if part["type"] == "image"]
+
+    def _with_images(self, tokens: Sequence[int], grids: Sequence[tuple[int, int]]) -> tuple[list[int], np.ndarray]:
+        """Returns token ids with each image token repeated for its image's tokens, and M-RoPE positions `[3, T]`."""
+        understanding = self._manifest.understanding
         ids: list[int] = []
         positions: list[np.ndarray] = []
         following, image = 0, 0
-        for token in self.tokenizer.encode(text, add_special_tokens=False).ids:
-            if token == image_token and image < len(grids):
+        for token in tokens:
+            if token == understanding.image_token_id and image < len(grids):
                 rows, columns = grids[image]
                 row, column = np.divmod(np.arange(rows * columns), columns)
                 positions.append(following + np.stack([np.zeros_like(row), row, column]))
@@ -117,7 +148,7 @@ class ChatProcessor:
                 ids.append(token)
                 positions.append(np.full((3, 1), following))
                 following += 1
-        limit = self._understanding.max_context_tokens
+        limit = understanding.max_context_tokens
         if len(ids) >= limit:
             of_images = sum(rows * columns for rows, columns in grids)
             raise InputError(
@@ -126,24 +157,25 @@ class ChatProcessor:
             )
         return ids, np.concatenate(positions, axis=1)
 
-    def _side_by_side(self, rows: list[tuple[list[int], np.ndarray]], images: ImagePatches | None) -> ChatInputs:
-        width = max(len(ids) for ids, _ in rows)
-        input_ids = np.full((len(rows), width), self._prompt.pad_token_id, np.int64)
-        mask = np.zeros((len(rows), width), bool)
-        position_ids = np.zeros((3, len(rows), width), np.int64)
-        for i, (ids, positions) in enumerate(rows):
-            input_ids[i, : len(ids)] = ids
-            mask[i, : len(ids)] = True
-            position_ids[:, i, : len(ids)] = positions
-        following = np.array([positions.max() + 1 for _, positions in rows], np.int64)
-        return ChatInputs(input_ids, mask, position_ids, following, images)
+    def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns rows of tokens as one array `[B, T]` int64, padded on the right, and its mask `[B, T]` bool."""
+        lengths = np.array([len(row) for row in rows])
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        ids = np.full(mask.shape, self._manifest.prompt.pad_token_id, np.int64)
+        ids[mask] = np.concatenate(rows)
+        return ids, mask
+
+    def _refuse_special_tokens(self, noun: str, text: str) -> None:
+        for token in self._manifest.prompt.special_tokens:
+            if token in text:
+                raise InputError(f"a {noun} must not contain the model's special token {token}; remove it")
 
 
 def compile_template(source: str) -> Template:
-    """A chat template with what transformers gives it, in a sandbox: a template comes with a checkpoint.
+    """Compiles a chat template with the functions that transformers gives it, in a sandbox.
 
     Raises:
-        BundleError: it is no template.
+        BundleError: it is not a template.
     """
 
     def refuse(message: str) -> None:
@@ -161,22 +193,22 @@ def compile_template(source: str) -> Template:
         raise BundleError(f"the bundle's chat template is broken: {one_line(error)}") from error
 
 
-def user_message(pictures: Sequence[Picture], question: str) -> Message:
-    """One user turn: the pictures, then the question.
+def user_message(images: Sequence[ImageInput], question: str) -> Message:
+    """Returns a user's message: the images, then the question.
 
     Raises:
-        InputError: the question is no text, or empty.
+        InputError: the question is not text, or is empty.
     """
     if not isinstance(question, str):
         raise InputError(f"a question must be text, got {type(question).__name__}")
     if not question.strip():
         raise InputError("the question is empty; ask something")
-    images = [{"type": "image", "image": picture} for picture in pictures]
-    return {"role": "user", "content": [*images, {"type": "text", "text": question}]}
+    parts = [{"type": "image", "image": image} for image in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
 
 
 def _parts_of(conversation: Sequence[Message]) -> list[Mapping[str, Any]]:
-    """The parts of all messages, once their form is known to be right."""
+    """Returns the parts of all messages after checking their form."""
     if not conversation:
         raise InputError("a conversation needs at least one message")
     parts: list[Mapping[str, Any]] = []

@@ -1,7 +1,6 @@
-"""The command `latte-flow`: puts together the commands that each package brings.
+"""The command `latte-flow`, assembled from the commands of each package.
 
-A command's module is imported when that command is called and not before, so that `generate` runs
-where torch is not installed.
+A command's module is imported only when that command is called, so that `generate` runs without torch.
 """
 
 from __future__ import annotations
@@ -28,49 +27,35 @@ class _Command:
 
 COMMANDS = {
     "demo": _Command(
-        "export.commands", "demo", "Export, verify, draw and ask with the shipped checkpoint.", "export,cpu"
+        "export.commands", "demo", "Export, verify, generate and ask with the shipped checkpoint.", "export,cpu"
     ),
-    "generate": _Command("runtime.commands", "generate", "Draw pictures from prompts with a bundle.", "cpu"),
-    "ask": _Command("runtime.commands", "ask", "Ask a question about images with a bundle.", "cpu"),
-    "inspect": _Command("runtime.commands", "inspect", "Show what a bundle holds.", "cpu"),
-    "doctor": _Command("runtime.commands", "doctor", "Show what this machine has, and what is wrong with it.", ""),
+    "generate": _Command("runtime.commands", "generate", "Generate images from prompts.", "cpu"),
+    "ask": _Command("runtime.commands", "ask", "Ask a question about images.", "cpu"),
+    "inspect": _Command("runtime.commands", "inspect", "Show what a bundle contains.", "cpu"),
+    "doctor": _Command("runtime.commands", "doctor", "Show what this machine has, and how to fix each problem.", ""),
     "export": _Command("export.commands", "export", "Turn a checkpoint into a bundle of engines.", "export,cpu"),
-    "verify": _Command("export.commands", "verify", "Compare a bundle with PyTorch, rung by rung.", "export,cpu"),
+    "verify": _Command("export.commands", "verify", "Compare a bundle with PyTorch.", "export,cpu"),
     "build": _Command("export.plans.commands", "build", "Build TensorRT plans from a bundle's graphs.", "gpu"),
     "repository": _Command("model_repository.commands", "repository", "Write a Triton model repository.", "triton,cpu"),
     "serve": _Command(
         "model_repository.commands", "serve", "Serve a bundle with Triton on this machine.", "triton,cpu"
     ),
-    "client": _Command("model_repository.commands", "app", "Talk to a running service.", "triton"),
+    "client": _Command("model_repository.commands", "app", "Send requests to a running service.", "triton"),
     "roundtrip": _Command(
-        "export.commands", "roundtrip", "Draw prompts, ask what is seen, compare with the pixels.", "export,cpu"
+        "export.commands", "roundtrip", "Generate images, ask about them, and compare with the pixels.", "export,cpu"
     ),
-    "bench": _Command("export.benchmarks.commands", "app", "Measure side by side, on this machine.", "export,cpu"),
+    "bench": _Command(
+        "export.benchmarks.commands", "app", "Measure speed, memory and quality on this machine.", "export,cpu"
+    ),
     "init": _Command("latte.commands", "init", "Make a checkpoint from a Qwen2-VL and a DC-AE.", "export"),
     "train": _Command("latte.commands", "train", "Train a checkpoint like `shapes`, stage by stage.", "export"),
-    "score": _Command("latte.commands", "score", "Score a checkpoint's pictures and answers by pixels.", "export"),
+    "score": _Command("latte.commands", "score", "Score a checkpoint's images and answers.", "export"),
 }
-OPTIONAL_MODULES = frozenset(
-    {
-        "torch",
-        "transformers",
-        "diffusers",
-        "onnx",
-        "onnxscript",
-        "onnx_ir",
-        "safetensors",
-        "scipy",
-        "matplotlib",
-        "onnxruntime",
-        "tritonclient",
-        "google",
-        "polygraphy",
-    }
-)
+OUR_PACKAGES = ("runtime", "latte", "export", "model_repository")
 
 
 class LazyGroup(TyperGroup):
-    """Lists all commands from the table; loads the one that is called."""
+    """Lists all commands from the table, and imports only the one that is called."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
@@ -86,16 +71,16 @@ class LazyGroup(TyperGroup):
 
 
 def load_command(name: str) -> Any:
-    """The real command, its module imported.
+    """Imports a command's module and returns the command.
 
     Raises:
-        MissingExtraError: the extra that it needs is not installed.
+        MissingExtraError: an extra that it needs is not installed.
     """
     command = COMMANDS[name]
     try:
         function = getattr(import_module(command.module), command.function)  # or a group of commands
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in OPTIONAL_MODULES:
+        if (error.name or "").partition(".")[0] in OUR_PACKAGES:
             raise
         raise MissingExtraError(
             f"`latte-flow {name}` needs {error.name}, which is not installed; "
@@ -108,7 +93,7 @@ def load_command(name: str) -> Any:
     return typer.main.get_command(single)
 
 
-app = command_group("LaTtE-Flow from checkpoint to production: train, export, verify, generate.", LazyGroup)
+app = command_group("LaTtE-Flow from checkpoint to production: train, export, verify, generate, ask, serve.", LazyGroup)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The commands of the runtime: `generate`, `ask` and `inspect`."""
+"""The commands of the runtime: `generate`, `ask`, `inspect` and `doctor`."""
 
 from __future__ import annotations
 
@@ -15,57 +15,64 @@ from rich.text import Text
 
 from runtime.answers import DEFAULT_MAX_NEW_TOKENS
 from runtime.backends import PROVIDERS, open_backend
-from runtime.console import parse_pairs, progress_bar, stdout
+from runtime.console import parse_pairs, progress_bar, renamed_option, stdout
 from runtime.doctor import examine
 from runtime.errors import InputError
 from runtime.files import make_writable_folder
+from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_SHIFT, DEFAULT_STEPS, ExpertSchedule
+from runtime.images import contact_sheet, save_png
 from runtime.manifest import Manifest, TensorSpec, load_manifest
-from runtime.pictures import contact_sheet, save_png
-from runtime.pipeline import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, LatteFlowPipeline
-from runtime.profile import Profiler
-from runtime.schedule import ExpertSchedule
+from runtime.pipeline import LatteFlowPipeline
+from runtime.tracing import Tracer
 
 GROUP_COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
 
-Provider = Annotated[str, typer.Option(help=f"What runs the engines: {', '.join(PROVIDERS)}.")]
+Bundle = Annotated[Path, typer.Argument(help="Folder that `latte-flow export` wrote.")]
+Provider = Annotated[str, typer.Option(help=f"Runs the engines; one of {', '.join(PROVIDERS)}.")]
 ProviderOption = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=VALUE", help="Of the provider, such as device_id=1.")
+    list[str] | None, typer.Option(metavar="NAME=VALUE", help="Option of the provider, such as device_id=1.")
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+NegativePrompt = Annotated[str, typer.Option(help="What the image should not show.")]
+Steps = Annotated[int, typer.Option(help="Number of sampling steps.")]
+GuidanceScale = Annotated[float, typer.Option(help="Guidance scale; 1 disables guidance and halves the cost.")]
+Shift = Annotated[float, typer.Option(help="Time-grid shift; try 2 with few steps.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Largest number of tokens of the answer.")]
 
 
 def generate(
-    bundle: Annotated[Path, typer.Argument(help="Folder that `latte-flow export` wrote.")],
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw; one picture or more each.")],
+    bundle: Bundle,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw; one or more prompts.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNGs.")] = Path("."),
-    negative_prompt: Annotated[str, typer.Option(help="What guidance leads away from.")] = "",
-    num_inference_steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = DEFAULT_STEPS,
-    guidance_scale: Annotated[
-        float, typer.Option(help="1 is without guidance and costs half.")
-    ] = DEFAULT_GUIDANCE_SCALE,
-    shift: Annotated[float, typer.Option(help="Of the time grid; 2 is good for few steps.")] = 1.0,
-    num_images_per_prompt: Annotated[int, typer.Option(help="Pictures of each prompt.")] = 1,
-    seed: Annotated[int | None, typer.Option(help="Seed of the first picture; the next ones count up.")] = None,
+    negative_prompt: NegativePrompt = "",
+    num_inference_steps: Steps = DEFAULT_STEPS,
+    guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE,
+    shift: Shift = DEFAULT_SHIFT,
+    num_images_per_prompt: Annotated[int, typer.Option(help="Number of images for each prompt.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first image; the others count up.")] = None,
     provider: Provider = "cpu",
     provider_option: ProviderOption = None,
     low_memory: Annotated[
-        bool, typer.Option("--low-memory", help="One engine with weights in memory at a time; slower.")
+        bool, typer.Option("--low-memory", help="Keep one engine with weights in memory at a time; slower.")
     ] = False,
-    profile: Annotated[Path | None, typer.Option(help="Write a Chrome trace here, one lane per engine.")] = None,
-    grid: Annotated[bool, typer.Option("--grid", help="Also write all pictures side by side.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace to this file, one lane per engine.")] = None,
+    profile: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    grid: Annotated[bool, typer.Option("--grid", help="Also write one image that shows all of them.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Draw pictures from prompts with a bundle.
+    """Generate images from prompts.
 
     \b
     Examples:
-      latte-flow generate bundle "a small red circle" -o pictures
+      latte-flow generate bundle "a small red circle" -o images
       latte-flow generate bundle "a blue star" "a green ring" --seed 7 --num-images-per-prompt 4 --grid
       latte-flow generate bundle "a pink cross" --num-inference-steps 40 --guidance-scale 5 --json
       latte-flow generate bundle "a green cross" --num-inference-steps 4 --shift 2
-      latte-flow generate bundle "a red star" --profile trace.json
+      latte-flow generate bundle "a red star" --trace trace.json
     """
-    profiler = Profiler(open_backend(provider, parse_pairs(provider_option, "--provider-option")))
-    with LatteFlowPipeline(bundle, load_manifest(bundle), profiler, low_memory=low_memory) as pipe:
+    trace = renamed_option("--profile", profile, "--trace", trace)
+    tracer = Tracer(open_backend(provider, parse_pairs(provider_option, "--provider-option")))
+    with LatteFlowPipeline(bundle, load_manifest(bundle), tracer, low_memory=low_memory) as pipe:
         make_writable_folder(out)
         with progress_bar(transient=True) as progress:
             task = progress.add_task("sample", total=max(num_inference_steps, 0))
@@ -80,8 +87,8 @@ def generate(
                 callback_on_step_end=lambda *_: progress.advance(task),
             )
         bundle_hash = pipe.manifest.bundle_hash()
-    if profile is not None:
-        profiler.save_trace(profile)
+    if trace is not None:
+        tracer.save_trace(trace)
     of_image = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
     files = []
     for index, (image, prompt, image_seed) in enumerate(zip(output.images, of_image, output.seeds, strict=True)):
@@ -119,26 +126,25 @@ def generate(
 
 
 def ask(
-    bundle: Annotated[Path, typer.Argument(help="Folder that `latte-flow export` wrote.")],
+    bundle: Bundle,
     images_and_question: Annotated[
-        list[str],
-        typer.Argument(metavar="[IMAGE]... QUESTION", help="Image files, none or several, and the question last."),
+        list[str], typer.Argument(metavar="[IMAGE]... QUESTION", help="Image files, if any, then the question.")
     ],
-    max_new_tokens: Annotated[int, typer.Option(help="The answer is cut here.")] = DEFAULT_MAX_NEW_TOKENS,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
+    max_new_tokens: MaxNewTokens = DEFAULT_MAX_NEW_TOKENS,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens with this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")] = None,
     provider: Provider = "cpu",
     provider_option: ProviderOption = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer while it is written.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Ask a question about images with the same bundle that draws them.
+    """Ask a question about images.
 
     \b
     Examples:
-      latte-flow ask bundle picture.png "what colour is the circle?"
+      latte-flow ask bundle image.png "what colour is the circle?"
       latte-flow ask bundle a.png b.png "describe the images" --stream
       latte-flow ask bundle "what can you see?" --temperature 0.7 --top-p 0.9 --seed 3 --json
     """
@@ -171,10 +177,8 @@ def ask(
         typer.echo("" if stream else answer)
 
 
-def inspect(
-    bundle: Annotated[Path, typer.Argument(help="Folder that `latte-flow export` wrote.")],
-) -> None:
-    """Show what a bundle holds: engines, shapes, precision, sizes, and who serves which flow time.
+def inspect(bundle: Bundle) -> None:
+    """Show what a bundle contains: engines, shapes, precision, sizes, and the flow time of each expert.
 
     \b
     Example:
@@ -212,7 +216,7 @@ def _engine_table(manifest: Manifest) -> Table:
 
 
 def _tensor_table(manifest: Manifest) -> Table:
-    """Inputs and outputs; engines of one form, and tensors that differ in a number alone, share a line."""
+    """Lists inputs and outputs. Engines of the same form share a line, and so do tensors that differ in a number."""
     table = Table("engine", "", "tensor", "dtype", "shape")
     forms: dict[tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]], list[str]] = {}
     for engine in manifest.engines:
@@ -235,7 +239,7 @@ def _numbered(names: list[str]) -> str:
 
 
 def _timeline(schedule: ExpertSchedule, width: int = 64) -> Text:
-    """The expert schedule as a bar from noise to data."""
+    """Shows the expert schedule as a bar from noise to data."""
     text = Text("noise ")
     for group in range(schedule.num_groups):
         start, end = schedule.interval(group)
@@ -260,14 +264,14 @@ def _parity_line(manifest: Manifest) -> str:
 
 
 def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "picture"
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "image"
 
 
 def doctor(
-    bundle: Annotated[Path | None, typer.Argument(help="Whose engines to look at, too.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    bundle: Annotated[Path | None, typer.Argument(help="Also check the engines of this bundle.")] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Show what this machine has, each problem with its fix. Exits with 1 if there is one.
+    """Show what this machine has, and how to fix each problem. Exits with 1 if there is a problem.
 
     \b
     Examples:

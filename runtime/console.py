@@ -1,8 +1,9 @@
-"""Where a command writes: results to stdout, everything else to stderr; and what all commands have in common there."""
+"""What all commands share: results go to stdout and everything else to stderr, plus helpers for options."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import typer
 from rich.console import Console
@@ -11,21 +12,25 @@ from typer.core import TyperGroup
 
 from runtime.errors import InputError
 
+ValueT = TypeVar("ValueT")
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
 
 
 def progress_bar(*, transient: bool = False) -> Progress:
-    """A bar on stderr for work that counts."""
+    """Returns a progress bar on stderr, for work of known length."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=stderr, transient=transient)
 
 
 def parse_pairs(texts: Iterable[str] | None, option: str) -> dict[str, str]:
-    """`NAME=VALUE` as it stands on a command line, by name.
+    """Parses options of the form `NAME=VALUE`.
+
+    Args:
+        option: the option's name, for messages.
 
     Raises:
-        InputError: a text without a name or without "=".
+        InputError: a text has no name or no "=".
     """
     pairs = {}
     for text in texts or ():
@@ -36,8 +41,16 @@ def parse_pairs(texts: Iterable[str] | None, option: str) -> dict[str, str]:
     return pairs
 
 
+def renamed_option(old: str, old_value: ValueT | None, new: str, value: ValueT) -> ValueT:
+    """Returns the value of an option that was renamed; its old, hidden name still works and says so."""
+    if old_value is None:
+        return value
+    stderr.print(f"note: {old} is now {new}; the old name will be removed in the next release", markup=False)
+    return old_value
+
+
 def command_group(help_text: str, cls: type[TyperGroup] | None = None) -> typer.Typer:
-    """An empty group of commands, plain in its help and its errors."""
+    """Returns an empty group of commands with plain help and plain errors."""
     group = typer.Typer(
         cls=cls,
         add_completion=False,

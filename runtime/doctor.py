@@ -1,6 +1,6 @@
-"""`latte-flow doctor`: what this machine has, what is wrong with it, and which of a bundle's engines can run here.
+"""`latte-flow doctor`: what this machine has, what is wrong with it, and which engines of a bundle can run here.
 
-Needs nothing but the base package: whatever is missing is what it reports.
+It needs nothing but the base package: it reports whatever is missing.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,18 +15,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from runtime.errors import LatteFlowError
-from runtime.manifest import Manifest, PlanBackend, load_manifest
-from runtime.plans import usable_plan
+from runtime.errors import LatteFlowError, one_line
+from runtime.machine import Gpu, find_gpu, graph_cache, products_saturate
+from runtime.manifest import EngineEntry, PlanProvider, load_manifest
+from runtime.plans import TENSORRT, usable_plan
 
 State = Literal["ok", "missing", "problem"]
 NEEDED_FREE_BYTES = 10e9
-"""Disk for an export and its plans at the paper's size."""
+"""Disk space for an export and its plans at the paper's size."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table."""
+    """One line of the report."""
 
     what: str
     state: State
@@ -35,25 +35,15 @@ class Finding:
     fix: str = ""
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """As the driver names it."""
-
-    name: str
-    architecture: str
-    memory: str
-    driver: str
-
-
 def examine(bundle: Path | None = None) -> list[Finding]:
-    """Everything that matters for running engines.
+    """Reports everything that matters for running engines.
 
     Args:
-        bundle: whose engines to look at, too.
+        bundle: also check the engines of this bundle.
     """
     gpu = find_gpu()
-    findings = [_python(), _memory(), _disk(bundle or Path.cwd()), _driver(gpu), *_cuda(gpu)]
-    findings += [_tensorrt("tensorrt", "tensorrt", "gpu", gpu), _tensorrt("tensorrt-rtx", "tensorrt_rtx", "rtx", gpu)]
+    findings = [_python(), _memory(), _disk(bundle or Path.cwd()), _graph_cache(), _driver(gpu), *_cuda(gpu)]
+    findings += [_tensorrt(provider, gpu) for provider in TENSORRT]
     findings += [*_onnxruntime(gpu), _triton()]
     if bundle is not None:
         findings += _bundle(bundle, gpu)
@@ -76,26 +66,21 @@ def _disk(where: Path) -> Finding:
     folder = next(path for path in (where.absolute(), *where.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if free < NEEDED_FREE_BYTES:
-        return Finding("disk", "problem", f"{free / 1e9:.1f} GB free", "free some, or put bundles on another disk")
+        return Finding(
+            "disk", "problem", f"{free / 1e9:.1f} GB free", "free some space, or put bundles on another disk"
+        )
     return Finding("disk", "ok", f"{free / 1e9:.0f} GB free")
 
 
-def find_gpu() -> Gpu | None:
-    """The first GPU, asked of the driver's own tool."""
-    query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-        name, capability, memory, driver = (part.strip() for part in answer.splitlines()[0].split(","))
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
-    return Gpu(name, f"sm_{capability.replace('.', '')}", memory, driver)
+def _graph_cache() -> Finding:
+    folder = graph_cache()
+    sizes = [file.stat().st_size for file in folder.glob("*/*.onnx")]
+    return Finding("graph cache", "ok", f"{folder}: {len(sizes)} graphs, {sum(sizes) / 1e6:.1f} MB")
 
 
 def _driver(gpu: Gpu | None) -> Finding:
     if gpu is None:
-        return Finding(
-            "NVIDIA driver", "missing", "none", "to run on a GPU, install NVIDIA's driver; the CPU needs none"
-        )
+        return Finding("NVIDIA driver", "missing", "none", "to run on a GPU, install NVIDIA's driver")
     return Finding("NVIDIA driver", "ok", f"{gpu.driver}: {gpu.name}, {gpu.architecture}, {gpu.memory}")
 
 
@@ -115,17 +100,17 @@ def _cuda(gpu: Gpu | None) -> Iterator[Finding]:
         yield Finding("CUDA (cuda-python)", "ok", shown)
 
 
-def _tensorrt(name: PlanBackend, module: str, extra: str, gpu: Gpu | None) -> Finding:
-    trt = _imported(module)
+def _tensorrt(provider: PlanProvider, gpu: Gpu | None) -> Finding:
+    library = TENSORRT[provider]
+    trt = _imported(library.module)
     if isinstance(trt, str):
-        state: State = "missing" if trt == "not installed" else "problem"
-        return Finding(name, state, trt, f'pip install "latte-flow[{extra}]"')
+        return Finding(provider, "missing" if trt == "not installed" else "problem", trt, library.install)
     if gpu is None:
-        builds = "builds" if name == "tensorrt-rtx" else "neither builds nor runs"
-        return Finding(name, "ok", f"{trt.__version__}; without a GPU it {builds}")
-    if name == "tensorrt-rtx" and gpu.architecture == "sm_90":
-        return Finding(name, "ok", f"{trt.__version__}; does not run on {gpu.architecture}: use tensorrt")
-    return Finding(name, "ok", str(trt.__version__))
+        builds = "builds" if provider == "tensorrt-rtx" else "neither builds nor runs"
+        return Finding(provider, "ok", f"{trt.__version__}; without a GPU it {builds}")
+    if provider == "tensorrt-rtx" and gpu.architecture == "sm_90":
+        return Finding(provider, "ok", f"{trt.__version__}; does not run on {gpu.architecture}: use tensorrt")
+    return Finding(provider, "ok", str(trt.__version__))
 
 
 def _onnxruntime(gpu: Gpu | None) -> Iterator[Finding]:
@@ -163,78 +148,58 @@ def _bundle(bundle: Path, gpu: Gpu | None) -> Iterator[Finding]:
         yield Finding("bundle", "problem", str(error))
         return
     yield Finding("bundle", "ok", f"{manifest.precision}, {len(manifest.engines)} engines, {manifest.bundle_hash()}")
-    for provider, check in _checks(bundle, manifest, gpu).items():
-        fits = {engine.name: check(engine.name) for engine in manifest.engines}
+    for provider, check in _checks(bundle, gpu).items():
+        fits = {engine.name: check(engine) for engine in manifest.engines}
         runnable = [name for name, reason in fits.items() if not reason]
         reasons = sorted({reason for reason in fits.values() if reason})
         shown = f"{len(runnable)} of {len(fits)} engines run here"
         yield Finding(f"  on {provider}", "ok" if not reasons else "missing", shown, "; ".join(reasons[:2]))
 
 
-def _checks(bundle: Path, manifest: Manifest, gpu: Gpu | None) -> dict[str, Callable[[str], str]]:
-    """For each provider: why an engine cannot run on it here, or nothing."""
+def _checks(bundle: Path, gpu: Gpu | None) -> dict[str, Callable[[EngineEntry], str]]:
+    """Returns, for each provider, a function that says why an engine cannot run on it here, or ""."""
     ort = _imported("onnxruntime")
     providers = [] if isinstance(ort, str) else ort.get_available_providers()
 
-    def on_cpu(name: str) -> str:
+    def on_cpu(engine: EngineEntry) -> str:
         if not providers:
             return "ONNX Runtime is not installed"
-        engine = manifest.engine(name)
         if engine.precision == "bf16":
             return "ONNX Runtime's CPU does not run bf16"
         full_range = engine.quantization is not None and not engine.quantization.reduced_range
         if full_range and products_saturate():
-            return "this CPU has no VNNI, so 8-bit products saturate: export with --precision int8 --reduce-range"
+            return "this CPU has no VNNI, so 8-bit products overflow: export with --precision int8 --reduce-range"
         return ""
 
-    def on_cuda(name: str) -> str:
+    def on_cuda(_: EngineEntry) -> str:
         if "CUDAExecutionProvider" not in providers:
             return "this ONNX Runtime has no CUDA"
         return "" if gpu is not None else "there is no GPU here"
 
-    def on_plan(backend: PlanBackend, module: str) -> Callable[[str], str]:
-        def check(name: str) -> str:
-            trt = _imported(module)
+    def with_plan(provider: PlanProvider) -> Callable[[EngineEntry], str]:
+        def check(engine: EngineEntry) -> str:
+            trt = _imported(TENSORRT[provider].module)
             if isinstance(trt, str):
-                return f"{backend} is {trt}"
+                return f"{provider} is {trt}"
             try:
-                architecture = gpu.architecture if gpu else None
-                usable_plan(bundle, manifest.engine(name), backend, trt.__version__, architecture)
+                usable_plan(bundle, engine, provider, trt.__version__, gpu.architecture if gpu else None)
             except LatteFlowError as error:
-                return str(error).replace(f" of {name}", "")
+                return str(error).replace(f" of {engine.name}", "")
             return ""
 
         return check
 
-    return {
-        "cpu": on_cpu,
-        "cuda": on_cuda,
-        "tensorrt": on_plan("tensorrt", "tensorrt"),
-        "tensorrt-rtx": on_plan("tensorrt-rtx", "tensorrt_rtx"),
-    }
-
-
-def products_saturate(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this is an x86 CPU without VNNI, which adds pairs of 8-bit products in 16 bits and loses what overflows.
-
-    Weights of 7 bits cannot overflow.
-    """
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return False
-    flags = {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
-    return bool(flags) and not flags & {"avx512_vnni", "avx_vnni"}
+    return {"cpu": on_cpu, "cuda": on_cuda} | {provider: with_plan(provider) for provider in TENSORRT}
 
 
 def _imported(module: str) -> Any | str:
-    """The module, or why it cannot be had."""
+    """Imports a module; returns it, or why that is not possible."""
     try:
         return import_module(module)
     except ModuleNotFoundError:
         return "not installed"
     except Exception as error:
-        return f"does not import ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
+        return f"cannot be imported ({type(error).__name__}: {one_line(error)[:80]})"
 
 
 def _installed(package: str) -> bool:
@@ -246,5 +211,5 @@ def _installed(package: str) -> bool:
 
 
 def _dotted(number: int) -> str:
-    """CUDA's 13040 as "13.4"."""
+    """Returns CUDA's version 13040 as "13.4"."""
     return f"{number // 1000}.{number % 1000 // 10}"

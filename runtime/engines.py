@@ -6,17 +6,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from runtime.backends import Backend, Session
-from runtime.manifest import Manifest, check_file
-
-SMALL = {"solver_step"}
-"""Engines without weights, which always stay."""
+from runtime.manifest import EngineEntry, Manifest, check_file
 
 
 class EngineSet(Mapping[str, Session]):
-    """A bundle's engines, each loaded when it is first asked for.
+    """The engines of a bundle, each loaded when it is first needed.
 
-    With `low_memory` only one engine with weights is in memory at a time: an expert is loaded when its
-    interval begins and dropped when the next one's does, at every call anew.
+    With `low_memory` only one engine with weights is in memory at a time: an expert is loaded when its interval
+    begins and dropped when the next one's begins, in every call.
     """
 
     def __init__(self, bundle: Path, manifest: Manifest, backend: Backend, *, low_memory: bool = False) -> None:
@@ -30,8 +27,8 @@ class EngineSet(Mapping[str, Session]):
     def __getitem__(self, name: str) -> Session:
         if name not in self._loaded:
             entry = self._manifest.engine(name)
-            if self._low_memory and name not in SMALL:
-                self._drop_all_but(SMALL)
+            if self._low_memory and _has_weights(entry):
+                self._drop_engines_with_weights()
             if name not in self._checked:
                 for file in entry.files:
                     check_file(self._bundle, file)
@@ -55,8 +52,15 @@ class EngineSet(Mapping[str, Session]):
 
     def close(self) -> None:
         """Frees all engines."""
-        self._drop_all_but(set())
+        while self._loaded:
+            self._loaded.popitem()[1].close()
 
-    def _drop_all_but(self, kept: set[str]) -> None:
-        for name in set(self._loaded) - kept:
-            self._loaded.pop(name).close()
+    def _drop_engines_with_weights(self) -> None:
+        for name, session in list(self._loaded.items()):
+            if _has_weights(session.entry):
+                del self._loaded[name]
+                session.close()
+
+
+def _has_weights(entry: EngineEntry) -> bool:
+    return len(entry.files) > 1

@@ -1,27 +1,27 @@
-"""Every error that a user can cause.
+"""The errors that a user can cause.
 
     LatteFlowError
     ├── InputError         an argument that cannot work: a prompt, a number, an output folder
-    ├── BundleError        a bundle that is missing, incomplete, altered, or not for this reader
-    ├── CheckpointError    the same of a checkpoint
-    ├── MissingExtraError  a part of the toolkit that is not installed
+    ├── BundleError        a bundle that is missing, incomplete, altered, or of another version
+    ├── CheckpointError    a checkpoint that is missing, incomplete, or does not fit together
+    ├── MissingExtraError  an optional part of latte-flow that is not installed
     ├── VerificationError  engines that do not compute what PyTorch computes
     ├── EngineError        an engine that failed to load or to run
-    └── ServiceError       a service that did not do what was asked, though it could have been
-        ├── QueueFullError    no place now
-        ├── DrainingError     it is shutting down
-        ├── DeadlineError     not in time
-        └── CancelledError    the client did not want it any more
+    └── ServiceError       a service that did not do what was asked, although the request was valid
+        ├── QueueFullError    there is no room for the request now
+        ├── DrainingError     the service is shutting down
+        ├── DeadlineError     the request's deadline passed
+        └── CancelledError    the client cancelled the request
 
-Each message is one line that says what came, what was expected and what to do; the command line
-prints it and exits with the class's `exit_code`.
+Each message is one line that says what came, what was expected and what to do. The command line prints
+it and exits with the class's `exit_code`.
 """
 
 from __future__ import annotations
 
 
 class LatteFlowError(Exception):
-    """The base that callers catch."""
+    """The base class of all errors that a user can cause."""
 
     exit_code = 2
 
@@ -61,7 +61,7 @@ class ServiceError(LatteFlowError):
 
 
 class QueueFullError(ServiceError):
-    """No place now; the same request may be sent again."""
+    """There is no room for the request now; the same request may be sent again later."""
 
 
 class DrainingError(ServiceError):
@@ -69,13 +69,13 @@ class DrainingError(ServiceError):
 
 
 class DeadlineError(ServiceError):
-    """Not done in time."""
+    """The request was not finished before its deadline."""
 
 
 class CancelledError(ServiceError):
-    """The client did not want it any more."""
+    """The client cancelled the request."""
 
 
 def one_line(error: BaseException) -> str:
-    """A library's message without its line breaks, or the error's class where there is none."""
+    """Returns an exception's message without line breaks, or its class name if it has none."""
     return " ".join(str(error).split()) or type(error).__name__

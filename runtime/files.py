@@ -1,7 +1,8 @@
-"""Writing so that a reader sees the old thing, nothing, or the new thing, never a half."""
+"""Files and folders, written so that a reader finds the old version or the new one, never part of one."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import uuid
@@ -20,10 +21,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def make_writable_folder(path: Path) -> None:
-    """Makes the folder now, before any long work.
+    """Creates a folder and checks that it is writable, before any long work.
 
     Raises:
-        InputError: it cannot be made or written to.
+        InputError: it cannot be created or written to.
     """
     probe = path / f".{os.getpid()}.tmp"
     try:
@@ -35,7 +36,7 @@ def make_writable_folder(path: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """The file under another name, without its bytes twice where the file system can; makes the folder."""
+    """Gives a file another name, as a hard link where the file system allows and as a copy elsewhere."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
@@ -44,31 +45,31 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def check_replaceable(folder: Path, marker: str, noun: str, *, force: bool) -> None:
-    """Whether a folder may be written as a whole: it is not there, empty, or of its kind and `force` is given.
+    """Checks that a folder may be written: it is new, empty, or a `noun` that `force` allows to replace.
 
     Args:
-        marker: the file that is in every folder of its kind, such as a bundle's manifest.
-        noun: what such a folder is called.
+        marker: a file that every such folder contains, for example a bundle's manifest.
+        noun: what such a folder is called in messages.
 
     Raises:
-        InputError: something is in the way.
+        InputError: something else is there.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; name a folder for the {noun}")
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / marker).is_file():
-            raise InputError(f"{folder} is not empty and holds no {noun}; name another folder")
+            raise InputError(f"{folder} is not empty and contains no {noun}; name another folder")
         if not force:
-            raise InputError(f"{folder} holds a {noun} already; pass --force to replace it")
+            raise InputError(f"{folder} already contains a {noun}; pass --force to replace it")
     make_writable_folder(folder.parent)
 
 
 @contextmanager
 def replaced_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory beside `path` that takes its place if the block succeeds.
+    """Yields a temporary directory that replaces `path` if the block succeeds.
 
     Raises:
-        InputError: the folder that `path` is in cannot be written to.
+        InputError: the parent folder of `path` cannot be written to.
     """
     make_writable_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -82,3 +83,9 @@ def replaced_directory(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

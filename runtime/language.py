@@ -1,6 +1,6 @@
-"""The engine `vlm` as a language model: prompts to keys and values, and token by token to answers.
+"""The engine `vlm` as a language model: it encodes prompts to keys and values, and writes answers token by token.
 
-One session serves both. Keys and values stay on the device from run to run.
+One session serves both. Keys and values stay on the device between runs.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ import numpy as np
 from runtime.backends import DeviceTensor, Session, Value
 from runtime.manifest import EngineEntry
 
+PAST = "past_kv_"
+"""Inputs of this name and a number are the keys and values of an expert group's layers."""
+
 
 @dataclass(frozen=True)
 class LanguageOutput:
-    """What a run leaves."""
+    """The outputs of one run."""
 
     logits: DeviceTensor
-    """Of each row's last token, `[B, vocabulary]` float32."""
+    """Logits of each row's last token, `[B, vocabulary]` float32."""
     kv: tuple[DeviceTensor, ...]
     """Keys and values so far, one tensor per expert group, `[M, 2, B, Hkv, T, D]`."""
 
@@ -38,13 +41,13 @@ class LanguageModel:
         image_embeds: Value | None = None,
         past: tuple[Value, ...] | None = None,
     ) -> LanguageOutput:
-        """One run over new tokens.
+        """Runs the model over new tokens.
 
         Args:
             input_ids: `[B, S]` int64, padded on the right.
-            attention_mask: True where a token may be seen, `[B, T]` bool; T = past tokens + S.
-            position_ids: M-RoPE positions, `[3, B, S]` int64; by default those of text that begins here.
-            image_embeds: embeddings of all image tokens of the batch in order, `[image tokens, hidden]` float32.
+            attention_mask: True where a token may be attended to, `[B, T]` bool; T = past tokens + S.
+            position_ids: M-RoPE positions, `[3, B, S]` int64; by default 0, 1, … for text without a past.
+            image_embeds: embeddings of the batch's image tokens in order, `[image tokens, hidden]` float32.
             past: the `kv` of the run before.
         """
         session = self._engines["vlm"]
@@ -58,22 +61,21 @@ class LanguageModel:
             "attention_mask": attention_mask,
         }
         past = empty_past(session.entry, rows) if past is None else past
-        feed |= {f"past_kv_{group}": kv for group, kv in enumerate(past)}
+        feed |= {f"{PAST}{group}": kv for group, kv in enumerate(past)}
         outputs = session.run(feed)
         return LanguageOutput(outputs["logits"], tuple(outputs[f"kv_{group}"] for group in range(len(past))))
 
 
 def no_images(entry: EngineEntry) -> np.ndarray:
-    """The one row that stands for no image embeddings."""
-    (spec,) = (spec for spec in entry.inputs if spec.name == "image_embeds")
-    return np.zeros((1, int(spec.shape[1])), np.float32)
+    """Returns the single row of zeros that means "no image", `[1, hidden]` float32."""
+    return np.zeros((1, int(entry.input("image_embeds").shape[1])), np.float32)
 
 
 def empty_past(entry: EngineEntry, rows: int) -> tuple[np.ndarray, ...]:
-    """Keys and values of nothing yet, `[M, 2, rows, Hkv, 0, D]` per expert group."""
+    """Returns keys and values of length 0, `[M, 2, rows, Hkv, 0, D]` per expert group."""
     sizes = {"batch": rows, "past": 0}
     return tuple(
         np.zeros([sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape], spec.dtype)
         for spec in entry.inputs
-        if spec.name.startswith("past_kv_")
+        if spec.name.startswith(PAST)
     )

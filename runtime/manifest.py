@@ -1,7 +1,7 @@
-"""`manifest.json`: what a bundle is and holds. Written last, so its presence means complete.
+"""`manifest.json`: what a bundle is and holds.
 
-The schema is versioned. A reader refuses what is newer than itself, and a manifest can only name
-files inside its bundle.
+An export writes it into a temporary folder with the engines; the rename of that folder completes the bundle. The
+schema is versioned: a reader refuses any other version. A manifest can only name files inside its bundle.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from runtime.errors import BundleError
-from runtime.files import write_text
-from runtime.schedule import ExpertSchedule
+from runtime.files import sha256_of, write_text
+from runtime.flow_time import ExpertSchedule
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 FILE_NAME = "manifest.json"
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
-PlanBackend = Literal["tensorrt", "tensorrt-rtx"]
+PlanProvider = Literal["tensorrt", "tensorrt-rtx"]
+EngineRole = Literal["vision_encoder", "vlm", "expert", "solver_step", "vae_decoder"]
 DType = Literal["float32", "float16", "bfloat16", "int64", "bool", "uint8"]
 
 
@@ -30,7 +31,7 @@ class _Frozen(BaseModel):
 
 
 class TensorSpec(_Frozen):
-    """One input or output: an axis is a number, or the name of a symbolic size."""
+    """One input or output. An axis is a number, or the name of a size that may vary."""
 
     name: str
     dtype: DType
@@ -54,7 +55,7 @@ class FileEntry(_Frozen):
 
 
 class AxisRange(_Frozen):
-    """What an axis may be in one optimisation profile; static where all three are equal."""
+    """The sizes that an axis may have in one optimisation profile. It is static where all three are equal."""
 
     min: int = Field(ge=0)
     opt: int
@@ -80,46 +81,59 @@ class PlanProfile(_Frozen):
 class PlanEntry(_Frozen):
     """A TensorRT plan that was built from an engine's graph."""
 
-    backend: PlanBackend
+    provider: PlanProvider
     file: FileEntry
-    version: str = Field(description="of TensorRT, or of TensorRT for RTX; no other reads the plan")
-    version_compatible: bool = Field(description="a later minor version may read it too")
+    version: str = Field(description="version of TensorRT, or of TensorRT for RTX, that built it")
+    version_compatible: bool = Field(description="whether later minor versions can read it too")
     architectures: tuple[str, ...] = Field(
-        min_length=1, description='GPUs that run it: "sm_89", or "sm_80+" for that and later ones'
+        min_length=1, description='GPUs that can run it: "sm_89", or "sm_80+" for that and later ones'
     )
     profiles: tuple[PlanProfile, ...] = Field(min_length=1)
-    ingredients: dict[str, str] = Field(description="all that the plan depends on; it is stale when one differs")
-    inspected: bool = Field(description="whether the built engine's layers were seen to have the precision asked for")
+    ingredients: dict[str, str] = Field(description="everything that the plan depends on; it is stale if one differs")
+    inspected: bool = Field(description="whether the built engine's layers were found to have the right precision")
     build_seconds: float
     build_peak_bytes: int = Field(description="largest resident memory of the process that built it")
 
 
 class Quantization(_Frozen):
-    """How an int8 engine was made from its fp32 form. Products are named by their weights."""
+    """How an int8 engine was made from its fp32 form. Matrix products are named by their weights."""
 
-    reduced_range: bool = Field(description="weights have 7 bits, for CPUs whose 8-bit products saturate")
-    error: float = Field(description="relative, that it makes in the engine's outputs on the runs it was measured on")
+    reduced_range: bool = Field(description="whether weights have 7 bits, for CPUs whose 8-bit products saturate")
+    error: float = Field(description="relative error of the engine's outputs on the runs used to choose the products")
     quantized: tuple[str, ...]
-    kept: tuple[str, ...] = Field(description="too sensitive, left in fp32")
+    kept: tuple[str, ...] = Field(description="products left in fp32 because they are too sensitive")
 
 
 class EngineEntry(_Frozen):
     """One engine: its ONNX graph first, then its external data."""
 
     name: str
-    group: int | None = Field(default=None, description="expert group, for experts")
+    role: EngineRole
+    group: int | None = Field(default=None, description="expert group; only experts have one")
     precision: Precision
     opset: int
-    fused: bool = Field(description="rewritten by ONNX Runtime's optimisers, so it runs on ONNX Runtime only")
+    fused: bool = Field(description="whether it was rewritten for ONNX Runtime, so that nothing else can run it")
     files: tuple[FileEntry, ...] = Field(min_length=1)
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     quantization: Quantization | None = None
     plans: tuple[PlanEntry, ...] = ()
 
-    def plan(self, backend: PlanBackend) -> PlanEntry | None:
-        """The plan for a backend, if one was built."""
-        return next((plan for plan in self.plans if plan.backend == backend), None)
+    @property
+    def axes(self) -> frozenset[str]:
+        """Names of all input axes whose size may vary."""
+        return frozenset(axis for spec in self.inputs for axis in spec.shape if isinstance(axis, str))
+
+    def input(self, name: str) -> TensorSpec:
+        """Returns the input of that name; raises `BundleError` if there is none."""
+        for spec in self.inputs:
+            if spec.name == name:
+                return spec
+        raise BundleError(f"engine {self.name} has no input {name!r}; export the bundle again")
+
+    def plan(self, provider: PlanProvider) -> PlanEntry | None:
+        """Returns the plan for a provider, or None if none was built."""
+        return next((plan for plan in self.plans if plan.provider == provider), None)
 
 
 class Geometry(_Frozen):
@@ -138,34 +152,32 @@ class Geometry(_Frozen):
 
 
 class PromptFormat(_Frozen):
-    """The VLM's chat template around one user turn: the prompt stands between `before` and `after`."""
+    """What tokenising a prompt needs besides the tokenizer's files and the chat template."""
 
-    before: str
-    after: str
     pad_token_id: int = Field(ge=0)
-    max_tokens: int = Field(ge=1, description="limit of the prompt with the template, in tokens")
-    special_tokens: tuple[str, ...] = Field(description="refused inside a prompt")
+    max_tokens: int = Field(ge=1, description="largest number of tokens of a prompt in its chat template")
+    special_tokens: tuple[str, ...] = Field(description="texts that a prompt or a message must not contain")
 
 
 class Understanding(_Frozen):
-    """What answering a question about images needs beside the tokenizer's and the image processor's files."""
+    """What answering a question about images needs besides the tokenizer's and the image processor's files."""
 
-    image_token_id: int = Field(ge=0, description="stands where an image's embeddings go")
-    eos_token_ids: tuple[int, ...] = Field(min_length=1, description="each ends an answer")
-    patch_size: int = Field(ge=1, description="pixels")
-    spatial_merge_size: int = Field(ge=1, description="patches of a token, in each direction")
-    max_context_tokens: int = Field(ge=1, description="limit of a conversation with its images and its answer")
+    image_token_id: int = Field(ge=0, description="token that is replaced by an image's embeddings")
+    eos_token_ids: tuple[int, ...] = Field(min_length=1, description="tokens that end an answer")
+    patch_size: int = Field(ge=1, description="in pixels")
+    spatial_merge_size: int = Field(ge=1, description="patches per token, in each direction")
+    max_context_tokens: int = Field(ge=1, description="largest number of tokens of a conversation with its answer")
 
 
 class ParityRow(_Frozen):
-    """One measurement of the verification."""
+    """One measurement of a verification."""
 
     rung: Literal["engine", "step", "trajectory", "image", "answer"]
     what: str
     group: int | None = None
     step: int | None = None
     metric: Literal["relative_error", "psnr_db"]
-    value: float | None = Field(description="None: not finite")
+    value: float | None = Field(description="None if it is not finite")
     tolerance: float
     passed: bool
     note: str | None = Field(default=None, description="where a value that is not finite came from")
@@ -175,7 +187,7 @@ class Manifest(_Frozen):
     """The whole description of a bundle."""
 
     schema_version: int
-    producer: dict[str, str] = Field(description="versions that wrote the bundle")
+    producer: dict[str, str] = Field(description="versions of the packages that wrote the bundle")
     checkpoint_sha256: str = Field(description="over the checkpoint's weights and config")
     precision: Precision
     geometry: Geometry
@@ -184,38 +196,49 @@ class Manifest(_Frozen):
     understanding: Understanding
     engines: tuple[EngineEntry, ...]
     tokenizer_files: tuple[FileEntry, ...]
-    parity: tuple[ParityRow, ...] | None = Field(default=None, description="None: exported without verification")
+    parity: tuple[ParityRow, ...] | None = Field(default=None, description="None if it was not verified")
 
     def engine(self, name: str) -> EngineEntry:
-        """The engine of that name."""
+        """Returns the engine of that name; raises `BundleError` if there is none."""
         for entry in self.engines:
             if entry.name == name:
                 return entry
         raise BundleError(f"the bundle has no engine {name!r}; it has {', '.join(e.name for e in self.engines)}")
 
+    def tokenizer_file(self, bundle: Path, name: str) -> Path:
+        """Returns the path of a tokenizer or processor file.
+
+        Raises:
+            BundleError: the bundle lacks it, or it was altered.
+        """
+        for entry in self.tokenizer_files:
+            if entry.path == name:
+                return check_file(bundle, entry)
+        raise BundleError(f"{bundle} contains no {name}; export the checkpoint again")
+
     def files(self) -> list[FileEntry]:
-        """All files of the export, each once. Plans come and go; whoever opens one checks it."""
+        """Lists all files of the export once. Plans are not among them: whoever opens a plan checks it."""
         entries = [file for engine in self.engines for file in engine.files] + list(self.tokenizer_files)
         return list({entry.path: entry for entry in entries}.values())
 
     def bundle_hash(self) -> str:
-        """Short name of the bundle's content: of all file hashes, not of dates or reports."""
+        """Returns a short hash of the bundle's files; dates and reports do not change it."""
         digest = hashlib.sha256("".join(sorted(entry.sha256 for entry in self.files())).encode())
         return digest.hexdigest()[:16]
 
 
 def load_manifest(bundle: Path) -> Manifest:
-    """Reads and checks `manifest.json`, and that every file it names is there in its size.
+    """Reads and checks `manifest.json`, and that every file it names exists with the right size.
 
     Raises:
-        BundleError: no bundle, an incomplete one, or one of another schema.
+        BundleError: there is no bundle, it is incomplete, or it has another schema version.
     """
     path = bundle / FILE_NAME
     if not bundle.is_dir():
         raise BundleError(f"no bundle at {bundle}: expected a folder that `latte-flow export` wrote")
     if not path.is_file():
         raise BundleError(
-            f"{bundle} holds no {FILE_NAME}: it is no bundle, or its export did not finish; export it again"
+            f"{bundle} contains no {FILE_NAME}: it is not a bundle, or not a complete one; export the checkpoint again"
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -250,24 +273,18 @@ def save_manifest(manifest: Manifest, bundle: Path) -> None:
 
 
 def file_entry(bundle: Path, path: str) -> FileEntry:
-    """The entry of a file that lies in the bundle."""
+    """Returns the manifest's entry for a file in the bundle."""
     file = bundle / path
     return FileEntry(path=path, sha256=sha256_of(file), size=file.stat().st_size)
 
 
 def check_file(bundle: Path, entry: FileEntry) -> Path:
-    """The path of a file, once its content is known to be what the manifest says.
+    """Returns the path of a file after checking its content against the manifest.
 
     Raises:
-        BundleError: it was altered.
+        BundleError: the file was altered.
     """
     path = bundle / entry.path
     if sha256_of(path) != entry.sha256:
         raise BundleError(f"{path} was altered after the export (its SHA-256 differs); export the bundle again")
     return path
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""A loaded bundle: pictures from prompts, with the call arguments of diffusers' pipelines, and answers to questions."""
+"""A loaded bundle: images from prompts, with the call arguments of diffusers' pipelines, and answers to questions."""
 
 from __future__ import annotations
 
@@ -15,46 +15,43 @@ import numpy as np
 from PIL import Image
 
 from runtime.answers import DEFAULT_MAX_NEW_TOKENS, Answerer, AnswerSettings
-from runtime.backends import Backend, open_backend, to_host
+from runtime.backends import Backend, Value, open_backend, to_host
 from runtime.chat import ChatProcessor, Message, user_message
 from runtime.engines import EngineSet
 from runtime.errors import InputError
-from runtime.images import Picture
+from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_SHIFT, DEFAULT_STEPS, initial_latents, time_grid
+from runtime.images import ImageInput
 from runtime.language import LanguageModel
 from runtime.manifest import Manifest, load_manifest
-from runtime.noise import initial_latents
-from runtime.prefixes import PrefixRow, arrange_rows
-from runtime.prompts import PromptEncoder
-from runtime.sampler import GuidedBatch, Sampler, SamplerStep
-from runtime.schedule import time_grid
+from runtime.rows import PrefixRow, arrange_rows, is_guided
+from runtime.sampler import Sampler, SamplerStep
 
 OutputType = Literal["pil", "np", "latent"]
-DEFAULT_STEPS = 20
-DEFAULT_GUIDANCE_SCALE = 3.0
 CACHED_NEGATIVE_PROMPTS = 16
 Callback = Callable[["LatteFlowPipeline", int, float, Mapping[str, np.ndarray]], Mapping[str, np.ndarray] | None]
 
 
 @dataclass
 class PipelineOutput:
-    """What a call made."""
+    """The images of a call, and how they were made."""
 
     images: Any
     """A list of PIL images ("pil"), `[B, height, width, 3]` uint8 ("np") or `[B, C, H, W]` float32 ("latent")."""
     seeds: list[int | None]
-    """The seed that makes each image alone; None where latents or a generator were given."""
+    """The seed that reproduces each image; None where latents or a generator were given."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time per stage."""
     steps_per_group: list[int] = field(default_factory=list)
+    """Number of steps that each expert group ran."""
 
 
 class LatteFlowPipeline:
-    """A loaded bundle.
+    """A loaded bundle, which generates images and answers questions about images.
 
     Example:
         >>> pipe = LatteFlowPipeline.from_pretrained("bundle")
-        >>> picture = pipe("a small red circle", seed=7).images[0]
-        >>> pipe.ask(picture, "what colour is the circle?")
+        >>> image = pipe("a small red circle", seed=7).images[0]
+        >>> pipe.ask(image, "what colour is the circle?")
         'red'
     """
 
@@ -63,7 +60,7 @@ class LatteFlowPipeline:
         self.manifest = manifest
         self.backend = backend
         self.engines = EngineSet(bundle, manifest, backend, low_memory=low_memory)
-        self._prompts = PromptEncoder.from_bundle(bundle, manifest)
+        self.chat = ChatProcessor(bundle, manifest)
         self._language = LanguageModel(self.engines)
         self._negative_prefixes: OrderedDict[str, PrefixRow] = OrderedDict()
 
@@ -79,13 +76,13 @@ class LatteFlowPipeline:
         """Opens a bundle. Engines are loaded when a call needs them.
 
         Args:
-            provider: what runs the engines, one of `runtime.backends.PROVIDERS`.
-            provider_options: by the names of the provider's own documentation, such as "device_id".
-            low_memory: keep one engine with weights in memory at a time; each call then loads them anew.
+            provider: runs the engines; one of `runtime.backends.PROVIDERS`.
+            provider_options: options by the names in the provider's own documentation, such as "device_id".
+            low_memory: keep only one engine with weights in memory at a time; each call loads them again.
 
         Raises:
-            BundleError: it cannot be used.
-            InputError: unknown provider.
+            BundleError: the bundle cannot be used.
+            InputError: the provider is unknown.
         """
         path = Path(bundle)
         return cls(path, load_manifest(path), open_backend(provider, provider_options), low_memory=low_memory)
@@ -93,7 +90,7 @@ class LatteFlowPipeline:
     @property
     def kv_dtype(self) -> np.dtype[Any]:
         """NumPy dtype of the prefix KV cache."""
-        return np.dtype(self.manifest.engine("expert_0").inputs[2].dtype)
+        return np.dtype(self.manifest.engine("expert_0").input("prefix_kv").dtype)
 
     def __call__(
         self,
@@ -104,7 +101,7 @@ class LatteFlowPipeline:
         width: int | None = None,
         num_inference_steps: int = DEFAULT_STEPS,
         guidance_scale: float | Sequence[float] = DEFAULT_GUIDANCE_SCALE,
-        shift: float = 1.0,
+        shift: float = DEFAULT_SHIFT,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         generator: np.random.Generator | None = None,
@@ -112,25 +109,26 @@ class LatteFlowPipeline:
         output_type: OutputType = "pil",
         callback_on_step_end: Callback | None = None,
     ) -> PipelineOutput:
-        """Draws pictures.
+        """Generates images from prompts.
 
         Args:
-            prompt: one or several; with `num_images_per_prompt`, the images of a prompt stand together.
-            negative_prompt: what guidance leads away from: one for all, or one for each prompt.
+            prompt: one or several; with `num_images_per_prompt`, the images of a prompt come one after another.
+            negative_prompt: what the images should not show: one for all, or one for each prompt.
             height, width: in pixels; multiples of the autoencoder's factor. Default: the model's size.
-            num_inference_steps: steps of Euler's method.
-            guidance_scale: s in v = v_u + s·(v_c − v_u), one for all or one for each prompt. 1 costs half.
-            shift: of the time grid, as in diffusers' flow-matching schedulers; above 1 the steps are shorter near the
-                noise, which is what few steps want.
-            seed: one for each image, or an int s for s, s + 1, … An image depends on its own seed alone.
+            num_inference_steps: number of Euler steps.
+            guidance_scale: s in v = v_u + s·(v_c − v_u), one for all or one for each prompt. 1 disables guidance and
+                halves the cost.
+            shift: time-grid shift, as in diffusers' flow-matching schedulers. Above 1 the steps are shorter near the
+                noise; try 2 with few steps.
+            seed: one for each image, or an int s for s, s + 1, … An image depends only on its own seed.
             generator: draws the noise of all images in order, instead of seeds.
             latents: the noise itself, `[B, C, H, W]` float32.
             output_type: "pil", "np" or "latent".
-            callback_on_step_end: called as `callback(pipe, step, t, {"latents": array})`; a dict that it
-                returns may hold other "latents" to go on with.
+            callback_on_step_end: called as `callback(pipe, step, t, {"latents": array})` after each step. If it
+                returns a dict with "latents", sampling continues with those.
 
         Raises:
-            InputError: an argument that cannot work.
+            InputError: an argument cannot work.
         """
         prompts = _as_list("prompt", prompt)
         if num_images_per_prompt < 1:
@@ -145,24 +143,20 @@ class LatteFlowPipeline:
         )
         noise, seeds = self._noise(len(prompts), seed, generator, latents, height, width)
         clock = _Clock()
-        run = self.prepare(prompts, negatives, scales)
+        sampler = self.sampler(prompts, negatives, scales)
         clock.lap("prefix")
         on_step = None if callback_on_step_end is None else _adapt(self, callback_on_step_end)
-        final = run.sampler.run(noise, times, on_step)
+        final = sampler.run(noise, times, on_step)
         clock.lap("sample")
-        images: Any
-        if output_type == "latent":
-            images = to_host(final)
-        else:
-            images = self.engines["vae_decoder"].run({"latents": final})["image"].numpy()
-            if output_type == "pil":
-                images = [Image.fromarray(image) for image in images]
+        images: Any = to_host(final) if output_type == "latent" else self.decode(final)
+        if output_type == "pil":
+            images = [Image.fromarray(image) for image in images]
         clock.lap("decode")
         return PipelineOutput(images, seeds, clock.seconds, self.manifest.schedule.steps_per_group(times))
 
     def ask(
         self,
-        images: Picture | Sequence[Any] | None = None,
+        images: ImageInput | Sequence[Any] | None = None,
         question: str | Sequence[str] | None = None,
         *,
         messages: Sequence[Any] | None = None,
@@ -172,21 +166,21 @@ class LatteFlowPipeline:
         seed: int = 0,
         stop: Sequence[str] = (),
     ) -> str | list[str]:
-        """Answers a question about images, or goes on with a conversation.
+        """Answers a question about images, or continues a conversation.
 
         Args:
-            images: a picture (path, PIL image or `[H, W, 3]` uint8), several for one question, or None. With
-                several questions: what each is about, one entry for each.
+            images: an image (path, PIL image or `[H, W, 3]` uint8), several images for one question, or None. With
+                several questions: a list with the image or images of each question.
             question: text, or a list of texts for a batch; the result is then a list.
-            messages: instead of both, a conversation in the Hugging Face chat format, or a list of such.
-            max_new_tokens: an answer is cut here, and where the model's context ends.
-            temperature: 0 is greedy.
-            top_p: sample from the likeliest tokens of this probability together.
-            seed: of the sampling.
-            stop: an answer ends before the first of these texts.
+            messages: instead of both, a conversation in the Hugging Face chat format, or a list of conversations.
+            max_new_tokens: largest number of tokens of an answer; it also ends where the model's context ends.
+            temperature: 0 takes the most likely token.
+            top_p: sample from the most likely tokens that together have this probability.
+            seed: seed of the sampling.
+            stop: texts that end an answer; the answer stops before the first of them.
 
         Raises:
-            InputError: something is no picture or no question, or all together are too long for the model.
+            InputError: an image or a question cannot be used, or together they are too long for the model.
         """
         conversations, single = _conversations(images, question, messages)
         settings = AnswerSettings(max_new_tokens, temperature, top_p, seed, tuple(stop))
@@ -195,7 +189,7 @@ class LatteFlowPipeline:
 
     def ask_stream(
         self,
-        images: Picture | Sequence[Picture] | None = None,
+        images: ImageInput | Sequence[ImageInput] | None = None,
         question: str | None = None,
         *,
         messages: Sequence[Message] | None = None,
@@ -205,7 +199,7 @@ class LatteFlowPipeline:
         seed: int = 0,
         stop: Sequence[str] = (),
     ) -> Iterator[str]:
-        """As `ask` for one conversation, piece by piece as the answer is written."""
+        """Answers like `ask` for one conversation, and yields the answer piece by piece as it is written."""
         conversations, single = _conversations(images, question, messages)
         if not single:
             raise InputError("ask_stream answers one conversation; for several, call ask")
@@ -214,35 +208,39 @@ class LatteFlowPipeline:
 
     @cached_property
     def answerer(self) -> Answerer:
-        """What answers; made when the first question comes."""
-        chat = ChatProcessor.from_bundle(self.bundle, self.manifest, self._prompts.tokenizer)
-        return Answerer(self.engines, chat, self._prompts.tokenizer, self.manifest.understanding)
+        """The part that answers questions; made when the first question comes."""
+        return Answerer(self.engines, self.chat, self.manifest.understanding)
 
-    def prepare(
+    def sampler(
         self, prompts: Sequence[str], negative_prompts: Sequence[str], guidance_scales: Sequence[float]
-    ) -> PreparedRun:
-        """Encodes prompts and arranges them in rows; the result can step and sample.
+    ) -> Sampler:
+        """Encodes prompts and returns a sampler for them.
 
         Args:
-            prompts, negative_prompts, guidance_scales: one of each per image.
+            prompts, negative_prompts, guidance_scales: one of each for each image.
         """
         for scale in guidance_scales:
             if not np.isfinite(scale):
                 raise InputError(f"guidance_scale must be a finite number, got {scale}")
-        guided = [i for i, scale in enumerate(guidance_scales) if scale != 1.0]
-        conditional = self.encode_prompts(prompts)
-        unconditional = self.encode_negative_prompts([negative_prompts[i] for i in guided])
+        guided = [
+            negative for negative, scale in zip(negative_prompts, guidance_scales, strict=True) if is_guided(scale)
+        ]
+        conditional, unconditional = self.encode_prompts(prompts), self.encode_negative_prompts(guided)
         batch = arrange_rows(self.backend, conditional, unconditional, guidance_scales)
-        return PreparedRun(Sampler(self.engines, self.manifest.schedule, batch), batch)
+        return Sampler(self.engines, self.manifest.schedule, batch)
+
+    def decode(self, latents: Value) -> np.ndarray:
+        """Decodes latents `[B, C, H, W]` float32 to pixels `[B, height, width, 3]` uint8."""
+        return self.engines["vae_decoder"].run({"latents": latents})["image"].numpy()
 
     def check_prompt(self, prompt: str) -> None:
         """Raises `InputError` for a prompt that cannot be encoded."""
-        self._prompts.tokens(prompt)
+        self.chat.prompt_tokens(prompt)
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[PrefixRow]:
-        """What the experts read of each prompt. Equal prompts go through the VLM once."""
+        """Returns the keys and values of each prompt. Equal prompts go through the VLM once."""
         distinct = list(dict.fromkeys(prompts))
-        ids, mask = self._prompts.batch(distinct)
+        ids, mask = self.chat.encode_prompts(distinct)
         groups = [kv.numpy() for kv in self._language.forward(ids, mask).kv]
         lengths = mask.sum(axis=1)
         rows = {
@@ -251,7 +249,7 @@ class LatteFlowPipeline:
         return [rows[prompt] for prompt in prompts]
 
     def encode_negative_prompts(self, prompts: Sequence[str]) -> list[PrefixRow]:
-        """The same for negative prompts, most often the one empty one: each is encoded once per pipeline."""
+        """Returns the keys and values of negative prompts. The latest are remembered, above all the empty one."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._negative_prefixes]
         if new:
             self._negative_prefixes.update(zip(new, self.encode_prompts(new), strict=True))
@@ -313,18 +311,6 @@ class LatteFlowPipeline:
         self.close()
 
 
-@dataclass(frozen=True)
-class PreparedRun:
-    """Encoded prompts, ready to be sampled from."""
-
-    sampler: Sampler
-    batch: GuidedBatch
-
-    def step(self, latents: np.ndarray, t: float, t_next: float) -> np.ndarray:
-        """One step from `latents` `[B, C, H, W]` float32; returns the next ones."""
-        return self.sampler.step(latents, self.sampler.rows_of(latents), t, t_next)[0].numpy()
-
-
 def _adapt(pipeline: LatteFlowPipeline, callback: Callback) -> Callable[[SamplerStep], np.ndarray | None]:
     def on_step(step: SamplerStep) -> np.ndarray | None:
         result = callback(pipeline, step.index, step.t, _OnDemand(step))
@@ -336,7 +322,7 @@ def _adapt(pipeline: LatteFlowPipeline, callback: Callback) -> Callable[[Sampler
 
 
 class _OnDemand(Mapping[str, np.ndarray]):
-    """What a callback gets: {"latents": array}. The host waits for the device only if it is read."""
+    """The tensors that a callback gets, {"latents": array}: the host waits for the device only if they are read."""
 
     def __init__(self, step: SamplerStep) -> None:
         self._step = step
@@ -356,7 +342,7 @@ class _OnDemand(Mapping[str, np.ndarray]):
 def _conversations(
     images: Any, question: str | Sequence[str] | None, messages: Sequence[Any] | None
 ) -> tuple[list[Sequence[Message]], bool]:
-    """Conversations, and whether there is one alone rather than a list of one."""
+    """Returns the conversations, and whether the caller gave a single one rather than a list."""
     if messages is not None:
         if images is not None or question is not None:
             raise InputError("give either messages, or images and a question")
@@ -365,15 +351,15 @@ def _conversations(
     if question is None:
         raise InputError("there is no question; give one, or messages")
     if isinstance(question, str):
-        return [[user_message(_pictures(images), question)]], True
+        return [[user_message(_image_list(images), question)]], True
     questions = _as_list("question", question)
     about = [None] * len(questions) if images is None else list(images)
     if len(about) != len(questions):
         raise InputError(f"images must have one entry for each of {len(questions)} questions, got {len(about)}")
-    return [[user_message(_pictures(of_one), text)] for of_one, text in zip(about, questions, strict=True)], False
+    return [[user_message(_image_list(of_one), text)] for of_one, text in zip(about, questions, strict=True)], False
 
 
-def _pictures(images: Any) -> list[Picture]:
+def _image_list(images: Any) -> list[ImageInput]:
     if images is None:
         return []
     return list(images) if isinstance(images, (list, tuple)) else [images]

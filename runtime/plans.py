@@ -1,36 +1,64 @@
-"""Which plan of an engine can run here; asked before a byte of it is deserialised."""
+"""TensorRT plans: the two libraries that build and run them, and which plan of an engine can run here.
+
+A plan is checked before a byte of it is deserialised.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from runtime.errors import BundleError
-from runtime.manifest import EngineEntry, PlanBackend, PlanEntry
+from runtime.manifest import EngineEntry, PlanEntry, PlanProvider
+
+
+class TensorRTLibrary(NamedTuple):
+    """A library with TensorRT's API."""
+
+    module: str
+    """Its Python module."""
+    extra: str
+    """The extra of `latte-flow` that installs it."""
+    plan_file: str
+    """Name of an engine's plan in its folder."""
+
+    @property
+    def install(self) -> str:
+        """The command that installs it."""
+        return f'pip install "latte-flow[{self.extra}]"'
+
+
+TENSORRT: dict[PlanProvider, TensorRTLibrary] = {
+    "tensorrt": TensorRTLibrary("tensorrt", "gpu", "model.plan"),
+    "tensorrt-rtx": TensorRTLibrary("tensorrt_rtx", "rtx", "model.rtx.plan"),
+}
 
 
 def usable_plan(
-    bundle: Path, entry: EngineEntry, backend: PlanBackend, version: str, architecture: str | None
+    bundle: Path, entry: EngineEntry, provider: PlanProvider, version: str, architecture: str | None
 ) -> PlanEntry:
-    """The engine's plan.
+    """Returns the engine's plan for a provider.
 
     Args:
-        version: of the TensorRT that would run it.
-        architecture: of the GPU that would run it, "sm_89"; None where there is none.
+        version: version of the TensorRT that would run it.
+        architecture: architecture of the GPU that would run it, such as "sm_89"; None without a GPU.
 
     Raises:
-        BundleError: there is no plan, or it is for another TensorRT or another GPU.
+        BundleError: there is no plan, or it needs another TensorRT or another GPU.
     """
-    remedy = f"run: latte-flow build {bundle} --backend {backend}"
-    plan = entry.plan(backend)
+    remedy = f"run: latte-flow build {bundle} --provider {provider}"
+    plan = entry.plan(provider)
     if plan is None:
-        raise BundleError(f"the bundle has no {backend} plan of {entry.name}; {remedy}")
+        raise BundleError(f"the bundle has no {provider} plan of {entry.name}; {remedy}")
     if not _reads(version, plan):
-        raise BundleError(f"the plan of {entry.name} is of {backend} {plan.version}, this is {version}; {remedy}")
+        raise BundleError(
+            f"the plan of {entry.name} was built with {provider} {plan.version}; this is {version}; {remedy}"
+        )
     if architecture is None:
         raise BundleError(f"the plan of {entry.name} runs on {', '.join(plan.architectures)}, and there is no GPU here")
     if not any(_covers(name, architecture) for name in plan.architectures):
         raise BundleError(
-            f"the plan of {entry.name} is for {', '.join(plan.architectures)}, this GPU is {architecture}; {remedy}"
+            f"the plan of {entry.name} is for {', '.join(plan.architectures)}; this GPU is {architecture}; {remedy}"
         )
     return plan
 

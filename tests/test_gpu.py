@@ -45,7 +45,7 @@ class TestCuda:
             tensor = pipe.backend.upload(np.zeros((1, 2), np.float32))
             assert tensor.value.device_name() == "cuda"  # type: ignore[attr-defined]
 
-    def test_pictures_are_those_of_the_cpu(self, bundle: Path, pipe: LatteFlowPipeline) -> None:
+    def test_images_are_those_of_the_cpu(self, bundle: Path, pipe: LatteFlowPipeline) -> None:
         with LatteFlowPipeline.from_pretrained(bundle, "cuda") as there:
             drawn, expected = (p("a red star", seed=3, output_type="np").images for p in (there, pipe))
         assert np.abs(drawn.astype(int) - expected.astype(int)).max() <= 2
@@ -66,7 +66,7 @@ class TestNative:
         assert all(plan.inspected for engine in load_manifest(bundle).engines for plan in engine.plans)
         assert [row for row in verify_bundle(bundle, model, name) if not row.passed] == []
 
-    def test_the_same_call_twice_is_a_graph_and_the_same_picture(self, checkpoint: Path, tmp_path: Path) -> None:
+    def test_the_same_call_twice_is_a_graph_and_the_same_image(self, checkpoint: Path, tmp_path: Path) -> None:
         name = native()
         export_bundle(checkpoint, tmp_path / "bundle", verify=False)
         build_plans(tmp_path / "bundle", BuildOptions(backend=name))  # type: ignore[arg-type]

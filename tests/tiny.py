@@ -15,7 +15,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from latte.checkpoint import assemble, save_checkpoint
 from latte.model import LatteFlow
-from latte.training.vlm import SPECIAL_TOKENS, small_image_processor, train_tokenizer
+from latte.shapes.vlm import SPECIAL_TOKENS, small_image_processor, train_tokenizer
 from runtime.manifest import file_entry, load_manifest, save_manifest
 
 BOUNDARIES = (0.0, 0.3, 1.0)

@@ -1,18 +1,17 @@
-"""What timestep experts and engines buy: the expert engines beside models that must do without the one or the other.
+"""The gain from timestep experts and from engines: the expert engines against models without the one or the other.
 
     experts         the engines of this project: a step runs the M layers of its group
-    experts, int8   the same, every matrix product in INT8
-    dense twin      the same runtime and sizes, all L layers at every step: a flow model without timestep experts
+    experts, int8   the same, with every matrix product in INT8
+    dense twin      the same runtime and sizes, all L layers in every step: a flow model without timestep experts
     autoregressive  the same L layers writing image tokens one by one, with a KV cache and guidance (arXiv 2410.13848)
     PyTorch         the reference's expert, eager and compiled
 
-Weights are random: time does not depend on them. What would take long is timed on a sample and scaled, and
-the report says so. All sides take turns in one run, each on its own engines in ONNX Runtime.
+Weights are random, because time does not depend on them. Runs that would take long are timed on a sample and scaled,
+and the report says so. All sides take turns in one run, each on its own engines in ONNX Runtime.
 """
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,19 +19,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import onnx
 import torch
+import typer
+from rich.table import Table
 
-from export.paper_size import export_random_expert, export_random_language_model, one_group
+from export.benchmarks.random_models import PAPER, export_random_expert, export_random_language_model, one_group
+from export.benchmarks.report import Against, AsJson, ProviderName, Publisher, app
+from export.benchmarks.timing import Turns, take_turns
+from export.commands import staged
 from export.quantization import rewrite_engine, weight_bits
+from latte.checkpoint import load_config, resolve_checkpoint
 from latte.config import LatteFlowConfig
 from latte.model import FlowTransformer
-from runtime.backends import Session, open_backend
-from runtime.doctor import products_saturate
+from runtime.backends import Backend, DeviceTensor, Session, open_backend
+from runtime.console import stdout
 from runtime.language import LanguageModel
+from runtime.machine import products_saturate
 from runtime.manifest import EngineEntry, TensorSpec, file_entry
 
 PREFIX_TOKENS = 32
@@ -50,50 +56,41 @@ GEMM_SHAPES = ((128, 1536, 1536), (128, 1536, 8960), (128, 8960, 1536), (512, 15
 """(rows, inner, columns) of the products tried for the machine's peak."""
 
 
-@dataclass(frozen=True)
-class Timing:
-    """One side at one number of images."""
-
-    side: str
-    images: int
-    seconds: list[float]
-    """Of a step, of a token, or of a prefix, one for each round."""
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-
 @dataclass
 class GenerationReport:
-    """All that one run measured."""
+    """Everything that one run measured."""
 
     size: str
-    step: dict[str, dict[int, Timing]] = field(default_factory=dict)
-    """Of a sampling step with guidance, by side and images."""
-    prefix: dict[int, Timing] = field(default_factory=dict)
-    """Of encoding the prompts."""
-    token: dict[int, dict[int, Timing]] = field(default_factory=dict)
-    """Of one token of the autoregressive twin, by images and tokens already there."""
+    step: dict[str, dict[int, Turns[object]]] = field(default_factory=dict)
+    """Times of a sampling step with guidance, by side and number of images."""
+    prefix: dict[int, Turns[object]] = field(default_factory=dict)
+    """Times of encoding the prompts, by number of images."""
+    token: dict[int, dict[int, Turns[object]]] = field(default_factory=dict)
+    """Times of one token of the autoregressive twin, by number of images and of tokens before it."""
     gemm_peak: float = 0.0
     """Best rate of ONNX Runtime's matrix product, in FLOP/s."""
     step_flops: int = 0
-    """Multiplications and additions of the products of an expert step of one image."""
+    """Multiplications and additions of the matrix products in an expert step of one image."""
     notes: list[str] = field(default_factory=list)
+
+    def add_steps(self, images: int, turns: Mapping[str, Turns[object]]) -> None:
+        """Adds the times of a sampling step for a number of images."""
+        for side, times in turns.items():
+            self.step.setdefault(side, {})[images] = times
 
     @property
     def rate(self) -> float:
-        """Of an expert step with the fewest images, in FLOP/s."""
+        """Rate of an expert step with the fewest images, in FLOP/s."""
         fewest = min(self.step["experts"])
         return fewest * self.step_flops / self.step["experts"][fewest].median
 
     @property
     def efficiency(self) -> float:
-        """The rate in proportion to the peak."""
+        """Rate of an expert step, relative to the peak."""
         return self.rate / self.gemm_peak
 
     def calls(self) -> Iterator[tuple[str, Callable[[int], float], Callable[[int], float]]]:
-        """Whole calls: name, seconds by images, and those of the experts that they are compared with."""
+        """Yields whole calls: name, seconds by number of images, and seconds of the experts' call to compare with."""
         for steps in STEPS:
             experts = partial(self.total, "experts", steps)
             for side in self.step:
@@ -106,11 +103,11 @@ class GenerationReport:
             )
 
     def total(self, side: str, steps: int, images: int) -> float:
-        """Seconds of a call without the autoencoder, which is the same for all flow models."""
+        """Returns the seconds of a call without the autoencoder, which is the same for all flow models."""
         return self.prefix[images].median + steps * self.step[side][images].median
 
     def autoregressive(self, tokens: int, images: int) -> float:
-        """Seconds to write so many image tokens; a token's time is a line in the tokens before it."""
+        """Returns the seconds to write image tokens; a token's time is linear in the number of tokens before it."""
         places = self.token[images]
         (first, a), (last, b) = ((place, places[place].median) for place in (min(places), max(places)))
         slope = (b - a) / (last - first)
@@ -119,7 +116,7 @@ class GenerationReport:
 
 
 def report_as_dict(report: GenerationReport) -> dict[str, Any]:
-    """For JSON: all times, and what follows from them."""
+    """Returns all times, and numbers computed from them, for JSON."""
     images = sorted(report.step["experts"])  # keys are text, as in JSON, so that reports compare before and after
     return {
         "size": report.size,
@@ -134,7 +131,7 @@ def report_as_dict(report: GenerationReport) -> dict[str, Any]:
 
 
 def plot_generation(report: GenerationReport, path: Path) -> None:
-    """Whole calls of one image, a dot for each."""
+    """Plots whole calls with the fewest images, one dot per call."""
     from matplotlib.figure import Figure
 
     fewest = min(report.step["experts"])
@@ -164,11 +161,11 @@ def measure_generation(
     compile_reference: bool,
     on_stage: Callable[[str], None],
 ) -> GenerationReport:
-    """Runs everything, one model in memory at a time but for the two that a target compares.
+    """Measures all sides; experts and dense twin are in memory together, the other models one at a time.
 
     Args:
-        config: sizes of the flow layers, which the VLM's mirror.
-        rounds: of each measurement; the median counts.
+        config: sizes of the flow layers; the VLM's layers have the same.
+        rounds: number of rounds of each measurement; the median counts.
     """
     report = GenerationReport(size, step_flops=step_flops(config, config.layers_per_group))
     experts, layers = config.layers_per_group, config.num_hidden_layers
@@ -184,7 +181,7 @@ def measure_generation(
             sides = {"experts": expert, "dense twin": dense} | ({"experts, int8": quantized} if quantized else {})
             for count in images:
                 runs = {name: _step(session, config, count) for name, session in sides.items()}
-                _take_turns(report.step, runs, count, rounds)
+                report.add_steps(count, take_turns(runs, rounds))
         on_stage("PyTorch: time")
         _time_reference(report, config, rounds, compile_reference, images)
         on_stage("autoregressive twin: export")
@@ -197,7 +194,7 @@ def measure_generation(
 
 
 def step_flops(config: LatteFlowConfig, layers: int) -> int:
-    """Of the matrix products of one guided image's step: rows, latent tokens, and keys of prefix and latents."""
+    """Counts the multiplications and additions of the matrix products in one guided image's step."""
     tokens = config.latent_size[0] * config.latent_size[1]
     hidden, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
     projections = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * config.intermediate_size
@@ -206,7 +203,7 @@ def step_flops(config: LatteFlowConfig, layers: int) -> int:
 
 
 def gemm_peak(provider: str, folder: Path, rounds: int) -> float:
-    """The best rate of ONNX Runtime's own matrix product here, in FLOP/s."""
+    """Measures the best rate of ONNX Runtime's own matrix product on this machine, in FLOP/s."""
     best = 0.0
     rng = np.random.default_rng(0)
     for rows, inner, columns in GEMM_SHAPES:
@@ -222,6 +219,7 @@ def gemm_peak(provider: str, folder: Path, rounds: int) -> float:
         onnx.save(model, folder / "gemm.onnx")
         entry = EngineEntry(
             name="gemm",
+            role="solver_step",
             precision="fp32",
             opset=18,
             fused=False,
@@ -246,7 +244,7 @@ def _session(folder: Path, provider: str, config: LatteFlowConfig) -> Iterator[S
 
 @contextmanager
 def _quantized_session(folder: Path, provider: str, entry: EngineEntry) -> Iterator[Session | None]:
-    """The experts with every product in INT8, which is for the CPU."""
+    """Yields the experts with every product in INT8, or None on other providers than the CPU."""
     if provider != "cpu":
         yield None
         return
@@ -256,23 +254,9 @@ def _quantized_session(folder: Path, provider: str, entry: EngineEntry) -> Itera
         yield session
 
 
-def _take_turns(
-    into: dict[str, dict[int, Timing]], runs: Mapping[str, Callable[[], object]], images: int, rounds: int
-) -> None:
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            if turn:  # the first warms up
-                times[name].append(time.perf_counter() - started)
-    for name, seconds in times.items():
-        into.setdefault(name, {})[images] = Timing(name, images, seconds)
-
-
-def _step(session: Session, config: LatteFlowConfig, images: int) -> Callable[[], object]:
-    feed = _flow_inputs(config, session.entry.inputs[2].shape[0], images)
-    return lambda: session.run(feed)["velocity"].numpy()
+def _step(session: Session, config: LatteFlowConfig, images: int) -> Callable[[int], object]:
+    feed = _flow_inputs(config, session.entry.input("prefix_kv").shape[0], images)
+    return lambda _: session.run(feed)["velocity"].numpy()
 
 
 def _flow_inputs(config: LatteFlowConfig, layers: int | str, images: int) -> dict[str, np.ndarray]:
@@ -299,11 +283,11 @@ def _time_reference(
             inputs = _flow_inputs(config, config.layers_per_group, count)
             tensors = [torch.from_numpy(inputs[name]) for name in ("latents", "timestep", "prefix_kv", "prefix_mask")]
             runs = {name: _reference_step(side, tensors) for name, side in sides.items()}
-            _take_turns(report.step, runs, count, max(1, rounds // 2))
+            report.add_steps(count, take_turns(runs, max(1, rounds // 2)))
 
 
-def _reference_step(side: Any, tensors: list[torch.Tensor]) -> Callable[[], object]:
-    return lambda: side(*tensors, 0)
+def _reference_step(side: Any, tensors: list[torch.Tensor]) -> Callable[[int], object]:
+    return lambda _: side(*tensors, 0)
 
 
 def _time_language_model(
@@ -316,7 +300,7 @@ def _time_language_model(
     on_stage: Callable[[str], None],
 ) -> None:
     entry = export_random_language_model(folder, "fp32", config, IMAGE_VOCABULARY)
-    backend, groups, layers = open_backend(provider), config.schedule.num_groups, config.layers_per_group
+    backend = open_backend(provider)
     with backend.load(folder, entry) as session:
         language = LanguageModel({"vlm": session})
         on_stage("autoregressive twin: time")
@@ -324,25 +308,81 @@ def _time_language_model(
         for count in images:
             rows = count * ROWS_PER_IMAGE
             ids = rng.integers(1, IMAGE_VOCABULARY, (rows, PREFIX_TOKENS))
-            # Prompts alone: the unconditional prefix is made once for all calls.
-            prompts = {"prefix": lambda ids=ids, n=count: language.forward(ids[:n], np.ones((n, PREFIX_TOKENS), bool))}
-            into: dict[str, dict[int, Timing]] = {}
-            _take_turns(into, prompts, count, rounds)
-            report.prefix[count] = into["prefix"][count]
-            report.token[count] = {}
-            for place in (0, max(IMAGE_TOKENS) - 1):
-                # Drawn, not computed: to read that many tokens would take longer than all that is timed.
-                kv = (layers, 2, rows, config.num_key_value_heads, PREFIX_TOKENS + place, config.head_dim)
-                past = tuple(backend.upload(rng.standard_normal(kv, np.float32)) for _ in range(groups))
-                total = PREFIX_TOKENS + place + 1
-                token = {
-                    "token": lambda ids=ids[:, :1], past=past, total=total, rows=rows: language.forward(
-                        ids,
-                        np.ones((rows, total), bool),
-                        np.full((3, rows, 1), total - 1, np.int64),
-                        past=past,
-                    ).logits.numpy()
-                }
-                into = {}
-                _take_turns(into, token, count, rounds)
-                report.token[count][place] = into["token"][count]
+            # Only prompts: the unconditional prefix is encoded once for all calls.
+            report.prefix[count] = take_turns({"prefix": _encoding(language, ids[:count])}, rounds)["prefix"]
+            places = (0, max(IMAGE_TOKENS) - 1)
+            # The past is random: computing that many tokens would take longer than everything that is timed.
+            pasts = {place: _random_past(backend, config, rows, PREFIX_TOKENS + place, rng) for place in places}
+            report.token[count] = {
+                place: take_turns({"token": _writing(language, ids[:, :1], past)}, rounds)["token"]
+                for place, past in pasts.items()
+            }
+
+
+def _random_past(
+    backend: Backend, config: LatteFlowConfig, rows: int, tokens: int, rng: np.random.Generator
+) -> tuple[DeviceTensor, ...]:
+    kv = (config.layers_per_group, 2, rows, config.num_key_value_heads, tokens, config.head_dim)
+    return tuple(backend.upload(rng.standard_normal(kv, np.float32)) for _ in range(config.schedule.num_groups))
+
+
+def _encoding(language: LanguageModel, ids: np.ndarray) -> Callable[[int], object]:
+    def encode(_: int) -> None:
+        language.forward(ids, np.ones(ids.shape, bool))
+
+    return encode
+
+
+def _writing(language: LanguageModel, ids: np.ndarray, past: tuple[DeviceTensor, ...]) -> Callable[[int], object]:
+    rows, total = len(ids), past[0].shape[4] + 1
+    mask, positions = np.ones((rows, total), bool), np.full((3, rows, 1), total - 1, np.int64)
+    return lambda _: language.forward(ids, mask, positions, past=past).logits.numpy()
+
+
+@app.command(no_args_is_help=False)
+def generation(
+    size: Annotated[Size, typer.Option(help="Of all models; their weights are random.")] = "shapes",
+    provider: ProviderName = "cpu",
+    rounds: Annotated[int, typer.Option(help="Of each measurement.", min=1)] = 5,
+    images: Annotated[list[int] | None, typer.Option(help="Images in a call; 1, 2 and 8 by default.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Also time torch.compile.")] = True,
+    plot: Annotated[Path | None, typer.Option(help="Draw the comparison here.")] = None,
+    against: Against = None,
+    as_json: AsJson = False,
+) -> None:
+    """The expert engines beside a dense twin, an autoregressive twin and PyTorch, in one run.
+
+    \b
+    Examples:
+      latte-flow bench generation
+      latte-flow bench generation --size paper --rounds 3 --plot generation.png
+      latte-flow bench generation --json > old.json; latte-flow bench generation --compare old.json
+    """
+    publisher = Publisher(as_json, against)
+    config = PAPER if size == "paper" else load_config(resolve_checkpoint("shapes"))
+    counts = tuple(images or IMAGES)
+    with staged() as on_stage:
+        report = measure_generation(size, config, provider, rounds, counts, compiled, on_stage)
+    if plot is not None:
+        plot_generation(report, plot)
+
+    def show() -> None:
+        table = Table("a guided step", *(f"{n} image{'s' * (n > 1)}" for n in counts), "experts are faster by")
+        for side, timings in report.step.items():
+            ratio = timings[counts[0]].median / report.step["experts"][counts[0]].median
+            shown = (f"{1000 * timings[n].median:.1f} ms" if n in timings else "" for n in counts)
+            table.add_row(side, *shown, "" if side == "experts" else f"{ratio:.2f}x")
+        stdout.print(table)
+        table = Table("a call, without the decoder", *(f"{n} image{'s' * (n > 1)}" for n in counts), "to experts")
+        for name, seconds, base in report.calls():
+            shown = (f"{seconds(n):.2f} s" for n in counts)
+            table.add_row(name, *shown, f"{seconds(counts[0]) / base(counts[0]):.2f}x")
+        stdout.print(table)
+        stdout.print(
+            f"an expert step of one image runs at {report.rate / 1e9:.1f} GFLOP/s, {report.efficiency:.0%} of the "
+            f"{report.gemm_peak / 1e9:.1f} that ONNX Runtime's matrix product reaches here"
+        )
+        for note in report.notes:
+            stdout.print(f"note: {note}")
+
+    publisher.publish({"provider": provider} | report_as_dict(report), show)

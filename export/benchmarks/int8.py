@@ -1,27 +1,36 @@
-"""What INT8 costs and gives on `shapes`: size, speed, pictures and answers beside fp32, in one run."""
+"""INT8 against fp32 on `shapes`: size, speed, images and answers, in one run."""
 
 from __future__ import annotations
 
 import shutil
 import statistics
-import time
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
+from rich.table import Table
 
-from export.quantization import ENGINES, QuantizationSettings, quantize_bundle
+from export.benchmarks.report import Against, AsJson, Publisher, app, bundle_for_the_run
+from export.benchmarks.timing import take_turns
+from export.commands import staged
+from export.quantization import QUANTIZED_ROLES, QuantizationSettings, quantize_bundle
 from export.verify import psnr_db
-from latte.score import held_out_prompts, score_answers, score_drawing
+from latte.shapes.score import held_out_prompts, score_answers, score_drawing
+from runtime.console import progress_bar, stdout
+from runtime.flow_time import DEFAULT_STEPS
 from runtime.manifest import load_manifest
 from runtime.pipeline import LatteFlowPipeline
 
 MAX_ERRORS = (0.005, 0.02, 0.05, 1.0)
 """Limits to compare; the last quantises every product."""
-PICTURES = (1, 8)
+IMAGES = (1, 8)
 """In a timed call."""
-PSNR_PICTURES = 32
+PSNR_IMAGES = 32
 
 
 @dataclass(frozen=True)
@@ -33,24 +42,24 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Row:
-    """What one bundle does."""
+class VariantResult:
+    """The measurements of one bundle."""
 
     name: str
     megabytes: float
-    """Of the engines that are quantised: VLM, vision tower, experts."""
+    """Size of the engines that can be quantised: VLM, vision tower, experts."""
     quantized_share: float
-    """Of the products with weights."""
+    """Share of the matrix products with weights."""
     call_seconds: dict[str, list[float]]
-    """Of 20 guided steps, by the number of pictures."""
+    """Times of 20 guided steps, by the number of images."""
     psnr_db: float
-    """Against fp32, pooled over pictures."""
+    """Against fp32, pooled over all images."""
     right: dict[str, float]
-    """Shares of one-shape prompts, two-shape prompts and questions."""
+    """Shares of correct one-shape prompts, two-shape prompts and answers."""
 
 
 def quantized_variants(bundle: Path, folder: Path, on_stage: Callable[[str], None]) -> list[Variant]:
-    """The fp32 bundle itself, and its INT8 forms at each limit, in a folder."""
+    """Quantises an fp32 bundle at each limit, into a folder; returns the bundle itself and its INT8 forms."""
     variants = [Variant("fp32", bundle)]
     for limit in MAX_ERRORS:
         name = "int8, all" if limit >= 1 else f"int8, {limit:.1%}"
@@ -67,26 +76,19 @@ def measure_int8(
     questions: int,
     rounds: int,
     on_progress: Callable[[], None] = lambda: None,
-) -> list[Row]:
-    """Scores each bundle, and times them by turns; the first is what the others are compared with.
+) -> list[VariantResult]:
+    """Scores each bundle and times them in turns; the others are compared with the first.
 
     Args:
-        prompts: held-out ones of one and of two shapes, each.
+        prompts: number of held-out prompts with one shape, and with two.
     """
     pipes = [LatteFlowPipeline.from_pretrained(variant.bundle) for variant in variants]
-    times: list[dict[str, list[float]]] = [{str(n): [] for n in PICTURES} for _ in variants]
-    for turn in range(rounds + 1):
-        for pipe, of_one in zip(pipes, times, strict=True):
-            for pictures in PICTURES:
-                started = time.perf_counter()
-                pipe("a small red circle", num_images_per_prompt=pictures, seed=turn, output_type="latent")
-                if turn:  # the first warms up
-                    of_one[str(pictures)].append(time.perf_counter() - started)
-        on_progress()
-    texts = [text for text, _ in held_out_prompts(PSNR_PICTURES, 1, seed=2)]
-    rows: list[Row] = []
+    sides = {(i, count): partial(_draw, pipe, count) for i, pipe in enumerate(pipes) for count in IMAGES}
+    turns = take_turns(sides, rounds, on_progress)
+    texts = [text for text, _ in held_out_prompts(PSNR_IMAGES, 1, seed=2)]
+    rows: list[VariantResult] = []
     reference: np.ndarray | None = None
-    for variant, pipe, of_one in zip(variants, pipes, times, strict=True):
+    for i, (variant, pipe) in enumerate(zip(variants, pipes, strict=True)):
         images = np.asarray(pipe(texts, seed=list(range(len(texts))), output_type="np").images)
         reference = images if reference is None else reference
         right = {}
@@ -104,11 +106,11 @@ def measure_int8(
         right["answers"] = answers.share()
         on_progress()
         rows.append(
-            Row(
+            VariantResult(
                 variant.name,
                 _megabytes(variant.bundle),
                 _quantized_share(variant.bundle),
-                of_one,
+                {str(count): turns[i, count].seconds for count in IMAGES},
                 psnr_db(images, reference) or 0.0,
                 right,
             )
@@ -117,14 +119,18 @@ def measure_int8(
     return rows
 
 
-def speedup(row: Row, reference: Row, pictures: int) -> float:
-    """How many times faster a call is."""
-    old, new = (statistics.median(r.call_seconds[str(pictures)]) for r in (reference, row))
+def _draw(pipe: LatteFlowPipeline, images: int, turn: int) -> None:
+    pipe("a small red circle", num_images_per_prompt=images, seed=turn, output_type="latent")
+
+
+def speedup(result: VariantResult, reference: VariantResult, images: int) -> float:
+    """Returns how many times as fast a call is."""
+    old, new = (statistics.median(r.call_seconds[str(images)]) for r in (reference, result))
     return old / new
 
 
 def _megabytes(bundle: Path) -> float:
-    engines = [engine for engine in load_manifest(bundle).engines if engine.name.startswith(ENGINES)]
+    engines = [engine for engine in load_manifest(bundle).engines if engine.role in QUANTIZED_ROLES]
     return sum(file.size for engine in engines for file in engine.files) / 1e6
 
 
@@ -132,3 +138,50 @@ def _quantized_share(bundle: Path) -> float:
     quantizations = [engine.quantization for engine in load_manifest(bundle).engines if engine.quantization is not None]
     quantized = sum(len(q.quantized) for q in quantizations)
     return quantized / max(1, quantized + sum(len(q.kept) for q in quantizations))
+
+
+@app.command(no_args_is_help=False)
+def int8(
+    checkpoint: Annotated[str, typer.Argument(help="`shapes`, or a checkpoint trained like it.")] = "shapes",
+    bundle: Annotated[Path | None, typer.Option(help="An fp32 bundle; by default one is exported for the run.")] = None,
+    prompts: Annotated[int, typer.Option(help="Number of held-out prompts of each kind.", min=1)] = 500,
+    questions: Annotated[int, typer.Option(help="Number of held-out questions.", min=1)] = 500,
+    rounds: Annotated[int, typer.Option(help="Number of timed calls of each kind.", min=1)] = 15,
+    against: Against = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure INT8 against fp32 on the CPU: size, speed, PSNR, and the score of images and answers.
+
+    \b
+    Examples:
+      latte-flow bench int8
+      latte-flow bench int8 my-checkpoint --prompts 100 --json
+    """
+    publisher = Publisher(as_json, against)
+    with bundle_for_the_run(bundle, checkpoint) as bundle, tempfile.TemporaryDirectory() as temporary:
+        with staged() as on_stage:
+            variants = quantized_variants(bundle, Path(temporary), on_stage)
+        with progress_bar() as progress:
+            task = progress.add_task("time and score", total=rounds + 1 + 3 * (len(MAX_ERRORS) + 1))
+            rows = measure_int8(variants, prompts, questions, rounds, lambda: progress.advance(task))
+
+    def show() -> None:
+        table = Table(
+            "",
+            "products",
+            "MB",
+            *(f"{n} image{'s' * (n > 1)}" for n in IMAGES),
+            "PSNR",
+            "1 shape",
+            "2 shapes",
+            "answers",
+            title=f"error allowed to an engine; speed of {DEFAULT_STEPS} guided steps against fp32",
+        )
+        for row in rows:
+            faster = (f"{speedup(row, rows[0], n):.2f}x" for n in IMAGES)
+            right = (f"{row.right[what]:.1%}" for what in ("1_shape", "2_shape", "answers"))
+            psnr = "" if row is rows[0] else f"{row.psnr_db:.1f} dB"
+            table.add_row(row.name, f"{row.quantized_share:.0%}", f"{row.megabytes:.1f}", *faster, psnr, *right)
+        stdout.print(table)
+
+    publisher.publish({"prompts": prompts, "questions": questions, "rows": [asdict(row) for row in rows]}, show)

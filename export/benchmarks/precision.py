@@ -1,8 +1,8 @@
-"""What it costs to compute one more part of an expert in half precision: why the recipe keeps it in fp32.
+"""The error of computing one more part of an expert in half precision: the reason to keep that part in fp32.
 
-The expert runs in PyTorch as it is exported, weights and products in half precision, the rest in fp32.
-Then one part at a time is rounded to half precision as well, at every operation, and the velocity is
-compared with that of the same expert in fp32.
+The expert runs in PyTorch as it is exported: weights and matrix products in half precision, the rest in fp32. Then
+one more part at a time is rounded to half precision at every operation, and the velocity is compared with that of
+the same expert in fp32.
 """
 
 from __future__ import annotations
@@ -10,33 +10,38 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from export.components import TORCH_DTYPES, ExpertGraph, cast_parameters
+from export.benchmarks.random_models import PAPER, one_group
+from export.benchmarks.report import AsJson, Publisher, app
+from export.components import cast_parameters
 from export.verify import relative_error
+from latte.checkpoint import TORCH_DTYPES, load_checkpoint
 from latte.config import LatteFlowConfig
 from latte.model import FlowTransformer
+from runtime.console import progress_bar, stdout
 from runtime.manifest import Precision
 
 aten = torch.ops.aten
 ROWS, PREFIX = 2, 32
 MASSIVE = 6.5e4
-"""Of a residual channel, near fp16's largest number: trained language models have such ones (arXiv 2402.17762)."""
+"""A residual channel near fp16's largest number; trained language models have such channels (arXiv 2402.17762)."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Operations of an expert that the recipe leaves in fp32."""
+    """Operations of an expert that the exporter keeps in fp32."""
 
     name: str
     ops: tuple[Any, ...]
     fits: Callable[[Tensor, LatteFlowConfig], bool]
-    """Which of their outputs belong to the part."""
+    """Says which outputs of these operations belong to the part."""
     rounds_inputs: bool = False
 
 
@@ -65,8 +70,8 @@ PARTS = (
 )
 
 
-class Rounded(TorchDispatchMode):
-    """Rounds the parts' operations to half precision; their dtype stays fp32."""
+class RoundedParts(TorchDispatchMode):
+    """Rounds the operations of some parts to half precision; their dtype stays fp32."""
 
     def __init__(self, parts: Sequence[Part], config: LatteFlowConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -91,18 +96,19 @@ class Rounded(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class Error:
-    """Of the velocity, relative to fp32; None where it is not finite."""
+class Deviation:
+    """The deviation of the velocity from fp32, with one more part in half precision."""
 
     model: str
     precision: str
     part: str
-    """That is in half precision too."""
+    """The additional part in half precision."""
     error: float | None
+    """Relative to fp32; None if it is not finite."""
 
 
-def study(name: str, flow: FlowTransformer, precisions: Sequence[Precision] = ("fp16", "bf16")) -> Iterator[Error]:
-    """One expert group of a model, its last, with one more part in half precision at a time."""
+def study(name: str, flow: FlowTransformer, precisions: Sequence[Precision] = ("fp16", "bf16")) -> Iterator[Deviation]:
+    """Measures a model's last expert group with one more part in half precision at a time."""
     config = flow.config
     group = config.schedule.num_groups - 1
     generator = torch.Generator().manual_seed(0)
@@ -115,21 +121,23 @@ def study(name: str, flow: FlowTransformer, precisions: Sequence[Precision] = ("
         reference = flow(latents, t, kv, mask, group).numpy()
         for precision in precisions:
             dtype = TORCH_DTYPES[precision]
-            narrow = ExpertGraph(cast_parameters(copy.deepcopy(flow), dtype))
+            narrow = cast_parameters(copy.deepcopy(flow), dtype)
 
-            def error(parts: Sequence[Part], narrow: ExpertGraph = narrow, dtype: torch.dtype = dtype) -> float | None:
-                with Rounded(parts, config, dtype) if parts else nullcontext():
-                    velocity = narrow.flow(latents.to(dtype), t, kv.to(dtype), mask, group)
+            def error(
+                parts: Sequence[Part], narrow: FlowTransformer = narrow, dtype: torch.dtype = dtype
+            ) -> float | None:
+                with RoundedParts(parts, config, dtype) if parts else nullcontext():
+                    velocity = narrow(latents.to(dtype), t, kv.to(dtype), mask, group)
                 return relative_error(velocity.float().numpy(), reference)
 
-            yield Error(name, precision, "nothing: the recipe", error(()))
+            yield Deviation(name, precision, "nothing: the recipe", error(()))
             for part in PARTS:
-                yield Error(name, precision, part.name, error((part,)))
-            yield Error(name, precision, "all of them", error(PARTS))
+                yield Deviation(name, precision, part.name, error((part,)))
+            yield Deviation(name, precision, "all of them", error(PARTS))
 
 
 def random_flow(config: LatteFlowConfig, *, massive: bool = False, seed: int = 0) -> FlowTransformer:
-    """Random weights; with `massive`, one channel of the residual stream begins and grows as in trained models."""
+    """Returns random flow layers; with `massive`, one residual channel is as large as in trained models."""
     torch.manual_seed(seed)
     flow = FlowTransformer(config)
     with torch.no_grad():
@@ -141,3 +149,41 @@ def random_flow(config: LatteFlowConfig, *, massive: bool = False, seed: int = 0
             for layer in flow.layers:
                 layer.get_parameter("scale_shift_table")[5, 7] = MASSIVE  # what the MLP adds to it
     return flow.eval()
+
+
+@app.command(no_args_is_help=False)
+def precision(
+    as_json: AsJson = False,
+) -> None:
+    """Measure the error of half precision in each part of an expert that the exporter keeps in fp32.
+
+    \b
+    Example:
+      latte-flow bench precision
+    """
+    publisher = Publisher(as_json)
+    expert = one_group(PAPER, PAPER.layers_per_group)
+    models = {
+        "shapes": lambda: load_checkpoint("shapes").flow,
+        "hidden 1536, random": lambda: random_flow(expert),
+        "hidden 1536, massive channel": lambda: random_flow(expert, massive=True),
+    }
+    errors: list[Deviation] = []
+    with progress_bar() as progress:
+        task = progress.add_task("", total=2 * (len(PARTS) + 2) * len(models))
+        for name, make in models.items():
+            progress.update(task, description=name)
+            for error in study(name, make()):
+                errors.append(error)
+                progress.advance(task)
+
+    def show() -> None:
+        columns = [(model, half) for model in models for half in ("fp16", "bf16")]
+        found = {(error.model, error.precision, error.part): error.error for error in errors}
+        table = Table("in half precision too", *(f"{model}, {half}" for model, half in columns), title="relative error")
+        for part in dict.fromkeys(error.part for error in errors):
+            values = (found[(*column, part)] for column in columns)
+            table.add_row(part, *("not finite" if value is None else f"{value:.1e}" for value in values))
+        stdout.print(table)
+
+    publisher.publish({"errors": [asdict(error) for error in errors]}, show)

@@ -1,80 +1,67 @@
-"""A service under load: step-level batching beside whole-request batching and one request at a time; Triton's share.
+"""A service under load: step-level batching, whole-request batching, one request at a time, and the cost of Triton.
 
-All disciplines run the same requests on the same engines in one process, one after another in each
-round. Latency is from the arrival of a request to its last image.
+All disciplines serve the same requests on the same engines in one process, one after another. Latency is measured
+from the arrival of a request to its last image.
 """
 
 from __future__ import annotations
 
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
+from rich.table import Table
 
+from export.benchmarks.report import Against, AsJson, Publisher, app, bundle_for_the_run
+from runtime.console import stderr, stdout
 from runtime.pipeline import LatteFlowPipeline
-from runtime.requests import GenerationRequest, Limits
-from runtime.scheduler import Job, Policy, Scheduler, Station, Worker
-from runtime.stations import PipelineStations
+from runtime.serving.requests import GenerationRequest, Limits
+from runtime.serving.scheduler import CostAwarePolicy, Scheduler, SchedulingPolicy, WholeRequestPolicy, Worker
+from runtime.serving.stations import PipelineStations
 
 Serve = Callable[[GenerationRequest], object]
 """Serves one request; returns when it is done."""
 STEPS = (10, 20, 40)
-"""Of the mixed requests of the Poisson arrivals."""
+"""Numbers of steps of the mixed requests."""
 LIMITS = Limits(max_queued_images=100_000)
 
 
-@dataclass
-class Cohorts:
-    """A policy that takes requests in together and lets nobody join until all of them are done.
-
-    With one place in a cohort that is one at a time; with more it is what a batcher around a whole
-    pipeline does.
-    """
-
-    places: int
-    _members: set[int] = field(default_factory=set)
-
-    def choose(self, waiting: dict[Station, list[Job]], now: float, max_rows: int) -> tuple[Station, list[Job]]:
-        """The next station of the cohort, or of a new one."""
-        jobs = [job for group in waiting.values() for job in group]
-        if not self._members & {job.number for job in jobs}:
-            places = min(self.places, max_rows // 2)
-            self._members = {job.number for job in sorted(jobs, key=lambda job: job.number)[:places]}
-        ours = {station: [job for job in group if job.number in self._members] for station, group in waiting.items()}
-        station = max(ours, key=lambda name: len(ours[name]))
-        return station, ours[station]
-
-    def observe(self, rows: int, seconds: float) -> None:
-        """Costs are nothing to it."""
-
-
-DISCIPLINES: dict[str, Callable[[], Policy | Cohorts]] = {
-    "step-level": Policy,
-    "whole requests": lambda: Cohorts(16),
-    "one at a time": lambda: Cohorts(1),
+DISCIPLINES: dict[str, Callable[[], SchedulingPolicy]] = {
+    "step-level": CostAwarePolicy,
+    "whole requests": lambda: WholeRequestPolicy(16),
+    "one at a time": lambda: WholeRequestPolicy(1),
 }
+IN_FLIGHT = (1, 4, 16, 64)
+SHARES = (0.5, 0.8, 0.95)
+"""Rates of arrival, relative to the capacity."""
+TRITON_ROUNDS = 3
 
 
 @dataclass(frozen=True)
-class Load:
-    """What one discipline did under one load."""
+class LoadResult:
+    """Throughput and latency of one discipline under one load."""
 
     discipline: str
     load: str
     images_per_second: float
     p50_seconds: float
-    """Seconds."""
+    """Median latency."""
     p95_seconds: float
     p99_seconds: float
 
 
 @contextmanager
-def serving(pipe: LatteFlowPipeline, discipline: str) -> Iterator[Serve]:
-    """The scheduler in this process, under one discipline."""
+def in_process(pipe: LatteFlowPipeline, discipline: str) -> Iterator[Serve]:
+    """Runs the scheduler in this process, with one discipline."""
     scheduler = Scheduler(PipelineStations(pipe), time.monotonic, LIMITS, DISCIPLINES[discipline]())
     worker = Worker(scheduler)
     try:
@@ -83,8 +70,8 @@ def serving(pipe: LatteFlowPipeline, discipline: str) -> Iterator[Serve]:
         worker.close()
 
 
-def in_flight(serve: Serve, discipline: str, clients: int, requests: int) -> Load:
-    """`clients` clients, each sending its next request when it has the last one's picture."""
+def with_clients(serve: Serve, discipline: str, clients: int, requests: int) -> LoadResult:
+    """Measures clients that each send their next request when they have the image of the last one."""
     latencies: list[float] = []
 
     def one(index: int) -> None:
@@ -98,8 +85,8 @@ def in_flight(serve: Serve, discipline: str, clients: int, requests: int) -> Loa
     return _load(discipline, f"{clients} in flight", latencies, time.monotonic() - started)
 
 
-def poisson(serve: Serve, discipline: str, rate: float, share: float, requests: int, seed: int = 0) -> Load:
-    """Requests of mixed lengths that arrive at random, `rate` a second on average."""
+def poisson(serve: Serve, discipline: str, rate: float, share: float, requests: int, seed: int = 0) -> LoadResult:
+    """Measures requests of mixed lengths that arrive at random, `rate` per second on average."""
     rng = np.random.default_rng(seed)
     arrivals = np.cumsum(rng.exponential(1 / rate, requests))
     steps = rng.choice(STEPS, requests)
@@ -120,13 +107,15 @@ def poisson(serve: Serve, discipline: str, rate: float, share: float, requests: 
     return _load(discipline, f"Poisson, {share:.0%} of capacity", latencies, time.monotonic() - began)
 
 
-def _load(discipline: str, load: str, latencies: list[float], seconds: float) -> Load:
+def _load(discipline: str, load: str, latencies: list[float], seconds: float) -> LoadResult:
     p50_seconds, p95_seconds, p99_seconds = np.percentile(latencies, [50, 95, 99])
-    return Load(discipline, load, len(latencies) / seconds, float(p50_seconds), float(p95_seconds), float(p99_seconds))
+    return LoadResult(
+        discipline, load, len(latencies) / seconds, float(p50_seconds), float(p95_seconds), float(p99_seconds)
+    )
 
 
 def capacity(pipe: LatteFlowPipeline, requests: int) -> float:
-    """Mixed requests a second that step-level batching serves when there is always enough to do."""
+    """Measures how many mixed requests step-level batching serves per second when the queue is never empty."""
     rng = np.random.default_rng(1)
     scheduler = Scheduler(PipelineStations(pipe), time.monotonic, LIMITS)
     for index in range(requests):
@@ -135,3 +124,73 @@ def capacity(pipe: LatteFlowPipeline, requests: int) -> float:
     while scheduler.tick():
         pass
     return requests / (time.monotonic() - started)
+
+
+@app.command(no_args_is_help=False)
+def serving(
+    bundle: Annotated[Path | None, typer.Option(help="Bundle; by default `shapes` is exported for the run.")] = None,
+    requests: Annotated[int, typer.Option(help="Number of requests for each load.", min=4)] = 96,
+    triton: Annotated[bool, typer.Option(help="Also measure Triton against the same scheduler.")] = True,
+    against: Against = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the service under load: step-level batching, whole requests, one at a time, and Triton.
+
+    \b
+    Examples:
+      latte-flow bench serving
+      latte-flow bench serving --bundle my-bundle --requests 300 --json
+    """
+    publisher = Publisher(as_json, against)
+    with bundle_for_the_run(bundle) as bundle:
+        loads = _in_process_loads(bundle, requests)
+        if triton:
+            loads += _triton_loads(bundle, requests)
+
+    def show() -> None:
+        table = Table("load", "served by", "images per second", "p50", "p95", "p99", title=f"{requests} requests each")
+        for load in loads:
+            times = (f"{1000 * seconds:.0f} ms" for seconds in (load.p50_seconds, load.p95_seconds, load.p99_seconds))
+            table.add_row(load.load, load.discipline, f"{load.images_per_second:.1f}", *times)
+        stdout.print(table)
+
+    publisher.publish({"requests": requests, "loads": [asdict(load) for load in loads]}, show)
+
+
+def _in_process_loads(bundle: Path, requests: int) -> list[LoadResult]:
+    loads = []
+    with LatteFlowPipeline.from_pretrained(bundle) as pipe:
+        full = capacity(pipe, requests)
+        stderr.print(f"capacity: {full:.1f} requests of mixed lengths a second")
+        for clients in IN_FLIGHT:
+            for discipline in DISCIPLINES:
+                with in_process(pipe, discipline) as serve:
+                    loads.append(with_clients(serve, discipline, clients, requests))
+        for share in SHARES:
+            for discipline in DISCIPLINES:
+                with in_process(pipe, discipline) as serve:
+                    loads.append(poisson(serve, discipline, share * full, share, requests))
+    return loads
+
+
+def _triton_loads(bundle: Path, requests: int) -> list[LoadResult]:
+    """Measures Triton and the scheduler in this process in turns; returns the median run of each."""
+    from model_repository.client import Client
+    from model_repository.layout import write_repository
+    from model_repository.server import TritonServer
+
+    runs: dict[str, list[LoadResult]] = {"in process": [], "Triton": []}
+    with tempfile.TemporaryDirectory() as temporary:
+        models = Path(temporary) / "models"
+        write_repository(bundle, models, execution_environment=Path(sys.prefix))
+        with TritonServer(models) as server, LatteFlowPipeline.from_pretrained(bundle) as pipe:
+            client = Client(server.grpc_url)
+
+            def through_triton(request: GenerationRequest) -> object:
+                return client.generate(request.prompt, seed=request.seed)
+
+            for _ in range(TRITON_ROUNDS):
+                with in_process(pipe, "step-level") as serve:
+                    runs["in process"].append(with_clients(serve, "in process", 16, requests))
+                runs["Triton"].append(with_clients(through_triton, "Triton", 16, requests))
+    return [sorted(of_one, key=lambda load: load.images_per_second)[len(of_one) // 2] for of_one in runs.values()]

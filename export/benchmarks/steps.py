@@ -1,25 +1,29 @@
-"""Quality against cost: how many steps, of which solver, on which time grid, and when guidance is worth its rows."""
+"""Quality against cost: number of steps, solver, time grid, and the interval with guidance."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
+from rich.table import Table
 
+from export.benchmarks.report import AsJson, Publisher, app
 from export.verify import psnr_db
+from latte.checkpoint import load_checkpoint
 from latte.model import LatteFlow
-from latte.score import held_out_prompts, score_drawing
-from runtime.schedule import time_grid
+from latte.shapes.score import held_out_prompts, score_drawing
+from runtime.console import progress_bar, stdout
+from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, time_grid
 
 STEPS = (4, 8, 12, 20, 40)
-SCALE = 3.0
 FINE_STEPS = 200
-"""Of the solution that PSNR is measured against: Euler, uniform grid, guidance throughout."""
-PSNR_PICTURES = 32
+"""Steps of the solution that PSNR is measured against: Euler, uniform time grid, guidance throughout."""
+PSNR_IMAGES = 32
 SAMPLERS: dict[str, dict[str, Any]] = {
     "Euler": {},
     "Heun": {"solver": "heun"},
@@ -33,23 +37,23 @@ SETTINGS = tuple(itertools.product(SAMPLERS, STEPS))
 
 
 @dataclass(frozen=True)
-class Point:
-    """One sampler with one number of steps."""
+class SamplerResult:
+    """The quality and the cost of one sampler with one number of steps."""
 
     sampler: str
     steps: int
     rows: int
-    """Of experts, for an image: what it costs."""
+    """Expert rows for one image: the cost."""
     right: tuple[float, float]
-    """Share of prompts of one and of two shapes that came out right in every attribute."""
+    """Shares of one-shape and two-shape prompts whose images are right in every attribute."""
     psnr_db: float
-    """Against many steps from the same noise, the mean over pictures."""
+    """Against many steps from the same noise, averaged over images."""
 
 
-def measure_steps(model: LatteFlow, prompts: int) -> Iterator[Point]:
-    """Every sampler at every number of steps, on the same prompts and noise."""
-    texts = [text for text, _ in held_out_prompts(PSNR_PICTURES, 1, 1)]
-    fine = _draw(model, texts, range(PSNR_PICTURES), FINE_STEPS, {})
+def measure_steps(model: LatteFlow, prompts: int) -> Iterator[SamplerResult]:
+    """Measures every sampler with every number of steps, on the same prompts and noise."""
+    texts = [text for text, _ in held_out_prompts(PSNR_IMAGES, 1, 1)]
+    fine = _draw(model, texts, range(PSNR_IMAGES), FINE_STEPS, {})
     for sampler, steps in SETTINGS:
         options = SAMPLERS[sampler]
 
@@ -57,13 +61,13 @@ def measure_steps(model: LatteFlow, prompts: int) -> Iterator[Point]:
             return _draw(model, texts, seeds, steps, options)
 
         right = tuple(score_drawing(draw, prompts, shapes).share() for shapes in (1, 2))
-        pictures = draw(texts, range(PSNR_PICTURES))
-        psnr = [psnr_db(picture, expected) or 0.0 for picture, expected in zip(pictures, fine, strict=True)]
-        yield Point(sampler, steps, rows_of(steps, options), (right[0], right[1]), float(np.mean(psnr)))
+        images = draw(texts, range(PSNR_IMAGES))
+        psnr = [psnr_db(image, expected) or 0.0 for image, expected in zip(images, fine, strict=True)]
+        yield SamplerResult(sampler, steps, rows_of(steps, options), (right[0], right[1]), float(np.mean(psnr)))
 
 
 def rows_of(steps: int, options: dict[str, Any]) -> int:
-    """Rows that an image takes through experts: one for each look at the velocity, two with guidance."""
+    """Returns the expert rows for one image: one for each evaluation of the velocity, two with guidance."""
     start, end = options.get("guidance_interval", (0.0, 1.0))
     rows = sum(2 if start <= t < end else 1 for t in time_grid(steps, options.get("shift", 1.0))[:-1])
     return rows * (2 if options.get("solver") == "heun" else 1)
@@ -72,17 +76,19 @@ def rows_of(steps: int, options: dict[str, Any]) -> int:
 def _draw(
     model: LatteFlow, texts: Sequence[str], seeds: Sequence[int], steps: int, options: dict[str, Any]
 ) -> np.ndarray:
-    return model.generate(list(texts), seed=list(seeds), num_inference_steps=steps, guidance_scale=SCALE, **options)
+    return model.generate(
+        list(texts), seed=list(seeds), num_inference_steps=steps, guidance_scale=DEFAULT_GUIDANCE_SCALE, **options
+    )
 
 
-def plot_steps(points: Sequence[Point], path: Path) -> None:
-    """Share of right pictures, and PSNR, over the cost."""
+def plot_steps(results: Sequence[SamplerResult], path: Path) -> None:
+    """Plots the share of right images, and PSNR, over the cost."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for sampler in SAMPLERS:
-        ours = [point for point in points if point.sampler == sampler]
+        ours = [point for point in results if point.sampler == sampler]
         rows = [point.rows for point in ours]
         left.plot(rows, [100 * point.right[1] for point in ours], marker="o", label=sampler)
         right.plot(rows, [point.psnr_db for point in ours], marker="o", label=sampler)
@@ -93,3 +99,38 @@ def plot_steps(points: Sequence[Point], path: Path) -> None:
         axes.grid(alpha=0.3)
     left.legend(fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+@app.command(no_args_is_help=False)
+def steps(
+    checkpoint: Annotated[str, typer.Argument(help="`shapes`, or a checkpoint trained like it.")] = "shapes",
+    prompts: Annotated[int, typer.Option(help="Number of held-out prompts of each kind.", min=1)] = 100,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot of score and PSNR over cost to this file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure quality against the number of steps: solvers, time grids, and intervals with guidance.
+
+    \b
+    Examples:
+      latte-flow bench steps
+      latte-flow bench steps my-checkpoint --prompts 500 --plot steps.png
+    """
+    publisher = Publisher(as_json)
+    model = load_checkpoint(checkpoint)
+    with progress_bar() as progress:
+        task = progress.add_task("draw", total=len(SETTINGS))
+        found = []
+        for point in measure_steps(model, prompts):
+            found.append(point)
+            progress.advance(task)
+    if plot is not None:
+        plot_steps(found, plot)
+
+    def show() -> None:
+        table = Table("sampler", "steps", "expert rows", "1 shape", "2 shapes", "PSNR", title=f"{prompts} prompts each")
+        for point in found:
+            shares = (f"{share:.1%}" for share in point.right)
+            table.add_row(point.sampler, str(point.steps), str(point.rows), *shares, f"{point.psnr_db:.1f} dB")
+        stdout.print(table)
+
+    publisher.publish({"prompts": prompts, "points": [asdict(p) for p in found]}, show)

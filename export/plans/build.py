@@ -1,7 +1,7 @@
-"""`latte-flow build`: TensorRT plans of a bundle's engines, rebuilt when what they depend on has changed and only then.
+"""`latte-flow build`: TensorRT plans of a bundle's engines, rebuilt only when something that they depend on changed.
 
-A plan's ingredients are recorded beside it in the manifest. Building compares them with what they would
-be now, so a plan is never kept because a file of its name exists, and never rebuilt because it is old.
+The manifest records everything that a plan depends on. A build compares that with the current values, so a plan is
+never kept just because a file exists, and never rebuilt just because it is old.
 """
 
 from __future__ import annotations
@@ -21,35 +21,33 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from export.plans.profiles import AxisChoices, profiles_of
-from export.plans.worker import Job
+from export.plans.worker import BuildJob
 from runtime.errors import BundleError, EngineError, InputError, MissingExtraError
-from runtime.files import link_or_copy
+from runtime.files import link_or_copy, sha256_of
 from runtime.manifest import (
     EngineEntry,
     FileEntry,
     Manifest,
-    PlanBackend,
     PlanEntry,
     PlanProfile,
+    PlanProvider,
     check_file,
     load_manifest,
     save_manifest,
-    sha256_of,
 )
+from runtime.plans import TENSORRT
 
-PLAN_FILES: dict[PlanBackend, str] = {"tensorrt": "model.plan", "tensorrt-rtx": "model.rtx.plan"}
-EXTRAS: dict[PlanBackend, str] = {"tensorrt": "gpu", "tensorrt-rtx": "rtx"}
 RTX_ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
-"""Where a plan of TensorRT for RTX runs that was not built for others."""
+"""GPUs that run a plan of TensorRT for RTX, unless it was built for others."""
 HardwareCompatibility = Literal["none", "ampere-plus", "same-compute-capability"]
 
 
 class BuildOptions(BaseModel):
-    """What a user may choose."""
+    """The options of a build."""
 
     model_config = ConfigDict(frozen=True)
 
-    backend: PlanBackend
+    provider: PlanProvider
     optimization_level: int | None = Field(default=None, ge=0, le=5)
     workspace_mib: int = Field(default=4096, ge=1)
     timing_cache: Path | None = None
@@ -58,15 +56,15 @@ class BuildOptions(BaseModel):
     compute_capabilities: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Raises `InputError` for options that the backend does not have."""
-        if self.backend == "tensorrt" and self.compute_capabilities:
+        """Raises `InputError` for options that the provider does not have."""
+        if self.provider == "tensorrt" and self.compute_capabilities:
             raise InputError(
                 "TensorRT builds for the GPU that it runs on; use --hardware-compatibility ampere-plus, or "
-                "--backend tensorrt-rtx for --compute-capability"
+                "--provider tensorrt-rtx for --compute-capability"
             )
-        if self.backend == "tensorrt-rtx" and (self.version_compatible or self.hardware_compatibility != "none"):
+        if self.provider == "tensorrt-rtx" and (self.version_compatible or self.hardware_compatibility != "none"):
             raise InputError(
-                "TensorRT for RTX has neither --version-compatible nor --hardware-compatibility: name "
+                "TensorRT for RTX has neither --version-compatible nor --hardware-compatibility; use "
                 "--compute-capability instead"
             )
         for name in self.compute_capabilities:
@@ -77,7 +75,7 @@ class BuildOptions(BaseModel):
 
 @dataclass(frozen=True)
 class Decision:
-    """What is to be done about one engine's plan, and why."""
+    """Whether one engine's plan is built, and why."""
 
     engine: str
     build: bool
@@ -85,15 +83,15 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a build did."""
+class BuildReport:
+    """What a build did, and the manifest after it."""
 
     decisions: tuple[Decision, ...]
     manifest: Manifest
 
 
 OnProgress = Callable[[str, str, int, int], None]
-"""Engine, phase, steps done, steps in all."""
+"""Called with the engine, the phase, the steps done and the number of steps."""
 
 
 def build_plans(
@@ -104,18 +102,18 @@ def build_plans(
     *,
     dry_run: bool = False,
     on_progress: OnProgress = lambda *_: None,
-) -> Report:
-    """Builds the plans that are missing or stale; the manifest names each as soon as it is there.
+) -> BuildReport:
+    """Builds the plans that are missing or stale, and adds each to the manifest as soon as it is built.
 
     Args:
-        engines: names; all by default.
+        engines: names of the engines; all by default.
         choices: ranges of named axes, by axis.
-        dry_run: only decide.
+        dry_run: decide what to build, and build nothing.
 
     Raises:
-        InputError: engines or options that cannot be.
+        InputError: an engine or an option cannot be used.
         MissingExtraError: TensorRT is not installed.
-        EngineError: a graph could not be built, or is not in the precision that the bundle says.
+        EngineError: a graph cannot be built, or does not have the precision that the manifest says.
     """
     options.check()
     manifest = load_manifest(bundle)
@@ -123,30 +121,30 @@ def build_plans(
     fused = [engine.name for engine in chosen if engine.fused]
     if fused:
         raise InputError(
-            f"{', '.join(fused)}: graphs in ONNX Runtime's own operators cannot be built; export without --fuse"
+            f"{', '.join(fused)}: graphs with ONNX Runtime's own operators cannot be built; export without --fuse"
         )
     quantized = [engine.name for engine in chosen if engine.precision == "int8"]
     if quantized:
         raise InputError(
-            f"{', '.join(quantized)}: int8 is ONNX Runtime's, for the CPU; export in fp16 or bf16 for TensorRT"
+            f"{', '.join(quantized)}: int8 is for ONNX Runtime on the CPU; export in fp16 or bf16 for TensorRT"
         )
-    machine = _describe(options.backend)
+    machine = _describe(options.provider)
     architectures = _architectures(options, machine["architecture"])
     decisions = []
     for engine in chosen:
         profiles = profiles_of(manifest, engine, choices or {})
         ingredients = _ingredients(engine, options, profiles, machine["version"], architectures)
-        decision = _decide(bundle, engine, options.backend, ingredients)
+        decision = _decide(bundle, engine, options.provider, ingredients)
         decisions.append(decision)
         if decision.build and not dry_run:
             plan = _build(bundle, engine, options, profiles, ingredients, architectures, on_progress)
             manifest = _with_plan(manifest, engine.name, plan)
             save_manifest(manifest, bundle)
-    return Report(tuple(decisions), manifest)
+    return BuildReport(tuple(decisions), manifest)
 
 
 def carry_plans(old: Path, new: Path, manifest: Manifest) -> Manifest:
-    """The plans of a bundle that is being replaced, for the engines of the new one that are the same."""
+    """Keeps the plans of a bundle that is being replaced, for engines that did not change."""
     try:
         before = {engine.name: engine for engine in load_manifest(old).engines}
     except BundleError:
@@ -169,9 +167,9 @@ def _ingredients(
     version: str,
     architectures: tuple[str, ...],
 ) -> dict[str, str]:
-    """All that decides what a plan is. The timing cache decides only how long it takes."""
+    """Returns everything that a plan depends on. A timing cache only changes how long a build takes."""
     graph, *weights = engine.files
-    chosen = options.model_dump(mode="json", exclude={"timing_cache", "backend", "compute_capabilities"})
+    chosen = options.model_dump(mode="json", exclude={"timing_cache", "provider", "compute_capabilities"})
     shapes = json.dumps([profile.model_dump() for profile in profiles], sort_keys=True)
     return {
         "graph": graph.sha256,
@@ -184,16 +182,16 @@ def _ingredients(
     }
 
 
-def _decide(bundle: Path, engine: EngineEntry, backend: PlanBackend, ingredients: dict[str, str]) -> Decision:
-    plan = engine.plan(backend)
+def _decide(bundle: Path, engine: EngineEntry, provider: PlanProvider, ingredients: dict[str, str]) -> Decision:
+    plan = engine.plan(provider)
     if plan is None:
-        return Decision(engine.name, True, "there is none yet")
+        return Decision(engine.name, True, "there is no plan yet")
     changed = [name for name, value in ingredients.items() if plan.ingredients.get(name) != value]
     if changed:
         return Decision(engine.name, True, f"changed: {', '.join(changed)}")
     if not _is_whole(bundle, plan.file):
         return Decision(engine.name, True, f"{plan.file.path} is missing or was altered")
-    return Decision(engine.name, False, "nothing that it depends on has changed")
+    return Decision(engine.name, False, "it is up to date")
 
 
 def _is_whole(bundle: Path, entry: FileEntry) -> bool:
@@ -212,10 +210,10 @@ def _build(
 ) -> PlanEntry:
     for file in engine.files:
         check_file(bundle, file)
-    target = bundle / engine.name / PLAN_FILES[options.backend]
+    target = bundle / engine.name / TENSORRT[options.provider].plan_file
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    job = Job(
-        backend=options.backend,
+    job = BuildJob(
+        provider=options.provider,
         graph=(bundle / engine.files[0].path).absolute(),
         plan=temporary.absolute(),
         precision=engine.precision,
@@ -235,7 +233,7 @@ def _build(
         temporary.unlink(missing_ok=True)
     path = target.relative_to(bundle).as_posix()
     return PlanEntry(
-        backend=options.backend,
+        provider=options.provider,
         file=FileEntry(path=path, sha256=sha256_of(target), size=target.stat().st_size),
         version=ingredients["TensorRT"],
         version_compatible=options.version_compatible,
@@ -248,16 +246,16 @@ def _build(
     )
 
 
-def _run(name: str, job: Job, on_progress: OnProgress) -> dict[str, Any]:
-    """The worker's last word, its progress passed on."""
+def _run(name: str, job: BuildJob, on_progress: OnProgress) -> dict[str, Any]:
+    """Runs a worker and passes its progress on; returns its last message."""
     with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         file.write(job.model_dump_json())
         file.flush()
         last: dict[str, Any] = {}
-        chat: list[str] = []
+        output: list[str] = []
         for line in _worker(file.name):
             if not line.startswith('{"event"'):
-                chat.append(line.strip())
+                output.append(line.strip())
                 continue
             message = json.loads(line)
             if message["event"] == "progress":
@@ -270,26 +268,24 @@ def _run(name: str, job: Job, on_progress: OnProgress) -> dict[str, Any]:
             f"engine {name} is not in {job.precision} in {len(layers)} layers, first {layers[0]}; export it again"
         )
     if last.get("event") != "built":
-        reason = next((line for line in reversed(chat) if "rror" in line), chat[-1] if chat else "it said nothing")
-        raise EngineError(f"engine {name} cannot be built by {job.backend}: {' '.join(reason.split())[:300]}")
+        reason = next((line for line in reversed(output) if "rror" in line), output[-1] if output else "no output")
+        raise EngineError(f"engine {name} cannot be built by {job.provider}: {' '.join(reason.split())[:300]}")
     return last
 
 
-def _describe(backend: PlanBackend) -> dict[str, Any]:
-    """Version and architecture, as the worker finds them."""
-    for line in _worker("--describe", backend):
+def _describe(provider: PlanProvider) -> dict[str, Any]:
+    """Asks a worker for the version of TensorRT and the architecture of the GPU."""
+    for line in _worker("--describe", provider):
         if line.startswith('{"event"'):
             described: dict[str, Any] = json.loads(line)
             if described["version"] is None:
-                raise MissingExtraError(
-                    f'{backend} is not installed; install it with: pip install "latte-flow[{EXTRAS[backend]}]"'
-                )
+                raise MissingExtraError(f"{provider} is not installed; install it with: {TENSORRT[provider].install}")
             return described
-    raise EngineError(f"{backend} is installed but does not start; `latte-flow doctor` says more")
+    raise EngineError(f"{provider} is installed but does not start; run: latte-flow doctor")
 
 
 def _worker(*arguments: str) -> Iterator[str]:
-    """Lines of a worker's stdout and stderr."""
+    """Runs a worker; yields the lines of its stdout and stderr."""
     command = [sys.executable, "-m", "export.plans.worker", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
@@ -300,12 +296,12 @@ def _worker(*arguments: str) -> Iterator[str]:
 
 
 def _architectures(options: BuildOptions, current: str | None) -> tuple[str, ...]:
-    """The GPUs that a plan will run on, as `PlanEntry.architectures` writes them."""
-    if options.backend == "tensorrt":
+    """Returns the GPUs that a plan will run on, in the form of `PlanEntry.architectures`."""
+    if options.provider == "tensorrt":
         if current is None:
             raise InputError(
                 "TensorRT builds for the GPU that it runs on, and there is none here; build on the target machine, or "
-                "use --backend tensorrt-rtx, which needs no GPU"
+                "use --provider tensorrt-rtx, which needs no GPU"
             )
         return ("sm_80+",) if options.hardware_compatibility == "ampere-plus" else (current,)
     names = [name for name in options.compute_capabilities if name != "current"]
@@ -317,7 +313,7 @@ def _architectures(options: BuildOptions, current: str | None) -> tuple[str, ...
 
 
 def _shapes(engine: EngineEntry, profile: PlanProfile) -> dict[str, tuple[list[int], list[int], list[int]]]:
-    """Smallest, best and largest shape of every input."""
+    """Returns the smallest, best and largest shape of every input."""
     return {
         spec.name: (
             [axis if isinstance(axis, int) else profile.axes[axis].min for axis in spec.shape],
@@ -332,7 +328,7 @@ def _with_plan(manifest: Manifest, name: str, plan: PlanEntry) -> Manifest:
     engines = []
     for engine in manifest.engines:
         if engine.name == name:
-            others = tuple(other for other in engine.plans if other.backend != plan.backend)
+            others = tuple(other for other in engine.plans if other.provider != plan.provider)
             engine = engine.model_copy(update={"plans": (*others, plan)})
         engines.append(engine)
     return manifest.model_copy(update={"engines": tuple(engines)})

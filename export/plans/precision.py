@@ -1,9 +1,8 @@
-"""Whether a network that TensorRT has parsed computes in the precision that was asked for.
+"""A check that a network, as TensorRT parsed it, computes in the requested precision.
 
-TensorRT 11 has no precision flags: a strongly typed network computes in the types of its graph, and a
-graph that lost a cast is as slow, or as wrong, as its types say, without a word. So the types are read
-back from the network before the build, and from the engine's inspector after it where a driver is at
-hand. docs/precision.md says why the parts below stay in fp32, with the measurements.
+TensorRT 11 has no precision flags: a strongly typed network computes in the types of its graph, and nothing warns
+about a graph that lost a cast. So the types are read back from the network before the build, and from the engine's
+inspector after it, if there is a driver. docs/precision.md explains why the parts below stay in fp32.
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ from runtime.manifest import Precision
 TRT_TYPES: dict[Precision, str] = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
 FLOATING = {"FLOAT", "HALF", "BF16"}
 PRODUCTS = {"MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION"}
-"""Layers that cost the time: in the precision that was asked for."""
+"""Layers that take most of the time; they must have the requested precision."""
 WIDE = {"SOFTMAX", "REDUCE", "NORMALIZATION"}
-"""Layers that stay in fp32: attention weights, and the means of the norms."""
+"""Layers that must stay in fp32: attention softmax, and the means of the norms."""
 WIDE_UNARY = {"EXP", "LOG", "SQRT", "RECIP", "SIN", "COS"}
-"""Of rotary angles, of the timestep's sinusoids, and of the norms."""
+"""Operations that must stay in fp32: rotary angles, the timestep's sinusoids, and the norms."""
 INSPECTOR_TYPES = {"FP32": "FLOAT", "FP16": "HALF", "BF16": "BF16", "Float": "FLOAT", "Half": "HALF"}
 
 
 def wrong_layers(network: Any, trt: Any, precision: Precision) -> list[str]:
-    """What is not as it was asked, one line for each layer.
+    """Describes each layer that does not have the right type, one line per layer.
 
     Args:
         network: a strongly typed `INetworkDefinition`.
-        trt: the module that it is from, `tensorrt` or `tensorrt_rtx`.
+        trt: its module, `tensorrt` or `tensorrt_rtx`.
     """
     wrong = []
     for index in range(network.num_layers):
@@ -47,25 +46,25 @@ def wrong_layers(network: Any, trt: Any, precision: Precision) -> list[str]:
 
 
 def _expected(layer: Any, kind: str, trt: Any, precision: Precision) -> str | None:
-    """The one floating type that a layer must have; None where the graph may choose."""
+    """Returns the floating type that a layer must have; None if the graph may choose."""
     if kind in PRODUCTS:
         return "FLOAT" if kind == "MATRIX_MULTIPLY" and _is_outer_product(layer) else TRT_TYPES[precision]
     if kind in WIDE:
         return "FLOAT"
     if kind == "UNARY":
-        # The bindings hand out the base class, which does not know its operation, until told otherwise.
+        # The bindings return the base class, which does not know its operation.
         layer.__class__ = trt.IUnaryLayer
         return "FLOAT" if layer.op.name in WIDE_UNARY else None
     return None
 
 
 def _is_outer_product(layer: Any) -> bool:
-    """Rotary angles, positions by frequencies: a product over one term, in fp32 at every precision."""
+    """Returns whether a product has only one term, as that of positions and rotary frequencies, always in fp32."""
     return bool(layer.get_input(0).shape[-1] == 1)
 
 
 def wrong_built_layers(inspected: str, precision: Precision) -> list[str]:
-    """The same of a built engine, as its inspector describes it in JSON: products in another type than asked."""
+    """Describes each matrix product of a built engine that does not have the right type, from its inspector's JSON."""
     wrong = []
     for layer in json.loads(inspected)["Layers"]:
         kind = str(layer.get("LayerType", "")).lower()

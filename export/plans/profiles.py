@@ -1,7 +1,7 @@
-"""Optimisation profiles from a bundle's named axes, so that no engine needs a hand-written shape list.
+"""Optimisation profiles from a bundle's named axes, so that no engine needs a hand-written list of shapes.
 
-An axis has one range wherever its name occurs. What ranges are sensible depends on the engine's role,
-so the defaults stand here as data, and a user narrows or widens them by the axis's name.
+An axis has the same range wherever its name occurs. The default ranges depend on the engine's role; a user can
+change them by the axis's name.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from runtime.errors import InputError
 from runtime.manifest import AxisRange, EngineEntry, Manifest, PlanProfile
 
 MOST_CONTEXT_TOKENS = 4096
-"""Of a conversation, unless the user asks for more: a profile's memory grows with its largest shapes."""
+"""Limit of a conversation, unless the user asks for more: a profile's memory grows with its largest shapes."""
 
 
 @dataclass(frozen=True)
 class AxisChoices:
-    """What the user asked of an axis. Several values make several profiles, in their order."""
+    """The sizes that a user chose for an axis. Several values make several profiles, in this order."""
 
     minimum: tuple[int, ...] = ()
     optimum: tuple[int, ...] = ()
@@ -35,7 +35,7 @@ class AxisChoices:
         return max(1, len(self.minimum), len(self.optimum), len(self.maximum))
 
     def apply(self, axis: str, default: AxisRange, profile: int) -> AxisRange:
-        """The default range, with what was asked for in its place; an optimum that was not asked for gives way."""
+        """Returns the default range with the chosen sizes; an optimum that was not chosen is moved into the range."""
         low, best, high = (_pick(values, profile) for values in (self.minimum, self.optimum, self.maximum))
         asked = [value for value in (low, best, high) if value is not None]
         minimum = min([default.min, *asked]) if low is None else low
@@ -47,13 +47,13 @@ class AxisChoices:
 
 
 def profiles_of(manifest: Manifest, engine: EngineEntry, choices: Mapping[str, AxisChoices]) -> tuple[PlanProfile, ...]:
-    """An engine's profiles.
+    """Returns an engine's profiles.
 
     Args:
-        choices: what the user asked for, by axis; axes that this engine does not have are of no concern.
+        choices: the user's choices by axis; axes that this engine does not have are ignored.
 
     Raises:
-        InputError: a range that is none.
+        InputError: a range is not in order.
     """
     found = []
     for use in _uses(manifest, engine):
@@ -70,17 +70,15 @@ def profiles_of(manifest: Manifest, engine: EngineEntry, choices: Mapping[str, A
 
 
 def axes_of(engines: Iterable[EngineEntry]) -> set[str]:
-    """The axes that a user may give ranges: not those that follow from others."""
-    return {axis for engine in engines for spec in engine.inputs for axis in spec.shape if isinstance(axis, str)} - {
-        "total"
-    }
+    """Returns the axes that a user may choose sizes for, which are those that do not follow from others."""
+    return {axis for engine in engines for axis in engine.axes} - {"total"}
 
 
 def parse_choices(options: Mapping[str, Sequence[str]], known: set[str]) -> dict[str, AxisChoices]:
-    """`{"minimum": ["rows=2"], …}`, as from a command line, by axis.
+    """Parses the options of a command line, `{"minimum": ["rows=2"], …}`; returns choices by axis.
 
     Raises:
-        InputError: not AXIS=N, or an axis that no engine has.
+        InputError: a text is not AXIS=N, or no engine has the axis.
     """
     found: dict[str, AxisChoices] = {}
     for bound, texts in options.items():
@@ -100,17 +98,17 @@ def parse_choices(options: Mapping[str, Sequence[str]], known: set[str]) -> dict
 
 @dataclass(frozen=True)
 class _Use:
-    """One way in which an engine is run."""
+    """One way to run an engine."""
 
     name: str
     ranges: dict[str, AxisRange]
-    """The axes that may be given other ranges."""
+    """Axes whose ranges a user may change."""
     fixed: dict[str, AxisRange]
-    """What makes this use this use."""
+    """Axes whose sizes define this use."""
 
 
 def _uses(manifest: Manifest, engine: EngineEntry) -> list[_Use]:
-    """The defaults. A static axis is one whose range is a single number."""
+    """Returns the default ranges for each use of an engine."""
     height, width = manifest.geometry.latent_size
     latents = {"latent_height": _static(height), "latent_width": _static(width)}
     rows = AxisRange(min=1, opt=2, max=16)
@@ -118,7 +116,7 @@ def _uses(manifest: Manifest, engine: EngineEntry) -> list[_Use]:
     context = min(manifest.understanding.max_context_tokens, MOST_CONTEXT_TOKENS)
     images = AxisRange(min=1, opt=min(256, context), max=context)
     one, none = _static(1), _static(0)
-    if engine.name == "vlm":
+    if engine.role == "vlm":
         answered = AxisRange(min=1, opt=min(512, context), max=context)
         past = AxisRange(min=1, opt=min(512, context - 1), max=context - 1)
         return [
@@ -126,7 +124,7 @@ def _uses(manifest: Manifest, engine: EngineEntry) -> list[_Use]:
             _Use("prefill", {"batch": one, "tokens": answered, "image_tokens": images}, {"past": none}),
             _Use("decode", {"batch": one, "past": past}, {"tokens": one, "image_tokens": one}),
         ]
-    if engine.name == "vision_encoder":
+    if engine.role == "vision_encoder":
         return [_Use("images", {"image_tokens": images}, {})]
     known = {"rows": rows, "batch": rows.model_copy(update={"opt": 1}), "prefix": prompt} | latents
     axes = axes_of([engine])
@@ -136,8 +134,8 @@ def _uses(manifest: Manifest, engine: EngineEntry) -> list[_Use]:
 
 
 def _whole(engine: EngineEntry, ranges: dict[str, AxisRange]) -> dict[str, AxisRange]:
-    """With `total`, which is the past and the new tokens, where an engine has it."""
-    if any("total" in spec.shape for spec in engine.inputs):
+    """Adds the range of `total`, the past and the new tokens together, if the engine has it."""
+    if "total" in engine.axes:
         past, new = ranges["past"], ranges["tokens"]
         ranges["total"] = AxisRange(min=past.min + new.min, opt=past.opt + new.opt, max=past.max + new.max)
     return ranges

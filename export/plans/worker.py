@@ -1,9 +1,9 @@
-"""Builds one plan, in a process of its own: what TensorRT takes and does ends with it.
+"""Builds one plan in a process of its own, so that TensorRT's memory and crashes end with it.
 
-    python -m export.plans.worker JOB.json      the job as `Job` describes it
+    python -m export.plans.worker JOB.json      a `BuildJob`
     python -m export.plans.worker --describe tensorrt-rtx
 
-Every line on stdout that is a JSON object with "event" is for the parent; the rest is TensorRT's chat.
+Each line on stdout that is a JSON object with "event" is for the parent process; the rest is TensorRT's own output.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ import os
 import resource
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from export.plans.precision import wrong_built_layers, wrong_layers
-from runtime.manifest import PlanBackend, Precision
+from runtime.manifest import PlanProvider, Precision
+from runtime.plans import TENSORRT
 
-MODULES: dict[PlanBackend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
+class BuildJob(BaseModel):
+    """A plan to build."""
 
-class Job(BaseModel):
-    """What to build."""
-
-    backend: PlanBackend
+    provider: PlanProvider
     graph: Path
     plan: Path
-    """Written to; the parent renames it."""
+    """A temporary file, which the parent renames."""
     precision: Precision
     profiles: list[dict[str, tuple[list[int], list[int], list[int]]]]
-    """Smallest, best and largest shape of every input, for each profile."""
+    """For each profile, the smallest, best and largest shape of every input."""
     optimization_level: int | None
     workspace_bytes: int
     timing_cache: Path | None
@@ -43,23 +43,23 @@ class Job(BaseModel):
     """For TensorRT for RTX: "8.9", or "current"."""
 
 
-def tell(event: str, **content: Any) -> None:
-    """A line for the parent."""
+def send(event: str, **content: Any) -> None:
+    """Sends a message to the parent."""
     print(json.dumps({"event": event} | content), flush=True)
 
 
-def describe(backend: PlanBackend) -> None:
-    """Tells the version of TensorRT, None if it is not installed, and the GPU's architecture, None if there is none."""
+def describe(provider: PlanProvider) -> None:
+    """Sends the version of TensorRT and the architecture of the GPU; None for what is missing."""
     try:
-        version = _module(backend).__version__
+        version = _module(provider).__version__
     except ImportError:
         version = None
-    tell("described", version=version, architecture=_architecture())
+    send("described", version=version, architecture=_architecture())
 
 
-def build(job: Job) -> None:
-    """Parses, proves the precision, builds, and inspects where it can."""
-    trt = _module(job.backend)
+def build(job: BuildJob) -> None:
+    """Parses a graph, checks its precision, builds the plan, and inspects it if there is a GPU."""
+    trt = _module(job.provider)
     from polygraphy.backend.trt import engine_bytes_from_network, network_from_onnx_path
 
     started = time.monotonic()
@@ -67,7 +67,7 @@ def build(job: Job) -> None:
     _fix_static_shapes(network, job.profiles)
     wrong = wrong_layers(network, trt, job.precision)
     if wrong:
-        tell("wrong", layers=wrong)
+        send("wrong", layers=wrong)
         return
     config = _config(trt, job, _progress_monitor(trt))
     cache = str(job.timing_cache) if job.timing_cache else None
@@ -75,16 +75,16 @@ def build(job: Job) -> None:
     job.plan.write_bytes(memoryview(plan))
     inspected = _inspect(trt, job.plan)
     if inspected is not None and (wrong := wrong_built_layers(inspected, job.precision)):
-        tell("wrong", layers=wrong)
+        send("wrong", layers=wrong)
         return
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    tell("built", seconds=time.monotonic() - started, peak_bytes=peak, inspected=inspected is not None)
+    send("built", seconds=time.monotonic() - started, peak_bytes=peak, inspected=inspected is not None)
 
 
-def _module(backend: PlanBackend) -> Any:
-    # Polygraphy asks this once, when it is imported, which is why it is never imported above.
-    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if backend == "tensorrt-rtx" else "0"
-    module = __import__(MODULES[backend])
+def _module(provider: PlanProvider) -> Any:
+    # Polygraphy reads this when it is imported, so it is never imported at the top.
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if provider == "tensorrt-rtx" else "0"
+    module = import_module(TENSORRT[provider].module)
     from polygraphy.logger import G_LOGGER
 
     G_LOGGER.module_severity = G_LOGGER.ERROR
@@ -92,7 +92,7 @@ def _module(backend: PlanBackend) -> Any:
 
 
 def _architecture() -> str | None:
-    """ "sm_89", or None where there is no GPU."""
+    """Returns the GPU's architecture, such as "sm_89"; None without a GPU."""
     try:
         from cuda.bindings import runtime as cudart
     except ImportError:
@@ -102,14 +102,14 @@ def _architecture() -> str | None:
 
 
 def _fix_static_shapes(network: Any, profiles: list[dict[str, tuple[list[int], list[int], list[int]]]]) -> None:
-    """Gives axes that are the same in all profiles their number in the network, so TensorRT need not ask."""
+    """Fixes axes in the network that have the same size in all profiles."""
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         sizes = [list(axis) for axis in zip(*(shape for p in profiles for shape in p[tensor.name]), strict=True)]
         tensor.shape = tuple(axis[0] if len(set(axis)) == 1 else -1 for axis in sizes)
 
 
-def _config(trt: Any, job: Job, monitor: Any) -> Any:
+def _config(trt: Any, job: BuildJob, monitor: Any) -> Any:
     from polygraphy.backend.trt import CreateConfig, PostprocessConfig, Profile
 
     profiles = []
@@ -131,7 +131,7 @@ def _config(trt: Any, job: Job, monitor: Any) -> Any:
     if job.hardware_compatibility != "none":
         level = job.hardware_compatibility.replace("-", "_").upper()
         options["hardware_compatibility_level"] = getattr(trt.HardwareCompatibilityLevel, level)
-    if job.backend == "tensorrt":
+    if job.provider == "tensorrt":
         return CreateConfig(**options)
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
@@ -146,7 +146,7 @@ def _config(trt: Any, job: Job, monitor: Any) -> Any:
 
 
 def _progress_monitor(trt: Any) -> Any:
-    """Tells the parent of the outermost phase's steps."""
+    """Returns a monitor that sends the parent the steps of each phase."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
@@ -155,10 +155,10 @@ def _progress_monitor(trt: Any) -> Any:
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self._steps[phase_name] = num_steps
-            tell("progress", phase=phase_name, done=0, total=num_steps)
+            send("progress", phase=phase_name, done=0, total=num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            tell("progress", phase=phase_name, done=step + 1, total=self._steps.get(phase_name, 0))
+            send("progress", phase=phase_name, done=step + 1, total=self._steps.get(phase_name, 0))
             return True
 
         def phase_finish(self, phase_name: str) -> None:
@@ -168,7 +168,7 @@ def _progress_monitor(trt: Any) -> Any:
 
 
 def _inspect(trt: Any, plan: Path) -> str | None:
-    """The engine's layers as JSON; None where it cannot be deserialised, as without a driver."""
+    """Returns the engine's layers as JSON; None if it cannot be deserialised, for example without a driver."""
     if _architecture() is None:
         return None
     engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(plan.read_bytes())
@@ -182,4 +182,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "--describe":
         describe(sys.argv[2])  # type: ignore[arg-type]
     else:
-        build(Job.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8")))
+        build(BuildJob.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8")))

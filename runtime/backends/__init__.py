@@ -1,4 +1,4 @@
-"""What executes engines. A backend is chosen by name; its vendor library is imported only then."""
+"""Backends, which execute engines. A backend is chosen by its provider's name; only then is its library imported."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ PROVIDERS = {
     "tensorrt": "runtime.backends.tensorrt:open_tensorrt",
     "tensorrt-rtx": "runtime.backends.tensorrt:open_tensorrt_rtx",
 }
-"""Provider name to `module:function`: ONNX Runtime on the CPU, on CUDA, with its TensorRT provider; native TensorRT."""
+"""Provider name to `module:function`: ONNX Runtime on the CPU, on CUDA, or with TensorRT; TensorRT itself."""
 
 
 def open_backend(provider: str, options: Mapping[str, str] | None = None) -> Backend:
-    """The backend of a provider name.
+    """Opens the backend of a provider.
 
     Args:
-        options: of the provider, by the names that its own documentation gives them.
+        options: the provider's options, by the names in its own documentation.
 
     Raises:
-        InputError: an unknown name; the known ones are listed.
-        MissingExtraError: its library is not installed.
-        EngineError: it does not work on this machine.
+        InputError: the name is unknown; the message lists the known ones.
+        MissingExtraError: the provider's library is not installed.
+        EngineError: the provider does not work on this machine.
     """
     if provider not in PROVIDERS:
         raise InputError(f"unknown provider {provider!r}; known are {', '.join(PROVIDERS)}")

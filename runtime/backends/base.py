@@ -1,4 +1,4 @@
-"""What every backend has in common: the check of a feed, and values that may stay on the device."""
+"""The base of all backends: the check of a feed, and values that may stay on the device."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from runtime.manifest import EngineEntry, TensorSpec
 
 
 class DeviceTensor(Protocol):
-    """An output that stays where it was computed until somebody asks."""
+    """An array that stays where it was computed until `numpy` is called."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
 
     @property
     def dtype(self) -> str:
-        """Name as in the manifest: "float32", "float16", …"""
+        """The dtype by its name in the manifest: "float32", "float16", …"""
 
     def numpy(self) -> np.ndarray:
-        """A copy on the host."""
+        """Returns a copy on the host."""
 
 
 Value = np.ndarray | DeviceTensor
 
 
 def to_host(value: Value) -> np.ndarray:
-    """The array of a value, wherever it is."""
+    """Returns a value as an array on the host."""
     return value if isinstance(value, np.ndarray) else value.numpy()
 
 
 class Session(ABC):
-    """A loaded engine. Subclasses execute; the checks are here, once."""
+    """A loaded engine. Subclasses execute it; this class checks what it is fed."""
 
     def __init__(self, entry: EngineEntry) -> None:
         self.entry = entry
@@ -54,11 +54,11 @@ class Session(ABC):
 
     @abstractmethod
     def _execute(self, feed: Mapping[str, Value]) -> dict[str, DeviceTensor]:
-        """Runs on a feed that fits."""
+        """Runs the engine on a feed that was checked."""
 
     @abstractmethod
     def close(self) -> None:
-        """Frees what the engine holds."""
+        """Frees the engine."""
 
     def __enter__(self) -> Self:
         return self
@@ -70,7 +70,7 @@ class Session(ABC):
 
 
 class Backend(ABC):
-    """Loads engines of one provider."""
+    """Loads engines for one provider."""
 
     name: str
 
@@ -79,16 +79,16 @@ class Backend(ABC):
         """Loads an engine whose files were checked.
 
         Raises:
-            EngineError: it cannot be loaded here.
+            EngineError: the engine cannot be loaded here.
         """
 
     @abstractmethod
     def upload(self, array: np.ndarray) -> DeviceTensor:
-        """Moves an array to the device, for inputs that many runs share."""
+        """Copies an array to the device, for inputs that several runs share."""
 
 
 def check_feed(entry: EngineEntry, feed: Mapping[str, Value]) -> None:
-    """Raises `EngineError` unless names, dtypes, fixed sizes and named axes all fit the engine."""
+    """Raises `EngineError` unless the names, dtypes, fixed sizes and named axes of a feed fit the engine."""
     expected = [spec.name for spec in entry.inputs]
     if set(feed) != set(expected):
         raise EngineError(f"engine {entry.name} takes {', '.join(expected)}; got {', '.join(sorted(feed))}")
@@ -104,7 +104,7 @@ def check_feed(entry: EngineEntry, feed: Mapping[str, Value]) -> None:
             )
 
 
-@cache  # NumPy makes the name anew each time, in as much time as all other checks of a tensor take
+@cache  # NumPy builds the name at each call, which takes as long as all other checks of a tensor
 def _dtype_name(dtype: np.dtype | str) -> str:
     return str(dtype)
 

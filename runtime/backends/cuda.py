@@ -1,4 +1,4 @@
-"""What native TensorRT needs of CUDA: memory that is reused, one stream, graphs. Thin over cuda-python."""
+"""CUDA for native TensorRT: reused memory, one stream, and graphs. A thin layer over cuda-python."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Cuda:
         self._free: defaultdict[int, list[int]] = defaultdict(list)
 
     def call(self, function: str, *arguments: Any) -> Any:
-        """Calls CUDA's function; its result.
+        """Calls a function of CUDA's runtime API and returns its result.
 
         Raises:
             EngineError: it failed.
@@ -38,38 +38,38 @@ class Cuda:
         return results[0] if len(results) == 1 else None
 
     def allocate(self, size: int) -> int:
-        """Memory of at least `size` bytes. What was released before comes again, so addresses, and graphs, recur."""
+        """Returns the address of at least `size` bytes. Released memory is reused, so addresses and graphs recur."""
         rounded = max(ALIGNMENT, -(-size // ALIGNMENT) * ALIGNMENT)
         return self._free[rounded].pop() if self._free[rounded] else int(self.call("cudaMalloc", rounded))
 
     def release(self, address: int, size: int) -> None:
-        """Keeps memory for who asks next."""
+        """Keeps memory for the next call of `allocate`."""
         self._free[max(ALIGNMENT, -(-size // ALIGNMENT) * ALIGNMENT)].append(address)
 
     def free(self, address: int) -> None:
-        """Gives memory back to the device."""
+        """Returns memory to the device."""
         self.call("cudaFree", address)
 
     def copy_in(self, address: int, array: np.ndarray) -> None:
-        """Host to device, in the stream's order; the array may be changed as soon as this returns."""
+        """Copies from host to device, in stream order; the array may change as soon as this returns."""
         if array.nbytes:
             kind = self._api.cudaMemcpyKind.cudaMemcpyHostToDevice
             contiguous = np.ascontiguousarray(array)
             self.call("cudaMemcpyAsync", address, contiguous.ctypes.data, array.nbytes, kind, self.stream)
 
     def copy_out(self, address: int, array: np.ndarray) -> None:
-        """Device to host; waits for the stream."""
+        """Copies from device to host; waits for the stream."""
         if array.nbytes:
             kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost
             self.call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self.stream)
         self.synchronize()
 
     def synchronize(self) -> None:
-        """Waits until the stream has done all."""
+        """Waits until all work in the stream is done."""
         self.call("cudaStreamSynchronize", self.stream)
 
     def capture(self, work: Any) -> Any:
-        """A graph of what `work()` puts into the stream, ready to launch."""
+        """Captures the work that `work()` enqueues as a graph that is ready to launch."""
         self.call("cudaStreamBeginCapture", self.stream, self._api.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed)
         try:
             work()
@@ -80,7 +80,7 @@ class Cuda:
         return executable
 
     def launch(self, graph: Any) -> None:
-        """Puts a graph into the stream."""
+        """Enqueues a graph."""
         self.call("cudaGraphLaunch", graph, self.stream)
 
     def destroy(self, graph: Any) -> None:
@@ -88,7 +88,7 @@ class Cuda:
         self.call("cudaGraphExecDestroy", graph)
 
     def close(self) -> None:
-        """Frees what was kept for reuse, and the stream."""
+        """Frees the memory kept for reuse, and the stream."""
         self.synchronize()
         for addresses in self._free.values():
             for address in addresses:
@@ -98,7 +98,7 @@ class Cuda:
 
 
 class CudaTensor(DeviceTensor):
-    """An array in device memory; memory that it owns is reused once it is gone."""
+    """An array in device memory. If it owns the memory, the memory is reused after the array is deleted."""
 
     def __init__(self, cuda: Cuda, address: int, shape: tuple[int, ...], dtype: str, *, owned: bool = False) -> None:
         self.address = address
@@ -109,7 +109,7 @@ class CudaTensor(DeviceTensor):
 
     @classmethod
     def upload(cls, cuda: Cuda, array: np.ndarray) -> CudaTensor:
-        """A copy of a host array."""
+        """Copies a host array to the device."""
         address = cuda.allocate(array.nbytes)
         cuda.copy_in(address, array)
         return cls(cuda, address, array.shape, str(array.dtype), owned=True)

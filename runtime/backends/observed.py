@@ -1,4 +1,4 @@
-"""A backend whose runs somebody watches: for profiles, and for finding values that are not finite."""
+"""A backend whose runs are observed: for timelines, and to find values that are not finite."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runtime.manifest import EngineEntry
 
 
 class ObservedRun(NamedTuple):
-    """What an engine took and gave; times in seconds of `time.perf_counter`."""
+    """The inputs and outputs of one run; times in seconds of `time.perf_counter`."""
 
     entry: EngineEntry
     feed: Mapping[str, Value]
@@ -25,7 +25,7 @@ class ObservedRun(NamedTuple):
 
 
 class ObservedBackend(Backend):
-    """Another backend, whose sessions report every run."""
+    """Wraps a backend so that its sessions report every run."""
 
     def __init__(self, backend: Backend) -> None:
         self.name = backend.name
@@ -39,7 +39,7 @@ class ObservedBackend(Backend):
 
     @abstractmethod
     def observe(self, run: ObservedRun) -> None:
-        """Is told of every run."""
+        """Called after every run."""
 
 
 class _ObservedSession(Session):

@@ -1,4 +1,4 @@
-"""ONNX Runtime. Values stay OrtValues between engines; nothing goes through NumPy on the way."""
+"""ONNX Runtime. Values stay OrtValues between engines, without a detour through NumPy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class OrtTensor(DeviceTensor):
     def __init__(self, value: Any) -> None:
         self.value = value
 
-    @cached_property  # every step's feed is checked, and most of it is the same tensors as before
+    @cached_property  # every feed is checked, and most of its tensors are the same as before
     def shape(self) -> tuple[int, ...]:
         return tuple(self.value.shape())
 
@@ -73,7 +73,7 @@ class OrtSession(Session):
 
 
 class OrtBackend(Backend):
-    """ONNX Runtime with a list of execution providers, the first of which must take the work."""
+    """ONNX Runtime with a list of execution providers, of which the first must be usable."""
 
     def __init__(self, name: str, providers: Mapping[str, Mapping[str, str]], device: str) -> None:
         self.name = name
@@ -86,19 +86,19 @@ class OrtBackend(Backend):
 
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        # Experts run one after another; a pool that spins while another works takes its cores.
+        # Experts run one after another; a thread pool that spins takes cores from the one that works.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         path = bundle / entry.files[0].path
         try:
             session = ort.InferenceSession(str(path), options, providers=self._providers)
         except Exception as error:
             raise EngineError(f"engine {entry.name} cannot be loaded by ONNX Runtime: {one_line(error)}") from error
-        # It falls back to the CPU with no more than a log line where a library of the provider is missing.
+        # If a library of the provider is missing, ONNX Runtime falls back to the CPU with only a log line.
         first = self._providers[0][0]
         if first not in session.get_providers():
             raise EngineError(
-                f"engine {entry.name}: ONNX Runtime cannot use its {first} here, as on a machine without a GPU or "
-                "without CUDA's libraries; see: latte-flow doctor"
+                f"engine {entry.name}: ONNX Runtime cannot use its {first} on this machine: it needs a GPU and CUDA's "
+                "libraries; run: latte-flow doctor"
             )
         return OrtSession(entry, session, self._device, self._device_id)
 
@@ -109,18 +109,18 @@ class OrtBackend(Backend):
 
 
 def open_cpu(options: Mapping[str, str]) -> Backend:
-    """ONNX Runtime on the CPU."""
+    """Opens ONNX Runtime on the CPU."""
     return _open("cpu", {CPU: options}, "cpu")
 
 
 def open_cuda(options: Mapping[str, str]) -> Backend:
-    """ONNX Runtime on CUDA; latents, keys and values stay in the GPU's memory, unless "io_binding" is 0."""
+    """Opens ONNX Runtime on CUDA. Latents, keys and values stay in GPU memory unless "io_binding" is 0."""
     own = {name: value for name, value in options.items() if name != "io_binding"}
     return _open("cuda", {CUDA: own, CPU: {}}, "cpu" if options.get("io_binding") == "0" else "cuda")
 
 
 def open_ort_tensorrt(options: Mapping[str, str]) -> Backend:
-    """ONNX Runtime's TensorRT provider, which builds its own engines when a session is made."""
+    """Opens ONNX Runtime's TensorRT provider, which builds its own engines when a session is created."""
     device = {name: value for name, value in options.items() if name == "device_id"}
     return _open("ort-tensorrt", {TENSORRT: options, CUDA: device, CPU: {}}, "cuda")
 
@@ -135,9 +135,9 @@ def _open(name: str, providers: Mapping[str, Mapping[str, str]], device: str) ->
     first = next(iter(providers))
     if first not in ort.get_available_providers():
         raise MissingExtraError(
-            f"this ONNX Runtime has no {first}; install the one that has, instead of onnxruntime: "
+            f"this ONNX Runtime has no {first}; install one that has it, instead of onnxruntime: "
             'pip uninstall onnxruntime && pip install "latte-flow[gpu]"'
         )
     if first != CPU:
-        ort.preload_dlls()  # CUDA's libraries from their own packages, where the system has none
+        ort.preload_dlls()  # finds CUDA's libraries in their Python packages
     return OrtBackend(name, providers, device)

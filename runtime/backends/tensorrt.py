@@ -1,11 +1,11 @@
 """Native TensorRT, and TensorRT for RTX, which has the same API. The loop never leaves the device.
 
-- Inputs are bound by address: what another engine put out is read where it lies.
-- Each engine has its outputs twice, in turn, because a step's output is the next step's input. An output
-  is therefore good until its engine's next run but one.
+- Inputs are bound by address: another engine's output is read in place.
+- Each engine has two sets of output buffers and alternates between them, because a step's output is the next step's
+  input. An output is therefore valid until the engine's second next run.
 - One block of scratch memory serves all engines, since they run one after another.
-- From the second run at the same shapes and addresses on, an engine is a CUDA graph.
-- Nothing waits for the device but `numpy()`.
+- From the second run with the same shapes and addresses, an engine runs as a CUDA graph.
+- Only `numpy()` waits for the device.
 """
 
 from __future__ import annotations
@@ -21,28 +21,23 @@ import numpy as np
 from runtime.backends.base import Backend, DeviceTensor, Session, Value
 from runtime.backends.cuda import Cuda, CudaTensor
 from runtime.errors import EngineError, InputError, MissingExtraError, one_line
-from runtime.manifest import EngineEntry, PlanBackend, PlanEntry, TensorSpec, check_file
-from runtime.plans import usable_plan
+from runtime.manifest import EngineEntry, PlanEntry, PlanProvider, TensorSpec, check_file
+from runtime.plans import TENSORRT, usable_plan
 
-MODULES: dict[PlanBackend, tuple[str, str]] = {
-    "tensorrt": ("tensorrt", "gpu"),
-    "tensorrt-rtx": ("tensorrt_rtx", "rtx"),
-}
-"""Of each backend its module and the extra that brings it."""
 GRAPHS_KEPT = 64
-"""Per engine: shapes and addresses that come again."""
+"""CUDA graphs per engine, one for each combination of shapes and addresses."""
 
 
 class TrtBackend(Backend):
     """Engines as TensorRT plans on one GPU."""
 
-    def __init__(self, name: PlanBackend, trt: Any, cuda: Cuda, *, graphs: bool) -> None:
+    def __init__(self, name: PlanProvider, trt: Any, cuda: Cuda, *, graphs: bool) -> None:
         self.name = name
         self.trt = trt
         self.cuda = cuda
         self.graphs = graphs
         self.runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-        self._backend: PlanBackend = name
+        self._provider: PlanProvider = name
         self._sessions: list[TrtSession] = []
         self._scratch = (0, 0)
 
@@ -51,9 +46,9 @@ class TrtBackend(Backend):
 
         Raises:
             BundleError: there is none for this TensorRT and this GPU.
-            EngineError: it cannot be loaded.
+            EngineError: the plan cannot be loaded.
         """
-        plan = usable_plan(bundle, entry, self._backend, self.trt.__version__, self.cuda.architecture)
+        plan = usable_plan(bundle, entry, self._provider, self.trt.__version__, self.cuda.architecture)
         engine = self.runtime.deserialize_cuda_engine(check_file(bundle, plan.file).read_bytes())
         if engine is None:
             raise EngineError(f"engine {entry.name}: {self.name} cannot read {plan.file.path}; build it again")
@@ -65,7 +60,7 @@ class TrtBackend(Backend):
         return CudaTensor.upload(self.cuda, array)
 
     def scratch(self, size: int) -> tuple[int, int]:
-        """Address and size of the block that all engines share, at least so large."""
+        """Returns address and size of the scratch memory that all engines share; it has at least `size` bytes."""
         address, have = self._scratch
         if size > have:
             self.cuda.synchronize()
@@ -77,12 +72,12 @@ class TrtBackend(Backend):
         return self._scratch
 
     def drop(self, session: TrtSession) -> None:
-        """Takes leave of a session that was closed."""
+        """Forgets a closed session."""
         self._sessions.remove(session)
 
 
 class TrtSession(Session):
-    """One plan: a context for each optimisation profile, outputs in turn, graphs by shape and address."""
+    """One plan, with a context for each optimisation profile and graphs by shape and address."""
 
     def __init__(self, entry: EngineEntry, plan: PlanEntry, engine: Any, backend: TrtBackend) -> None:
         super().__init__(entry)
@@ -110,7 +105,7 @@ class TrtSession(Session):
         outputs: dict[str, DeviceTensor] = {}
         for spec in self.entry.outputs:
             shape = tuple(context.get_tensor_shape(spec.name))
-            # Once, for the largest that the profile allows, as far as its axes say.
+            # Allocated once, for the largest size that the profile allows.
             limits = self._plan.profiles[index].axes
             largest = tuple(
                 limits[axis].max if isinstance(axis, str) and axis in limits else size
@@ -170,7 +165,7 @@ class TrtSession(Session):
         names = [spec.name for spec in (*self.entry.inputs, *self.entry.outputs)]
         key = (index, *((tuple(context.get_tensor_shape(n)), context.get_tensor_address(n)) for n in names))
         if key not in self._graphs:
-            # A first run as it is: TensorRT does what it has put off when shapes change, which no graph may hold.
+            # The first run is not captured: TensorRT then does work that it deferred when the shapes changed.
             enqueue()
             self._graphs[key] = None
         else:
@@ -183,7 +178,7 @@ class TrtSession(Session):
             self._destroy(graph)
 
     def forget_graphs(self) -> None:
-        """Frees all graphs; they are captured anew."""
+        """Frees all graphs; they are captured again when needed."""
         for graph in self._graphs.values():
             self._destroy(graph)
         self._graphs.clear()
@@ -203,7 +198,7 @@ class TrtSession(Session):
 
 
 class _Buffer:
-    """Device memory that grows to the largest size that was asked for, and stays."""
+    """Device memory that grows to the largest requested size and is kept."""
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
@@ -211,14 +206,14 @@ class _Buffer:
         self._size = 0
 
     def at_least(self, size: int) -> int:
-        """Its address."""
+        """Returns the address of at least `size` bytes."""
         if size > self._size or not self._address:
             self.close()
             self._address, self._size = self._cuda.allocate(size), size
         return self._address
 
     def close(self) -> None:
-        """Lets others have the memory."""
+        """Releases the memory for reuse."""
         if self._address:
             self._cuda.release(self._address, self._size)
             self._address = 0
@@ -228,31 +223,29 @@ def _size(shape: tuple[int, ...], dtype: str) -> int:
     return int(np.prod(shape)) * np.dtype(dtype).itemsize
 
 
-def _open(name: PlanBackend, options: Mapping[str, str]) -> Backend:
+def _open(name: PlanProvider, options: Mapping[str, str]) -> Backend:
     known = {"device_id", "cuda_graphs"}
     if unknown := sorted(set(options) - known):
         raise InputError(f"{name} has no option {unknown[0]!r}; there are {', '.join(sorted(known))}")
-    module, extra = MODULES[name]
+    library = TENSORRT[name]
     try:
-        trt = import_module(module)
+        trt = import_module(library.module)
         import_module("ml_dtypes")  # NumPy's bfloat16
         cuda = Cuda(int(options.get("device_id", "0")))
     except ImportError as error:
-        raise MissingExtraError(
-            f'{name} is not installed; install it with: pip install "latte-flow[{extra}]"'
-        ) from error
+        raise MissingExtraError(f"{name} is not installed; install it with: {library.install}") from error
     except EngineError as error:
         raise EngineError(
-            f"{name} needs an NVIDIA GPU and its driver ({one_line(error)}); see: latte-flow doctor"
+            f"{name} needs an NVIDIA GPU and its driver ({one_line(error)}); run: latte-flow doctor"
         ) from error
     return TrtBackend(name, trt, cuda, graphs=options.get("cuda_graphs", "1") != "0")
 
 
 def open_tensorrt(options: Mapping[str, str]) -> Backend:
-    """Native TensorRT on a GPU."""
+    """Opens native TensorRT on a GPU."""
     return _open("tensorrt", options)
 
 
 def open_tensorrt_rtx(options: Mapping[str, str]) -> Backend:
-    """TensorRT for RTX on a GPU."""
+    """Opens TensorRT for RTX on a GPU."""
     return _open("tensorrt-rtx", options)

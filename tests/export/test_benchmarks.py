@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from export.benchmarks.precision import random_flow, study
-from export.paper_size import PAPER, one_group
-from export.random_checkpoint import write_random_checkpoint
+from export.benchmarks.random_models import PAPER, one_group, write_random_checkpoint
 from latte.checkpoint import load_checkpoint
 from latte.model import FlowTransformer, LatteFlow
 from runtime.manifest import Precision
@@ -118,7 +117,7 @@ def test_steps_are_scored_and_compared_with_many(
 ) -> None:
     settings = (("Euler", 4), ("Euler", 20), ("Heun", 4), ("Euler, guidance for t < 0.5", 20))
     monkeypatch.setattr("export.benchmarks.steps.SETTINGS", settings)
-    monkeypatch.setattr("export.benchmarks.steps.PSNR_PICTURES", 4)
+    monkeypatch.setattr("export.benchmarks.steps.PSNR_IMAGES", 4)
     monkeypatch.setattr("export.benchmarks.steps.FINE_STEPS", 60)
     code, out, error = run_command("bench", "steps", "--prompts", 4, "--plot", tmp_path / "steps.png", "--json")
     assert code == 0, error

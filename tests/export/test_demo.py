@@ -1,4 +1,4 @@
-"""`latte-flow demo`: the whole way from the shipped checkpoint to pictures of its prompts, and answers about one."""
+"""`latte-flow demo`: the whole way from the shipped checkpoint to images of its prompts, and answers about one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from export.demo import PROMPTS
-from latte.scenes import Scene, Shape
-from latte.scorer import judge, read_picture
+from latte.shapes.reader import judge, read_image
+from latte.shapes.scenes import Scene, Shape
 from runtime.manifest import load_manifest
 from runtime.pipeline import LatteFlowPipeline
 
@@ -32,12 +32,12 @@ ANSWERS = {
 }
 
 
-def test_it_prints_where_its_pictures_are(demo: tuple[Path, str]) -> None:
+def test_it_prints_where_its_images_are(demo: tuple[Path, str]) -> None:
     folder, out = demo
     for name in ("grid.png", "trajectory.png", "answers.png"):
         assert str(folder / name) in out
-        with Image.open(folder / name) as picture:
-            assert min(picture.size) > 200
+        with Image.open(folder / name) as image:
+            assert min(image.size) > 200
 
 
 def test_its_bundle_is_verified(demo: tuple[Path, str]) -> None:
@@ -48,13 +48,13 @@ def test_its_bundle_is_verified(demo: tuple[Path, str]) -> None:
 
 @pytest.mark.parametrize("index", range(len(PROMPTS)))
 def test_it_draws_its_prompts(index: int, demo: tuple[Path, str]) -> None:
-    """The same seed draws the same picture alone as in the demo's batch."""
+    """The same seed draws the same image alone as in the demo's batch."""
     with LatteFlowPipeline.from_pretrained(demo[0] / "bundle") as pipe:
         (image,) = pipe(PROMPTS[index], seed=index, output_type="np").images
-    verdict = judge(SHOWN[index], read_picture(image))
+    verdict = judge(SHOWN[index], read_image(image))
     assert verdict["all"], (PROMPTS[index], verdict)
 
 
-def test_it_answers_about_a_picture_of_its_own(demo: tuple[Path, str]) -> None:
+def test_it_answers_about_an_image_of_its_own(demo: tuple[Path, str]) -> None:
     for question, answer in ANSWERS.items():
         assert f"{question} {answer}" in demo[1].splitlines()

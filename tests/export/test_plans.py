@@ -10,12 +10,12 @@ from pathlib import Path
 import onnx
 import pytest
 
+from export.benchmarks.random_models import PAPER, export_random_expert
 from export.bundle import export_bundle
-from export.paper_size import PAPER, export_random_expert
 from export.plans.build import BuildOptions, build_plans
 from export.plans.profiles import AxisChoices, parse_choices, profiles_of
 from latte.checkpoint import save_checkpoint
-from latte.training.vlm import small_image_processor
+from latte.shapes.vlm import small_image_processor
 from runtime.errors import BundleError, EngineError, InputError
 from runtime.manifest import (
     EngineEntry,

@@ -144,7 +144,7 @@ def test_int8_is_measured_beside_fp32(
     demo: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, run_command: RunCommand
 ) -> None:
     monkeypatch.setattr("export.benchmarks.int8.MAX_ERRORS", (1.0,))
-    monkeypatch.setattr("export.benchmarks.int8.PSNR_PICTURES", 4)
+    monkeypatch.setattr("export.benchmarks.int8.PSNR_IMAGES", 4)
     options = ("--bundle", demo[0] / "bundle", "--prompts", 10, "--questions", 10, "--rounds", 1, "--json")
     code, out, error = run_command("bench", "int8", *options)
     assert code == 0, error

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from export.roundtrip import AGREEMENTS, Trip, count_agreements, sheet_of
-from latte.scenes import Scene, Shape, describe, draw, sample_scene
-from latte.scorer import describe_found, read_picture
+from latte.shapes.reader import describe_found, read_image
+from latte.shapes.scenes import Scene, Shape, describe, draw, sample_scene
 
 RunCommand = Callable[..., tuple[int, str, str]]
 TRIP = Trip("prompt", "a", "a", "a", 0, np.zeros((64, 64, 3), np.uint8))
@@ -41,14 +41,14 @@ def test_pixels_are_described_in_the_prompts_words() -> None:
     rng = np.random.default_rng(0)
     for _ in range(60):
         scene = sample_scene(rng)
-        assert describe_found(read_picture(draw(scene))) == describe(scene)
+        assert describe_found(read_image(draw(scene))) == describe(scene)
     empty = Scene((), "navy")
-    assert describe_found(read_picture(draw(empty))) == "0 shapes on a navy background"
+    assert describe_found(read_image(draw(empty))) == "0 shapes on a navy background"
     diagonal = Scene((Shape("circle", "red", "large", "top left"), Shape("star", "blue", "large", "center")), "white")
-    assert describe_found(read_picture(draw(diagonal))) == "2 shapes on a white background"
+    assert describe_found(read_image(draw(diagonal))) == "2 shapes on a white background"
 
 
-def test_a_sheet_shows_every_picture() -> None:
+def test_a_sheet_shows_every_image() -> None:
     assert sheet_of([TRIP] * 7).height > sheet_of([TRIP] * 6).height
 
 
@@ -61,6 +61,6 @@ def test_the_shipped_bundle_agrees_with_itself(demo: tuple[Path, str], tmp_path:
     assert sum(report["agreements"].values()) == report["prompts"] == 60
     assert report["agreements"]["all three"] >= 53
     if report["agreements"]["all three"] < 60:
-        with Image.open(sheet) as picture:
-            assert min(picture.size) > 100
+        with Image.open(sheet) as image:
+            assert min(image.size) > 100
     assert "all three" in run_command("roundtrip", bundle, "--prompts", 2, "--shapes", 2)[1]

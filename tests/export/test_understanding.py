@@ -16,7 +16,7 @@ from export.bundle import language_component_of, vision_component_of
 from export.verify import relative_error
 from latte.checkpoint import assemble, load_checkpoint, load_image_processor
 from latte.model import LatteFlow
-from latte.training.vlm import SPECIAL_TOKENS, train_tokenizer
+from latte.shapes.vlm import SPECIAL_TOKENS, train_tokenizer
 from runtime.answers import AnswerSettings
 from runtime.chat import user_message
 from runtime.pipeline import LatteFlowPipeline
@@ -73,16 +73,16 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> tuple[LatteFlow, LatteF
     return load_checkpoint(folder / "checkpoint"), LatteFlowPipeline.from_pretrained(folder / "bundle")
 
 
-def picture(seed: int, width: int, height: int) -> Image.Image:
+def random_image(seed: int, width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
 CONVERSATIONS = {
     "text": [],
-    "a small picture": [picture(0, 30, 20)],
-    "a wide picture": [picture(1, 224, 56)],
-    "a picture that is made smaller": [picture(2, 400, 300)],
-    "two pictures": [picture(3, 90, 140), picture(4, 56, 28)],
+    "a small image": [random_image(0, 30, 20)],
+    "a wide image": [random_image(1, 224, 56)],
+    "an image that is made smaller": [random_image(2, 400, 300)],
+    "two images": [random_image(3, 90, 140), random_image(4, 56, 28)],
 }
 
 

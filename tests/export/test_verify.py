@@ -12,13 +12,12 @@ import torch
 from diffusers.models.attention_processor import SanaMultiscaleLinearAttention
 
 from export.dc_ae import LinearAttentionProcessor
-from export.verify import psnr_db, relative_error, verify_bundle
-from export.watch import FiniteWatch
+from export.verify import FiniteWatch, psnr_db, relative_error, verify_bundle
 from runtime.backends import open_backend
 from runtime.errors import InputError
+from runtime.flow_time import ExpertSchedule
 from runtime.manifest import load_manifest
 from runtime.pipeline import LatteFlowPipeline
-from runtime.schedule import ExpertSchedule
 from tests.tiny import scale_weight, tiny_model
 
 

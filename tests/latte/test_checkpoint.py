@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latte.checkpoint import SHIPPED, load_checkpoint, save_checkpoint
-from latte.training.vlm import small_image_processor
+from latte.shapes.vlm import small_image_processor
 from runtime.errors import CheckpointError
 from tests.tiny import save_tiny, tiny_autoencoder, tiny_vlm
 
@@ -23,14 +23,14 @@ def broken(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("variant", ["couple", "blend"])
-def test_a_saved_model_draws_the_same_picture_when_loaded(variant: str, tmp_path: Path) -> None:
+def test_a_saved_model_draws_the_same_image_when_loaded(variant: str, tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "saved", variant)
     arguments = {"num_inference_steps": 4, "seed": 3, "output_type": "latent"}
     again = load_checkpoint(tmp_path / "saved")
     assert (again.generate("a red star", **arguments) == model.generate("a red star", **arguments)).all()
 
 
-def test_half_precision_on_disk_halves_the_files_and_nearly_keeps_the_picture(
+def test_half_precision_on_disk_halves_the_files_and_nearly_keeps_the_image(
     checkpoint: Path, tmp_path: Path, model: object
 ) -> None:
     save_checkpoint(load_checkpoint(checkpoint), small_image_processor(), tmp_path / "half", torch.float16)

@@ -8,7 +8,7 @@ import torch
 
 from latte.sampling import SampleStep, guided, sample
 from runtime.errors import InputError
-from runtime.schedule import ExpertSchedule, time_grid
+from runtime.flow_time import ExpertSchedule, time_grid
 
 MEAN, STD = 1.5, 0.5
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from latte.scenes import (
+from latte.shapes.reader import judge, read_image
+from latte.shapes.scenes import (
     BACKGROUNDS,
     CELLS,
     COLOURS,
@@ -25,7 +26,6 @@ from latte.scenes import (
     sample_scene,
     with_another_kind,
 )
-from latte.scorer import judge, read_picture
 
 
 def test_the_world_is_as_rich_as_promised() -> None:
@@ -40,7 +40,7 @@ def test_the_scorer_reads_every_shape_in_every_cell(kind: str, size: str) -> Non
     for index, cell in enumerate(CELLS):
         colour = list(COLOURS)[index % len(COLOURS)]
         scene = Scene((Shape(kind, colour, size, cell),), "grey")
-        verdict = judge(scene, read_picture(draw(scene)))
+        verdict = judge(scene, read_image(draw(scene)))
         assert verdict["all"], (scene, verdict)
 
 
@@ -49,7 +49,7 @@ def test_the_scorer_reads_random_scenes_of_one_and_two_shapes() -> None:
     for i in range(200):
         scene = sample_scene(rng, held_out=bool(i % 2))
         _, stated = caption(scene, rng)
-        assert judge(stated, read_picture(draw(scene)))["all"], scene
+        assert judge(stated, read_image(draw(scene)))["all"], scene
 
 
 @pytest.mark.parametrize(
@@ -64,21 +64,21 @@ def test_the_scorer_reads_random_scenes_of_one_and_two_shapes() -> None:
 )
 def test_the_scorer_finds_the_one_wrong_attribute(attribute: str, wrong: Scene) -> None:
     prompt = Scene((Shape("star", "red", "large", "top"),), "white")
-    verdict = judge(prompt, read_picture(draw(wrong)))
+    verdict = judge(prompt, read_image(draw(wrong)))
     assert [name for name, right in verdict.items() if not right] == [attribute, "all"]
 
 
 def test_the_scorer_finds_a_missing_shape_and_a_wrong_relation() -> None:
     first, second = Shape("star", "red", "large", "top"), Shape("ring", "blue", "small", "bottom")
     prompt = Scene((first, second), "white", "below")
-    assert not judge(prompt, read_picture(draw(Scene((first,), "white"))))["count"]
-    verdict = judge(prompt, read_picture(draw(Scene((first, second), "white", "above"))))
+    assert not judge(prompt, read_image(draw(Scene((first,), "white"))))["count"]
+    verdict = judge(prompt, read_image(draw(Scene((first, second), "white", "above"))))
     assert [name for name, right in verdict.items() if not right] == ["relation", "all"]
 
 
-def test_noise_is_no_right_picture() -> None:
+def test_noise_is_no_right_image() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    assert not judge(Scene((Shape("star", "red", "large", "top"),), "white"), read_picture(noise))["all"]
+    assert not judge(Scene((Shape("star", "red", "large", "top"),), "white"), read_image(noise))["all"]
 
 
 def test_training_scenes_and_held_out_scenes_do_not_meet() -> None:

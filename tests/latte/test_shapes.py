@@ -12,8 +12,7 @@ import pytest
 
 from latte.checkpoint import load_checkpoint, load_image_processor, resolve_checkpoint
 from latte.model import LatteFlow
-from latte.score import score_answers, score_drawing
-from latte.understanding import answer
+from latte.shapes.score import answer, score_answers, score_drawing
 
 SAMPLE = 80
 
@@ -39,7 +38,7 @@ def test_held_out_prompts_are_drawn_right_in_every_attribute(count: int, bar: fl
     assert result.share() >= less_chance(bar), [(failure.prompt, failure.wrong) for failure in result.failures]
 
 
-def test_it_answers_questions_about_held_out_pictures(shapes: LatteFlow, folder: Path) -> None:
+def test_it_answers_questions_about_held_out_images(shapes: LatteFlow, folder: Path) -> None:
     processor = load_image_processor(folder)
     result = score_answers(lambda images, texts: answer(shapes.vlm, shapes.tokenizer, processor, images, texts), SAMPLE)
     assert result.share() >= less_chance(0.98), result.failures

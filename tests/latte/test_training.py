@@ -11,13 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from latte.checkpoint import load_checkpoint
-from latte.scenes import Scene, Shape
-from latte.training.autoencoder import AutoencoderStage, small_autoencoder
-from latte.training.flow import FlowStage, share_of_other
-from latte.training.loop import Stage, TrainSettings, train
-from latte.training.recipe import run_stage
-from latte.training.vision import VisionStage, token_labels
-from latte.training.vlm import (
+from latte.shapes.autoencoder import AutoencoderStage, small_autoencoder
+from latte.shapes.flow import FlowStage, share_of_other
+from latte.shapes.recipe import run_stage
+from latte.shapes.scenes import Scene, Shape
+from latte.shapes.vision import VisionStage, token_labels
+from latte.shapes.vlm import (
     Conversation,
     ConversationEncoder,
     VlmStage,
@@ -26,6 +25,7 @@ from latte.training.vlm import (
     small_vlm,
     train_tokenizer,
 )
+from latte.training import Stage, TrainSettings, train
 from runtime.errors import CheckpointError, InputError
 from tests.tiny import tiny_model, tiny_vlm
 
@@ -103,7 +103,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 def test_the_term_for_kinds_is_the_share_of_another_kind_whatever_its_size() -> None:
     other = torch.randn(3, 2, 4, 4)
     other[1] *= 0.01
-    other[2] = 0  # the prompt leaves the picture open
+    other[2] = 0  # the prompt leaves the image open
     half_way = 0.5 * other
     assert share_of_other(half_way, other).item() == pytest.approx(0.25, rel=1e-3)
     elsewhere = half_way.roll(1, 1) * torch.tensor([1.0, -1.0])[:, None, None]  # at a right angle to `other`
@@ -125,7 +125,7 @@ def test_a_save_that_is_cut_off_leaves_the_one_before(tmp_path: Path, monkeypatc
         Path(path).write_bytes(before[:1000])
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("latte.training.loop.save_file", write_half)
+    monkeypatch.setattr("latte.training.save_file", write_half)
     with pytest.raises(OSError, match="no space"):
         train(make_stage("autoencoder"), settings(2), tmp_path)
     assert (tmp_path / "autoencoder.safetensors").read_bytes() == before

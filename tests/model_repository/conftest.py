@@ -12,7 +12,7 @@ import pytest
 
 from model_repository.layout import write_repository
 from model_repository.server import TritonServer
-from runtime.requests import Limits
+from runtime.serving.requests import Limits
 
 LIMITS = Limits(max_queued_images=64)
 

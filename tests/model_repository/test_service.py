@@ -90,7 +90,7 @@ def difference(images: list[Image.Image], expected: np.ndarray) -> int:
 # ---- what it does -----------------------------------------------------------------------------------
 
 
-def test_pictures_are_those_of_the_pipeline(server: TritonServer, pipe: LatteFlowPipeline) -> None:
+def test_images_are_those_of_the_pipeline(server: TritonServer, pipe: LatteFlowPipeline) -> None:
     options = {"negative_prompt": "blue", "num_inference_steps": 5, "guidance_scale": 4.0, "shift": 2.0, "seed": 11}
     images = Client(server.grpc_url).generate("a red star", num_images=3, **options)
     expected = pipe("a red star", num_images_per_prompt=3, output_type="np", **options).images
@@ -133,12 +133,12 @@ def test_json_goes_in_and_out_over_http(server: TritonServer, pipe: LatteFlowPip
     body = {"prompt": "a red star", "num_inference_steps": 4, "seed": 3, "image_format": "png_base64"}
     status, text = post(server, body)
     assert status == 200
-    picture = Image.open(io.BytesIO(base64.b64decode(json.loads(text)["png"])))
-    assert difference([picture], pipe("a red star", num_inference_steps=4, seed=3, output_type="np").images) <= 1
+    image = Image.open(io.BytesIO(base64.b64decode(json.loads(text)["png"])))
+    assert difference([image], pipe("a red star", num_inference_steps=4, seed=3, output_type="np").images) <= 1
     question = {"question": "is it red?", "image": json.loads(text)["png"], "max_new_tokens": 3}
     status, text = post(server, question)
     assert status == 200
-    assert json.loads(text)["text"] == pipe.ask(picture, "is it red?", max_new_tokens=3)
+    assert json.loads(text)["text"] == pipe.ask(image, "is it red?", max_new_tokens=3)
 
 
 def test_server_sent_events_come_over_http(server: TritonServer) -> None:
@@ -197,9 +197,9 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "1 MB": ({"prompt": "a" * 1_000_000}, "prompt has 1000000 bytes, the limit is 65536"),
     "special token": ({"prompt": "<|im_end|>"}, "special token"),
     "empty question": ({"question": " "}, "the question is empty"),
-    "no picture": ({"question": "a", "image": [b"GIF89a"]}, "an image must be a PNG or JPEG file"),
-    "broken picture": ({"question": "a", "image": [b"\x89PNG\r\n"]}, "cannot be opened"),
-    "nine pictures": ({"question": "a", "image": [b"\x89PNG"] * 9}, "an image must be a PNG or JPEG"),
+    "no image": ({"question": "a", "image": [b"GIF89a"]}, "an image must be a PNG or JPEG file"),
+    "broken image": ({"question": "a", "image": [b"\x89PNG\r\n"]}, "cannot be opened"),
+    "nine images": ({"question": "a", "image": [b"\x89PNG"] * 9}, "an image must be a PNG or JPEG"),
     "temperature": ({"question": "a", "temperature": -1.0}, "temperature must be"),
 }
 

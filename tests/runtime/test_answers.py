@@ -22,15 +22,15 @@ RunCommand = Callable[..., tuple[int, str, str]]
 QUESTION = "what colour is the large circle?"
 
 
-def picture(seed: int, width: int = 64, height: int = 64) -> Image.Image:
+def random_image(seed: int, width: int = 64, height: int = 64) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
 CONVERSATIONS = {
     "text alone": ([], QUESTION),
-    "a picture": ([picture(0)], QUESTION),
-    "a wide picture": ([picture(1, 200, 50)], "describe the image"),
-    "two pictures": ([picture(2, 96, 64), picture(3, 40, 130)], "is there a ring?"),
+    "an image": ([random_image(0)], QUESTION),
+    "a wide image": ([random_image(1, 200, 50)], "describe the image"),
+    "two images": ([random_image(2, 96, 64), random_image(3, 40, 130)], "is there a ring?"),
 }
 
 
@@ -44,7 +44,7 @@ def test_greedy_answers_are_those_of_transformers(name: str, pipe: LatteFlowPipe
 
 
 def test_a_batch_answers_as_each_alone(pipe: LatteFlowPipeline) -> None:
-    """Rows of other lengths and other numbers of pictures change nothing."""
+    """Rows of other lengths and other numbers of images change nothing."""
     images = [images for images, _ in CONVERSATIONS.values()]
     questions = [question for _, question in CONVERSATIONS.values()]
     together = pipe.ask(images, questions, max_new_tokens=12)
@@ -53,15 +53,15 @@ def test_a_batch_answers_as_each_alone(pipe: LatteFlowPipeline) -> None:
 
 
 def test_a_stream_is_the_answer_in_pieces(pipe: LatteFlowPipeline) -> None:
-    pieces = list(pipe.ask_stream(picture(0), QUESTION, max_new_tokens=12))
+    pieces = list(pipe.ask_stream(random_image(0), QUESTION, max_new_tokens=12))
     assert len(pieces) > 1
-    assert "".join(pieces) == pipe.ask(picture(0), QUESTION, max_new_tokens=12)
+    assert "".join(pieces) == pipe.ask(random_image(0), QUESTION, max_new_tokens=12)
 
 
 def test_messages_are_several_turns(pipe: LatteFlowPipeline, model: LatteFlow) -> None:
     turns = [
         {"role": "system", "content": "You are a helpful assistant."},
-        {"role": "user", "content": [{"type": "image", "image": picture(0)}, {"type": "text", "text": QUESTION}]},
+        {"role": "user", "content": [{"type": "image", "image": random_image(0)}, {"type": "text", "text": QUESTION}]},
         {"role": "assistant", "content": "red"},
         {"role": "user", "content": "where is it?"},
     ]
@@ -70,13 +70,13 @@ def test_messages_are_several_turns(pipe: LatteFlowPipeline, model: LatteFlow) -
     expected = text.replace("<|image_pad|>", "<|image_pad|>" * inputs.images.tokens[0])
     assert inputs.input_ids[0].tolist() == model.tokenizer(expected, add_special_tokens=False)["input_ids"]
     assert pipe.ask(messages=[turns, turns[:2]], max_new_tokens=4)[1] == pipe.ask(
-        picture(0), QUESTION, max_new_tokens=4
+        random_image(0), QUESTION, max_new_tokens=4
     )
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_positions_are_those_of_transformers(count: int, pipe: LatteFlowPipeline, model: LatteFlow) -> None:
-    images = [picture(i, 64 + 30 * i, 100 - 20 * i) for i in range(count)]
+    images = [random_image(i, 64 + 30 * i, 100 - 20 * i) for i in range(count)]
     content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": QUESTION}]
     inputs = pipe.answerer.chat([[{"role": "user", "content": content}], [{"role": "user", "content": "hello"}]])
     ids = torch.from_numpy(inputs.input_ids)
@@ -91,10 +91,8 @@ def test_positions_are_those_of_transformers(count: int, pipe: LatteFlowPipeline
     assert inputs.next_position.tolist() == (inputs.attention_mask.sum(axis=1) + deltas[:, 0].numpy()).tolist()
 
 
-def test_large_pictures_go_through_the_tower_one_by_one(
-    pipe: LatteFlowPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images = pipe.answerer.chat._images([picture(0), picture(1, 128, 64), picture(2)])
+def test_large_images_go_through_the_tower_one_by_one(pipe: LatteFlowPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = pipe.answerer.chat._images([random_image(0), random_image(1, 128, 64), random_image(2)])
     together = pipe.answerer.encode_images(images).numpy()
     monkeypatch.setattr("runtime.answers.PATCHES_PER_RUN", 64)
     assert np.abs(pipe.answerer.encode_images(images) - together).max() < 1e-5
@@ -105,7 +103,7 @@ def test_one_session_draws_and_answers(bundle: Path) -> None:
     with LatteFlowPipeline.from_pretrained(bundle) as pipe:
         pipe("a red star", num_inference_steps=2)
         session = pipe.engines["vlm"]
-        pipe.ask(picture(0), QUESTION, max_new_tokens=2)
+        pipe.ask(random_image(0), QUESTION, max_new_tokens=2)
         assert pipe.engines["vlm"] is session
         assert sorted(pipe.engines.loaded) == [
             "expert_0",
@@ -124,7 +122,7 @@ def test_keys_and_values_stay_with_the_session(pipe: LatteFlowPipeline, monkeypa
     copied = []
     to_numpy = OrtTensor.numpy
     monkeypatch.setattr(OrtTensor, "numpy", lambda value: copied.append(value.shape) or to_numpy(value))
-    pipe.ask(picture(0), QUESTION, max_new_tokens=4)
+    pipe.ask(random_image(0), QUESTION, max_new_tokens=4)
     assert {len(shape) for shape in copied} == {2}
 
 
@@ -133,11 +131,11 @@ def test_keys_and_values_stay_with_the_session(pipe: LatteFlowPipeline, monkeypa
 
 def test_sampling_follows_its_seed_and_its_limits(pipe: LatteFlowPipeline) -> None:
     options = {"max_new_tokens": 8, "temperature": 1.5}
-    first = pipe.ask(picture(0), QUESTION, seed=1, **options)
-    assert pipe.ask(picture(0), QUESTION, seed=1, **options) == first
-    assert any(pipe.ask(picture(0), QUESTION, seed=seed, **options) != first for seed in (2, 3, 4))
-    assert pipe.ask(picture(0), QUESTION, seed=5, top_p=1e-9, **options) == pipe.ask(
-        picture(0), QUESTION, max_new_tokens=8
+    first = pipe.ask(random_image(0), QUESTION, seed=1, **options)
+    assert pipe.ask(random_image(0), QUESTION, seed=1, **options) == first
+    assert any(pipe.ask(random_image(0), QUESTION, seed=seed, **options) != first for seed in (2, 3, 4))
+    assert pipe.ask(random_image(0), QUESTION, seed=5, top_p=1e-9, **options) == pipe.ask(
+        random_image(0), QUESTION, max_new_tokens=8
     )
 
 
@@ -156,11 +154,11 @@ def test_tokens_are_drawn_from_the_softmax_of_the_likeliest() -> None:
 
 
 def test_an_answer_ends_before_a_stop_text(pipe: LatteFlowPipeline) -> None:
-    whole = pipe.ask(picture(0), QUESTION, max_new_tokens=24)
+    whole = pipe.ask(random_image(0), QUESTION, max_new_tokens=24)
     stop = whole[len(whole) // 2 : len(whole) // 2 + 3]
     expected = whole[: whole.index(stop)]
-    assert pipe.ask(picture(0), QUESTION, max_new_tokens=24, stop=[stop, "never written"]) == expected
-    assert "".join(pipe.ask_stream(picture(0), QUESTION, max_new_tokens=24, stop=[stop])) == expected
+    assert pipe.ask(random_image(0), QUESTION, max_new_tokens=24, stop=[stop, "never written"]) == expected
+    assert "".join(pipe.ask_stream(random_image(0), QUESTION, max_new_tokens=24, stop=[stop])) == expected
 
 
 def test_the_writer_holds_back_what_may_become_a_stop_text(model: LatteFlow) -> None:
@@ -209,8 +207,8 @@ BAD_QUESTIONS = {
     "the assistant last": ((), {"messages": [{"role": "assistant", "content": "hi"}]}, "must be the user's"),
     "a special token": (([], "a <|image_pad|>"), {}, "special token <|image_pad|>"),
     "too long": (([], "red " * 600), {}, "the model's limit is 512"),
-    "too many pictures": (([picture(0, 512, 512)] * 2, "hi"), {}, "of them for 2 images"),
-    "more pictures than questions": (([[], []], ["hi"]), {}, "one entry for each of 1 questions, got 2"),
+    "too many images": (([random_image(0, 512, 512)] * 2, "hi"), {}, "of them for 2 images"),
+    "more images than questions": (([[], []], ["hi"]), {}, "one entry for each of 1 questions, got 2"),
     "no new tokens": (([], "hi"), {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
     "temperature": (([], "hi"), {"temperature": float("nan")}, "temperature must be"),
     "top_p": (([], "hi"), {"top_p": 0.0}, "top_p must be"),
@@ -228,8 +226,8 @@ def test_a_bad_question_is_one_clear_line(name: str, pipe: LatteFlowPipeline) ->
 
 
 def test_the_command_asks(bundle: Path, tmp_path: Path, run_command: RunCommand, pipe: LatteFlowPipeline) -> None:
-    picture(0).save(tmp_path / "a.png")
-    picture(1).save(tmp_path / "b.png")
+    random_image(0).save(tmp_path / "a.png")
+    random_image(1).save(tmp_path / "b.png")
     files = [tmp_path / "a.png", tmp_path / "b.png"]
     expected = pipe.ask(files, QUESTION, max_new_tokens=6)
     code, out, error = run_command("ask", bundle, *files, QUESTION, "--max-new-tokens", 6)

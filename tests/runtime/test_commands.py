@@ -30,8 +30,8 @@ def test_generate_writes_pngs_that_say_how_they_were_made(
         "003-a-ring-6.png",
         "grid.png",
     ]
-    with Image.open(files[2]) as picture:
-        text = picture.text
+    with Image.open(files[2]) as image:
+        text = image.text
     assert text["prompt"] == "a ring"
     assert (text["seed"], text["num_inference_steps"], text["guidance_scale"]) == ("5", "2", "2.5")
     assert text["bundle"] == load_manifest(bundle).bundle_hash()
@@ -72,7 +72,7 @@ def test_an_output_folder_that_cannot_be_written_is_said_before_any_work(
     bundle: Path, tmp_path: Path, run_command: RunCommand
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    code, out, error = run_command("generate", bundle, "a ring", "-o", tmp_path / "file" / "pictures")
+    code, out, error = run_command("generate", bundle, "a ring", "-o", tmp_path / "file" / "images")
     assert (code, out) == (2, "")
     assert "choose another output folder" in error
 

@@ -1,4 +1,4 @@
-"""Pictures become the patches that transformers makes of them, and what is no picture is said so."""
+"""Images become the patches that transformers makes of them, and what is no image is said so."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.vision_utils import get_vision_position_ids
 
 from latte.checkpoint import load_image_processor
 from runtime.errors import InputError
-from runtime.images import MAX_PIXELS, ImageProcessor, open_picture
+from runtime.image_processor import MAX_PIXELS, ImageProcessor, open_image
 from runtime.pipeline import LatteFlowPipeline
 
 RunCommand = Callable[..., tuple[int, str, str]]
@@ -66,15 +66,15 @@ def test_patches_are_those_of_transformers(
     assert patches.pixel_values.dtype == np.float32
 
 
-def test_exif_turns_a_picture(tmp_path: Path) -> None:
+def test_exif_turns_an_image(tmp_path: Path) -> None:
     image, options = SAVED["turned by EXIF"]
     image.save(tmp_path / "turned.png", **options)
-    assert open_picture(tmp_path / "turned.png").size == (40, 90)
+    assert open_image(tmp_path / "turned.png").size == (40, 90)
 
 
-def test_several_pictures_stand_one_after_another(processor: ImageProcessor) -> None:
-    pictures = [noise(64, 64), noise(128, 64), noise(80, 200)]
-    together, alone = processor(pictures), [processor([picture]) for picture in pictures]
+def test_several_images_stand_one_after_another(processor: ImageProcessor) -> None:
+    images = [noise(64, 64), noise(128, 64), noise(80, 200)]
+    together, alone = processor(images), [processor([image]) for image in images]
     assert together.grids == tuple(one.grids[0] for one in alone)
     assert np.array_equal(together.pixel_values, np.concatenate([one.pixel_values for one in alone]))
     assert np.array_equal(np.unique(together.image_ids, return_counts=True)[1], together.tokens)
@@ -84,7 +84,7 @@ def test_several_pictures_stand_one_after_another(processor: ImageProcessor) -> 
     assert np.array_equal(last.pixel_values, alone[2].pixel_values)
 
 
-def test_arrays_and_pil_images_are_pictures_too(processor: ImageProcessor) -> None:
+def test_arrays_and_pil_images_are_images_too(processor: ImageProcessor) -> None:
     image = noise(64, 48)
     assert np.array_equal(processor([image]).pixel_values, processor([np.asarray(image)]).pixel_values)
     with pytest.raises(InputError, match=r"must be \[H, W, 3\] uint8, got float32"):
@@ -108,9 +108,9 @@ def truncated(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2000])
 
 
-BAD_PICTURES: dict[str, tuple[Callable[[Path], object], str]] = {
+BAD_IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: None, "no image at"),
-    "not an image": (lambda path: path.write_text("a picture"), "is not an image that Pillow knows"),
+    "not an image": (lambda path: path.write_text("an image"), "is not an image that Pillow knows"),
     "empty": (lambda path: path.touch(), "is not an image that Pillow knows"),
     "a folder": (lambda path: path.mkdir(), "cannot be read as an image"),
     "truncated": (truncated, "cannot be decoded"),
@@ -121,11 +121,11 @@ BAD_PICTURES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_PICTURES)
-def test_a_bad_picture_is_one_clear_line(name: str, tmp_path: Path, bundle: Path, run_command: RunCommand) -> None:
-    make, message = BAD_PICTURES[name]
-    make(tmp_path / "picture.png")
-    code, out, error = run_command("ask", bundle, tmp_path / "picture.png", "what is it?")
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_a_bad_image_is_one_clear_line(name: str, tmp_path: Path, bundle: Path, run_command: RunCommand) -> None:
+    make, message = BAD_IMAGES[name]
+    make(tmp_path / "image.png")
+    code, out, error = run_command("ask", bundle, tmp_path / "image.png", "what is it?")
     assert (code, out) == (2, "")
     (line,) = error.strip().splitlines()
     assert line.startswith("error: ")

@@ -66,7 +66,7 @@ def test_a_broken_bundle_is_one_clear_line(
 ) -> None:
     breakage, message = BREAKAGES[name]
     breakage(bundle_copy)
-    code, out, error = run_command("generate", bundle_copy, "a red circle", "-o", tmp_path / "pictures")
+    code, out, error = run_command("generate", bundle_copy, "a red circle", "-o", tmp_path / "images")
     assert code == 2
     assert out == ""
     lines = error.strip().splitlines()

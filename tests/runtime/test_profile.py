@@ -12,7 +12,7 @@ import pytest
 from runtime.backends import open_backend
 from runtime.manifest import load_manifest
 from runtime.pipeline import LatteFlowPipeline
-from runtime.profile import Profiler
+from runtime.tracing import Profiler
 
 RunCommand = Callable[..., tuple[int, str, str]]
 

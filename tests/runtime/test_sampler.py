@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from runtime.backends.base import Value
+from runtime.flow_time import ExpertSchedule, time_grid
 from runtime.sampler import GuidedBatch, Sampler, SamplerStep
-from runtime.schedule import ExpertSchedule, time_grid
 
 MEAN, STD = 1.5, 0.5
 

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from runtime.errors import InputError
-from runtime.schedule import ExpertSchedule, time_grid
+from runtime.flow_time import ExpertSchedule, time_grid
 
 
 def test_every_boundary_belongs_to_the_group_that_it_opens_and_one_to_the_last() -> None:

@@ -10,12 +10,11 @@ import pytest
 
 from export.benchmarks.serving import Cohorts
 from runtime.errors import CancelledError, DeadlineError, DrainingError, EngineError, InputError, QueueFullError
-from runtime.noise import initial_latents
+from runtime.flow_time import ExpertSchedule, initial_latents
 from runtime.pipeline import LatteFlowPipeline
-from runtime.requests import Event, GenerationRequest, Handle, Limits
-from runtime.schedule import ExpertSchedule
-from runtime.scheduler import Chooses, Job, Policy, RunCost, Scheduler, Worker
-from runtime.stations import PipelineStations
+from runtime.serving.requests import Event, GenerationRequest, Handle, Limits
+from runtime.serving.scheduler import Chooses, Job, Policy, RunCost, Scheduler, Worker
+from runtime.serving.stations import PipelineStations
 
 
 class ScriptedStations:
@@ -392,7 +391,7 @@ def test_a_worker_serves_many_threads_and_drains() -> None:
     worker.close()
 
 
-def test_pictures_are_those_of_the_pipeline(pipe: LatteFlowPipeline) -> None:
+def test_images_are_those_of_the_pipeline(pipe: LatteFlowPipeline) -> None:
     """Mixed steps, scales, prompts and seeds in shared batches, against each alone through the pipeline."""
     stations = PipelineStations(pipe)
     scheduler = Scheduler(stations, lambda: 0.0, Limits(max_rows_per_tick=6))

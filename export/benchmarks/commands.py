@@ -1,0 +1,29 @@
+"""`latte-flow bench`: every subject measures its sides in turns, in one run, and prints the machine."""
+
+from export.benchmarks import (
+    generation,
+    int8,
+    memory,
+    precision,
+    provider,
+    report,
+    serving,
+    stages,
+    steps,
+    understanding,
+)
+from export.benchmarks.report import app
+
+__all__ = [
+    "app",
+    "generation",
+    "int8",
+    "memory",
+    "precision",
+    "provider",
+    "report",
+    "serving",
+    "stages",
+    "steps",
+    "understanding",
+]

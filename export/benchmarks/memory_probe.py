@@ -1,0 +1,54 @@
+"""Draws or exports in a process of its own, and prints its time and memory as JSON.
+
+    python -m export.benchmarks.memory_probe draw BUNDLE PROVIDER LOW_MEMORY
+    python -m export.benchmarks.memory_probe export CHECKPOINT BUNDLE PRECISION
+
+It imports nothing that drawing does not need, which is why it is not part of `export.benchmarks.memory`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from runtime.manifest import Precision
+from runtime.pipeline import LatteFlowPipeline
+
+
+def _peak_mb() -> float:
+    # Not `getrusage`, whose value for a child process starts at its parent's size.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024 / 1e6
+
+
+def _draw(bundle: str, provider: str, low_memory: str) -> dict[str, float]:
+    interpreter = _peak_mb()
+    started = time.perf_counter()
+    with LatteFlowPipeline.from_pretrained(bundle, provider, low_memory=low_memory == "1") as pipe:
+        pipe("a red star", seed=0)
+        first = time.perf_counter()
+        pipe("a red star", seed=1)
+        second = time.perf_counter()
+    return {
+        "first_image_seconds": first - started,
+        "second_image_seconds": second - first,
+        "interpreter_mb": interpreter,
+        "peak_mb": _peak_mb(),
+    }
+
+
+def _export(checkpoint: str, bundle: str, precision: Precision) -> dict[str, float]:
+    from export.bundle import export_bundle  # drawing does not need its libraries
+
+    interpreter = _peak_mb()
+    started = time.perf_counter()
+    export_bundle(checkpoint, Path(bundle), precision=precision, verify=False)
+    return {"seconds": time.perf_counter() - started, "interpreter_mb": interpreter, "peak_mb": _peak_mb()}
+
+
+if __name__ == "__main__":
+    functions: dict[str, Callable[..., dict[str, float]]] = {"draw": _draw, "export": _export}
+    print(json.dumps(functions[sys.argv[1]](*sys.argv[2:])))

@@ -1,0 +1,50 @@
+"""Timing of several sides in one run: the sides take turns, and the first turn only warms up."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+KeyT = TypeVar("KeyT")
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True)
+class Turns(Generic[ResultT]):
+    """The timed turns of one side."""
+
+    seconds: list[float]
+    results: list[ResultT]
+    """What the side returned in each turn."""
+
+    @property
+    def median(self) -> float:
+        """Median, in seconds."""
+        return statistics.median(self.seconds)
+
+
+def take_turns(
+    sides: Mapping[KeyT, Callable[[int], ResultT]], rounds: int, on_round: Callable[[], object] = lambda: None
+) -> dict[KeyT, Turns[ResultT]]:
+    """Runs every side once per round, after a first round that is not counted.
+
+    Shared machines are faster at one moment than at another; sides that take turns meet the same moments.
+
+    Args:
+        sides: functions by the name of their side; each gets the number of the turn, 0 being the warm-up.
+        on_round: called after each round.
+    """
+    turns: dict[KeyT, Turns[ResultT]] = {name: Turns([], []) for name in sides}
+    for turn in range(rounds + 1):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            result = side(turn)
+            seconds = time.perf_counter() - started
+            if turn:
+                turns[name].seconds.append(seconds)
+                turns[name].results.append(result)
+        on_round()
+    return turns

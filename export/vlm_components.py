@@ -1,0 +1,410 @@
+"""The components of the VLM, `vlm` and `vision_encoder`, in transformers' modules; see `export.components`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel, Qwen2VLTextModel
+
+from export.components import (
+    ONNX_NAMES,
+    Assembly,
+    Component,
+    Part,
+    cast_parameters,
+    kv_spec,
+    layer_kv_spec,
+)
+from latte.checkpoint import TORCH_DTYPES
+from latte.config import LatteFlowConfig
+from latte.model import rotate
+from runtime.manifest import TensorSpec
+
+PER_MODEL = {
+    "num_hidden_layers",
+    "layer_types",
+    "max_window_layers",
+    "vocab_size",
+    "depth",
+    "max_position_embeddings",
+    "transformers_version",
+    "dtype",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}
+"""Settings of transformers' configs that do not change a layer's graph."""
+
+
+# ---- the language model ------------------------------------------------------------------------------
+
+
+class LanguageBegin(nn.Module):
+    """Embeds tokens and images, and makes the mask of the language model's layers."""
+
+    def __init__(self, language_model: nn.Module, image_token_id: int) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.image_token_id = image_token_id
+
+    def forward(
+        self, input_ids: Tensor, image_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, ...]:
+        text: Any = self.language_model
+        rows, tokens = input_ids.shape
+        total = attention_mask.shape[1]
+        hidden = text.embed_tokens(input_ids)  # [B, S, hidden]
+        # The images' embeddings take their places in order; `masked_scatter` would be NonZero, which TensorRT rejects.
+        is_image = input_ids == self.image_token_id
+        place = is_image.reshape(-1).long().cumsum(0).sub(1).clamp(min=0).reshape(rows, tokens)
+        dtype = hidden.dtype
+        hidden = torch.where(is_image[..., None], nn.functional.embedding(place, image_embeds), hidden.float())
+        cos, sin = (part.to(dtype) for part in text.rotary_emb(hidden, position_ids))  # [B, S, D]
+        query = total - tokens + torch.arange(tokens, device=input_ids.device)  # [S]
+        key = torch.arange(total, device=input_ids.device)  # [T]
+        visible = (key[None, :] <= query[:, None])[None, None] & attention_mask[:, None, None, :]  # [B, 1, S, T]
+        mask = torch.zeros(()).expand(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+        return hidden, cos, sin, mask
+
+
+class LanguageLayer(nn.Module):
+    """One layer of transformers' Qwen2-VL, with the residual stream in fp32."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        layer: Any = self.layer
+        cache = KeyValueCache(past[0], past[1])
+        normed = layer.input_layernorm(hidden).to(cos.dtype)
+        attended, _ = layer.self_attn(
+            normed, attention_mask=mask, position_embeddings=(cos, sin), past_key_values=cache, use_cache=True
+        )
+        hidden = hidden + attended
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden).to(cos.dtype))
+        return hidden, torch.stack([cache.key, cache.value])  # [2, B, Hkv, T, D]
+
+
+class LanguageEnd(nn.Module):
+    """Logits of the last token of each row. Without an output layer of its own, the embedding serves as one."""
+
+    def __init__(self, language_model: nn.Module, lm_head: nn.Linear | None) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.lm_head = lm_head
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        text: Any = self.language_model
+        past = attention_mask.shape[1] - hidden.shape[1]
+        last = attention_mask[:, past:].long().sum(dim=1).sub(1).clamp(min=0)  # [B]
+        last_hidden = hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[-1])).squeeze(1)  # [B, hidden]
+        head = text.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return nn.functional.linear(text.norm(last_hidden).to(head.dtype), head).float()
+
+
+class KeyValueCache:
+    """The part of transformers' cache that its attention uses: appends to the keys and values of one layer."""
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        self.key = key
+        self.value = value
+
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.key, self.value = torch.cat([self.key, key], dim=2), torch.cat([self.value, value], dim=2)
+        return self.key, self.value
+
+
+def language_component(config: LatteFlowConfig, precision: str, vlm_config: Any) -> Component:
+    """Returns `vlm`: the encoder of prompts and the decoder of answers, with one set of weights.
+
+    `past_kv_k` are the keys and values of earlier tokens, one tensor per expert group. The graph returns past and new
+    ones together, so that the output of one run is the input of the next.
+
+    Args:
+        vlm_config: the VLM's `Qwen2VLConfig`.
+    """
+    narrow = ONNX_NAMES[precision]
+    text_config = vlm_config.text_config
+    vocabulary, tied = text_config.vocab_size, vlm_config.tie_word_embeddings
+    input_ids = TensorSpec(name="input_ids", dtype="int64", shape=("batch", "tokens"))
+    image_embeds = TensorSpec(name="image_embeds", dtype="float32", shape=("image_tokens", config.hidden_size))
+    position_ids = TensorSpec(name="position_ids", dtype="int64", shape=(3, "batch", "tokens"))
+    attention_mask = TensorSpec(name="attention_mask", dtype="bool", shape=("batch", "total"))
+    logits = TensorSpec(name="logits", dtype="float32", shape=("batch", vocabulary))
+    hidden = TensorSpec(name="hidden", dtype="float32", shape=("batch", "tokens", config.hidden_size))
+    shared = (
+        TensorSpec(name="cos", dtype=narrow, shape=("batch", "tokens", config.head_dim)),
+        TensorSpec(name="sin", dtype=narrow, shape=("batch", "tokens", config.head_dim)),
+        TensorSpec(name="mask", dtype="float32", shape=("batch", 1, "tokens", "total")),
+    )
+    past = layer_kv_spec("past", "batch", "past", config, precision)
+    kv = layer_kv_spec("kv", "batch", "total", config, precision)
+    sizes = {"batch": 3, "tokens": 5, "image_tokens": 4, "past": 6, "total": 11}
+    settings = _layer_settings(text_config) | {"precision": precision}
+
+    parts = (
+        Part(
+            "begin",
+            partial(_language_begin, text_config, precision, vlm_config.image_token_id),
+            (input_ids, image_embeds, position_ids, attention_mask),
+            (hidden, *shared),
+            sizes,
+            settings | {"vocabulary": vocabulary, "image_token_id": vlm_config.image_token_id},
+        ),
+        Part(
+            "layer",
+            partial(_language_layer, text_config, precision),
+            (hidden, *shared, past),
+            (hidden, kv),
+            sizes,
+            settings,
+        ),
+        Part(
+            "end",
+            partial(_language_end, text_config, precision, tied),
+            (hidden, attention_mask),
+            (logits,),
+            sizes,
+            settings | {"vocabulary": vocabulary, "tied": tied},
+        ),
+    )
+    groups = range(config.schedule.num_groups)
+
+    def assemble(graph: Assembly) -> None:
+        attention_mask = graph.input("attention_mask")
+        hidden, *shared = graph.call(
+            "begin", graph.input("input_ids"), graph.input("image_embeds"), graph.input("position_ids"), attention_mask
+        )
+        for group in groups:
+            past_kv = graph.input(f"past_kv_{group}")
+            layers = []
+            for index, layer in enumerate(config.layers_of(group)):
+                past = graph.select(past_kv, index)
+                weights = ("layer.", f"language_model.layers.{layer}.")
+                hidden, kv = graph.call("layer", hidden, *shared, past, weights=weights)
+                layers.append(kv)
+            graph.output(f"kv_{group}", graph.stack(layers))
+        (logits,) = graph.call("end", hidden, attention_mask)
+        graph.output("logits", logits)
+
+    return Component(
+        "vlm",
+        "vlm",
+        (
+            input_ids,
+            image_embeds,
+            position_ids,
+            attention_mask,
+            *(kv_spec(f"past_kv_{group}", "batch", "past", config, precision) for group in groups),
+        ),
+        (logits, *(kv_spec(f"kv_{group}", "batch", "total", config, precision) for group in groups)),
+        parts,
+        assemble,
+    )
+
+
+def _text_model(text_config: Any, precision: str) -> Any:
+    """Makes a text model with a single layer, which is all that the parts need."""
+    single = copy.deepcopy(text_config)  # transformers writes the attention's name into it
+    single.num_hidden_layers, single.layer_types = 1, single.layer_types[:1]
+    made = Qwen2VLTextModel._from_config(single, attn_implementation=WIDE_SOFTMAX)
+    return cast_parameters(made, TORCH_DTYPES[precision])
+
+
+def _language_begin(text_config: Any, precision: str, image_token_id: int) -> nn.Module:
+    return LanguageBegin(_text_model(text_config, precision), image_token_id)
+
+
+def _language_layer(text_config: Any, precision: str) -> nn.Module:
+    return LanguageLayer(_text_model(text_config, precision).layers[0])
+
+
+def _language_end(text_config: Any, precision: str, tied: bool) -> nn.Module:
+    head = None if tied else nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+    lm_head = None if head is None else cast_parameters(head, TORCH_DTYPES[precision])
+    return LanguageEnd(_text_model(text_config, precision), lm_head)
+
+
+# ---- the vision tower --------------------------------------------------------------------------------
+
+
+class VisionBegin(nn.Module):
+    """Embeds the patches of several images, and makes the mask that keeps images apart."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, pixel_values: Tensor, position_ids: Tensor, image_ids: Tensor) -> tuple[Tensor, ...]:
+        tower: Any = self.tower
+        merged = pixel_values.shape[1]
+        weight = tower.patch_embed.proj.weight
+        patches = pixel_values.flatten(0, 1).to(weight.dtype)  # [patches, features]
+        hidden = nn.functional.linear(patches, weight.flatten(1)).float()
+        cos, sin = (part.unsqueeze(1) for part in tower.rotary_pos_emb(hidden, position_ids.flatten(0, 1)))
+        image_of = image_ids[:, None].expand(-1, merged).reshape(-1)  # [patches]
+        apart = image_of[:, None] != image_of[None, :]  # [patches, patches]
+        mask = torch.zeros(()).expand(apart.shape).masked_fill(apart, torch.finfo(torch.float32).min)
+        return hidden, cos, sin, mask
+
+
+class VisionLayer(nn.Module):
+    """One block of the vision tower. transformers' own splits by image on the host, which cannot be traced."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.block = tower.get_submodule("blocks.0")
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        block: Any = self.block
+        dtype = block.attn.qkv.weight.dtype
+        hidden = hidden + self._attend(wide_layer_norm(block.norm1, hidden).to(dtype), cos, sin, mask)
+        mlp: Tensor = block.mlp(wide_layer_norm(block.norm2, hidden).to(dtype))
+        return hidden + mlp
+
+    def _attend(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        attention: Any = self.block.attn
+        patches = hidden.shape[0]
+        query, key, value = attention.qkv(hidden).reshape(patches, 3, attention.num_heads, -1).unbind(1)
+        query, key = (rotate(part, (cos, sin)).transpose(0, 1) for part in (query, key))  # [heads, patches, D]
+        scores = torch.matmul(query, key.transpose(1, 2)) * attention.scaling  # [heads, patches, patches]
+        weights = (scores.float() + mask).softmax(dim=-1).to(value.dtype)
+        attended = torch.matmul(weights, value.transpose(0, 1)).transpose(0, 1)  # [patches, heads, D]
+        projected: Tensor = attention.proj(attended.reshape(patches, -1))
+        return projected
+
+
+class VisionEnd(nn.Module):
+    """Merges the patches of each token into its embedding."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        merger: Any = self.tower.merger
+        normed = wide_layer_norm(merger.ln_q, hidden).to(merger.mlp[0].weight.dtype)
+        embeds: Tensor = merger.mlp(normed.view(-1, merger.hidden_size))
+        return embeds.float()
+
+
+def vision_component(precision: str, vision_config: Any) -> Component:
+    """Returns `vision_encoder`. The patches that are merged into one token come one after another.
+
+    Args:
+        vision_config: the VLM's `Qwen2VLVisionConfig`.
+    """
+    merged = vision_config.spatial_merge_size**2
+    features = vision_config.in_channels * vision_config.temporal_patch_size * vision_config.patch_size**2
+    head_dim = vision_config.embed_dim // vision_config.num_heads
+    pixel_values = TensorSpec(name="pixel_values", dtype="float32", shape=("image_tokens", merged, features))
+    position_ids = TensorSpec(name="position_ids", dtype="int64", shape=("image_tokens", merged, 2))
+    image_ids = TensorSpec(name="image_ids", dtype="int64", shape=("image_tokens",))
+    embeds = TensorSpec(name="image_embeds", dtype="float32", shape=("image_tokens", vision_config.hidden_size))
+    hidden = TensorSpec(name="hidden", dtype="float32", shape=("patches", vision_config.embed_dim))
+    shared = (
+        TensorSpec(name="cos", dtype="float32", shape=("patches", 1, head_dim)),
+        TensorSpec(name="sin", dtype="float32", shape=("patches", 1, head_dim)),
+        TensorSpec(name="mask", dtype="float32", shape=("patches", "patches")),
+    )
+    sizes = {"image_tokens": 6, "patches": 6 * merged}
+    settings = _layer_settings(vision_config) | {"precision": precision}
+
+    parts = (
+        Part(
+            "begin",
+            partial(_vision_part, VisionBegin, vision_config, precision),
+            (pixel_values, position_ids, image_ids),
+            (hidden, *shared),
+            sizes,
+            settings,
+        ),
+        Part(
+            "layer",
+            partial(_vision_part, VisionLayer, vision_config, precision),
+            (hidden, *shared),
+            (hidden,),
+            sizes,
+            settings,
+        ),
+        Part(
+            "end",
+            partial(_vision_part, VisionEnd, vision_config, precision),
+            (hidden,),
+            (embeds,),
+            sizes,
+            settings,
+        ),
+    )
+
+    def assemble(graph: Assembly) -> None:
+        hidden, *shared = graph.call(
+            "begin", graph.input("pixel_values"), graph.input("position_ids"), graph.input("image_ids")
+        )
+        for index in range(vision_config.depth):
+            (hidden,) = graph.call("layer", hidden, *shared, weights=("block.", f"tower.blocks.{index}."))
+        (embeds,) = graph.call("end", hidden)
+        graph.output("image_embeds", embeds)
+
+    inputs = (pixel_values, position_ids, image_ids)
+    return Component("vision_encoder", "vision_encoder", inputs, (embeds,), parts, assemble)
+
+
+def _vision_part(kind: Callable[[nn.Module], nn.Module], vision_config: Any, precision: str) -> nn.Module:
+    """Makes a part of a tower with a single block, which is all that the parts need."""
+    single = copy.deepcopy(vision_config)
+    single.depth = 1
+    tower = Qwen2VisionTransformerPretrainedModel._from_config(single, attn_implementation="eager")
+    return kind(cast_parameters(tower, TORCH_DTYPES[precision]))
+
+
+# ---- what both share ---------------------------------------------------------------------------------
+
+
+def wide_softmax_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention for transformers' layers, with the softmax in fp32 whatever the dtype of the weights.
+
+    transformers' own attention uses `softmax(dtype=torch.float32)`, which the exporter turns into a softmax in half
+    precision followed by a cast. The query heads of a key-value head come one after another, so that keys and values
+    need not be repeated.
+
+    Args:
+        query: `[B, Hq, S, D]`.
+        key, value: `[B, Hkv, T, D]`.
+        attention_mask: 0 or the lowest number, `[B, 1, S, T]` float32.
+    """
+    rows, heads, tokens, head_dim = query.shape
+    grouped = query.reshape(rows, key.shape[1], -1, head_dim)  # [B, Hkv, Hq/Hkv·S, D]
+    scores = (torch.matmul(grouped, key.transpose(-1, -2)) * scaling).float()
+    weights = (scores.reshape(rows, heads, tokens, -1) + attention_mask).softmax(dim=-1).to(value.dtype)
+    attended = torch.matmul(weights.reshape(rows, key.shape[1], heads // key.shape[1] * tokens, -1), value)
+    return attended.reshape(rows, heads, tokens, head_dim).transpose(1, 2), None
+
+
+WIDE_SOFTMAX = "latte_flow_wide_softmax"
+AttentionInterface.register(WIDE_SOFTMAX, wide_softmax_attention)
+
+
+def wide_layer_norm(norm: nn.LayerNorm, hidden: Tensor) -> Tensor:
+    """Layer normalisation in fp32, whatever the dtype of the weights."""
+    return nn.functional.layer_norm(hidden, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+
+
+def _layer_settings(config: Any) -> dict[str, Any]:
+    """Returns the settings of a transformers config that a layer's graph depends on."""
+    return {name: value for name, value in config.to_dict().items() if name not in PER_MODEL}

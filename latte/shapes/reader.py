@@ -1,0 +1,193 @@
+"""Looks at images of the `shapes` world and says what is in them, from pixels alone.
+
+Colour by the nearest named colour, kind and size by the best overlap with a drawn mask, position by
+the centre of that mask. It knows nothing of the model, and is tested on drawn scenes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations
+
+import numpy as np
+from scipy import ndimage
+
+from latte.shapes.scenes import (
+    BACKGROUNDS,
+    CELL_CENTRES,
+    CELLS,
+    COLOURS,
+    IMAGE_SIZE,
+    KINDS,
+    RADII,
+    Scene,
+    Shape,
+    coverage,
+    describe,
+    relation_of,
+)
+
+FOREGROUND_DISTANCE = 45.0
+"""RGB distance from the background above which a pixel belongs to a shape."""
+MINIMUM_AREA = 16
+"""Pixels; the smallest shape drawn covers about 30."""
+MINIMUM_OVERLAP = 0.5
+"""Intersection over union under which a blob is no known kind."""
+_HALF = 12
+_SEARCH = 3
+
+
+@dataclass(frozen=True)
+class FoundShape:
+    """One shape as read from pixels."""
+
+    kind: str | None
+    colour: str
+    size: str | None
+    cell: str
+    centre: tuple[float, float]
+    """(row, column) in pixels."""
+    overlap: float
+    """Intersection over union with the best mask, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class FoundScene:
+    """What an image shows."""
+
+    background: str
+    shapes: tuple[FoundShape, ...]
+
+
+def read_image(image: np.ndarray) -> FoundScene:
+    """What is in an image `[64, 64, 3]` uint8."""
+    if image.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
+        raise ValueError(f"the scorer reads {IMAGE_SIZE}x{IMAGE_SIZE} RGB images, got an array of {image.shape}")
+    pixels = image.astype(np.float32)
+    edge = np.ones(image.shape[:2], bool)
+    edge[1:-1, 1:-1] = False
+    background = np.median(pixels[edge], axis=0)
+    distance = np.linalg.norm(pixels - background, axis=-1)
+    labels, count = ndimage.label(distance > FOREGROUND_DISTANCE)
+    shapes = []
+    for label in range(1, count + 1):
+        blob = labels == label
+        if blob.sum() >= MINIMUM_AREA:
+            shapes.append(_read_shape(pixels, background, distance, blob))
+    return FoundScene(_nearest(background, BACKGROUNDS), tuple(shapes))
+
+
+def _read_shape(pixels: np.ndarray, background: np.ndarray, distance: np.ndarray, blob: np.ndarray) -> FoundShape:
+    core = blob & (distance >= 0.8 * distance[blob].max())
+    colour = np.median(pixels[core], axis=0)
+    direction = colour - background
+    alpha = np.clip((pixels - background) @ direction / (direction @ direction), 0, 1)
+    alpha *= ndimage.binary_dilation(blob, iterations=2)
+    rows, columns = np.nonzero(blob)
+    middle = ((rows.min() + rows.max()) / 2, (columns.min() + columns.max()) / 2)
+    overlap, kind, size, centre = _best_mask(alpha, middle)
+    known = overlap >= MINIMUM_OVERLAP
+    cell = CELLS[3 * _nearest_cell(centre[0]) + _nearest_cell(centre[1])]
+    return FoundShape(
+        kind if known else None, _nearest(colour, COLOURS), size if known else None, cell, centre, overlap
+    )
+
+
+def _best_mask(alpha: np.ndarray, middle: tuple[float, float]) -> tuple[float, str, str, tuple[float, float]]:
+    """The drawn mask, shifted by whole pixels around `middle`, that overlaps most."""
+    names, masks = _masks()
+    padded = np.pad(alpha, _HALF + _SEARCH + 1)
+    best = (-1.0, "", "", (0.0, 0.0))
+    total = alpha.sum()
+    for row in range(int(middle[0]) - _SEARCH, int(middle[0]) + _SEARCH + 1):
+        for column in range(int(middle[1]) - _SEARCH, int(middle[1]) + _SEARCH + 1):
+            top, left = row + _SEARCH + 2, column + _SEARCH + 2
+            window = padded[top : top + 2 * _HALF, left : left + 2 * _HALF]
+            intersection = np.minimum(masks, window).sum(axis=(1, 2))
+            union = masks.sum(axis=(1, 2)) + total - intersection
+            index = int(np.argmax(intersection / union))
+            if intersection[index] / union[index] > best[0]:
+                kind, size = names[index]
+                best = (float(intersection[index] / union[index]), kind, size, (row + 1.0, column + 1.0))
+    return best
+
+
+@lru_cache(maxsize=1)
+def _masks() -> tuple[list[tuple[str, str]], np.ndarray]:
+    """Every kind in every size around the point between four pixels: names, and `[n, 24, 24]` float32."""
+    names = [(kind, size) for kind in KINDS for size in RADII]
+    middle = IMAGE_SIZE // 2
+    window = slice(middle - _HALF, middle + _HALF)
+    drawn = [coverage(kind, RADII[size], (middle, middle)) for kind, size in names]
+    return names, np.stack([mask[window, window] for mask in drawn])
+
+
+def _nearest(colour: np.ndarray, names: Mapping[str, tuple[int, int, int]]) -> str:
+    return min(names, key=lambda name: float(np.linalg.norm(colour - np.asarray(names[name], np.float32))))
+
+
+def _nearest_cell(coordinate: float) -> int:
+    return int(np.argmin([abs(coordinate - centre) for centre in CELL_CENTRES]))
+
+
+def describe_found(found: FoundScene) -> str:
+    """An image in the canonical words of `describe`, or how many shapes it holds where those words do not fit."""
+    shapes = [Shape(shape.kind, shape.colour, shape.size, shape.cell) for shape in found.shapes if shape.kind]
+    relation = _relation(found.shapes) if len(found.shapes) == 2 else None
+    if len(shapes) != len(found.shapes) or len(shapes) not in (1, 2) or (len(shapes) == 2 and relation is None):
+        known = f", {len(shapes)} of them of a known kind," if len(shapes) < len(found.shapes) else ""
+        return f"{len(found.shapes)} shapes{known} on a {found.background} background"
+    return describe(Scene(tuple(shapes), found.background, relation))
+
+
+# ---- judging an image by its prompt ----------------------------------------------------------------
+
+ATTRIBUTES = ("count", "background", "colour", "kind", "size", "position", "relation")
+
+
+def judge(stated: Scene, found: FoundScene) -> dict[str, bool]:
+    """Whether each attribute that the prompt states is right, and `all` of them.
+
+    Two shapes are matched in the order that fits best. An attribute of two shapes is right if it is
+    right for both.
+    """
+    if len(found.shapes) != len(stated.shapes):
+        verdict = {"count": False, **dict.fromkeys(_stated_attributes(stated), False)}
+        if "background" in verdict:
+            verdict["background"] = found.background == stated.background
+        return {**verdict, "all": False}
+    verdicts = [_judge_in_order(stated, found, order) for order in permutations(found.shapes)]
+    best = max(verdicts, key=lambda verdict: sum(verdict.values()))
+    return {**best, "all": all(best.values())}
+
+
+def _stated_attributes(stated: Scene) -> list[str]:
+    present = {
+        "background": stated.background is not None,
+        "colour": True,
+        "kind": True,
+        "size": any(shape.size is not None for shape in stated.shapes),
+        "position": any(shape.cell is not None for shape in stated.shapes),
+        "relation": stated.relation is not None,
+    }
+    return [name for name in ATTRIBUTES if present.get(name)]
+
+
+def _judge_in_order(stated: Scene, found: FoundScene, order: Sequence[FoundShape]) -> dict[str, bool]:
+    pairs = list(zip(stated.shapes, order, strict=True))
+    values = {
+        "background": found.background == stated.background,
+        "colour": all(shape.colour == seen.colour for shape, seen in pairs),
+        "kind": all(shape.kind == seen.kind for shape, seen in pairs),
+        "size": all(shape.size in (None, seen.size) for shape, seen in pairs),
+        "position": all(shape.cell in (None, seen.cell) for shape, seen in pairs),
+        "relation": stated.relation is not None and stated.relation == _relation(order),
+    }
+    return {"count": True, **{name: values[name] for name in _stated_attributes(stated)}}
+
+
+def _relation(order: Sequence[FoundShape]) -> str | None:
+    first, second = (CELLS.index(shape.cell) for shape in order[:2])
+    return relation_of(first, second)

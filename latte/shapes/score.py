@@ -1,0 +1,177 @@
+"""How good a `shapes`-like checkpoint is, on combinations that training never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from latte.shapes.reader import ATTRIBUTES, judge, read_image
+from latte.shapes.scenes import DESCRIBE, Scene, caption, describe, draw, questions, sample_scene
+
+BATCH = 50
+EXAMPLES = 20
+
+Draw = Callable[[Sequence[str], Sequence[int]], np.ndarray]
+"""Prompts and seeds to images `[B, 64, 64, 3]` uint8."""
+Answer = Callable[[Sequence[np.ndarray], Sequence[str]], list[str]]
+"""Images and a question about each to answers."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image that is not what its prompt says."""
+
+    prompt: str
+    seed: int
+    image: np.ndarray
+    wrong: tuple[str, ...]
+
+
+@dataclass
+class DrawingScore:
+    """Counts of right images, for prompts of one number of shapes."""
+
+    prompts: int = 0
+    right: dict[str, int] = field(default_factory=dict)
+    stated: dict[str, int] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    examples: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    """The first prompts with their images, right or wrong."""
+
+    def share(self, attribute: str = "all") -> float:
+        """Share of the prompts that state an attribute whose images have it right."""
+        return self.right.get(attribute, 0) / max(1, self.stated.get(attribute, 0))
+
+
+def held_out_prompts(count: int, shapes: int, seed: int) -> list[tuple[str, Scene]]:
+    """Prompts that state every attribute of held-out scenes, with what they state."""
+    rng = np.random.default_rng([seed, shapes])
+    return [caption(sample_scene(rng, held_out=True, count=shapes), rng, full=True) for _ in range(count)]
+
+
+def score_drawing(
+    draw_images: Draw, count: int, shapes: int, seed: int = 0, on_progress: Callable[[int], None] = lambda _: None
+) -> DrawingScore:
+    """Draws `count` held-out prompts of one or two shapes and judges the images by their pixels."""
+    prompts = held_out_prompts(count, shapes, seed)
+    result = DrawingScore()
+    for start in range(0, count, BATCH):
+        part = prompts[start : start + BATCH]
+        seeds = [seed * 1_000_003 + start + i for i in range(len(part))]
+        for (prompt, stated), image_seed, image in zip(
+            part, seeds, draw_images([prompt for prompt, _ in part], seeds), strict=True
+        ):
+            verdict = judge(stated, read_image(image))
+            if len(result.examples) < EXAMPLES:
+                result.examples.append((prompt, image))
+            result.prompts += 1
+            for attribute, right in verdict.items():
+                result.stated[attribute] = result.stated.get(attribute, 0) + 1
+                result.right[attribute] = result.right.get(attribute, 0) + right
+            if not verdict["all"]:
+                wrong = tuple(name for name in ATTRIBUTES if not verdict.get(name, True))
+                result.failures.append(Failure(prompt, image_seed, image, wrong))
+        on_progress(len(part))
+    return result
+
+
+@dataclass
+class AnswerScore:
+    """Counts of right answers by kind of question."""
+
+    asked: dict[str, int] = field(default_factory=dict)
+    right: dict[str, int] = field(default_factory=dict)
+    failures: list[tuple[str, str, str]] = field(default_factory=list)
+    """(question, expected, answer)."""
+
+    def share(self) -> float:
+        """Share of right answers over all kinds."""
+        return sum(self.right.values()) / max(1, sum(self.asked.values()))
+
+
+def score_answers(
+    answer: Answer, count: int, seed: int = 0, on_progress: Callable[[int], None] = lambda _: None
+) -> AnswerScore:
+    """Asks one random question about each of `count` held-out scenes, drawn by the renderer."""
+    rng = np.random.default_rng([seed, 7])
+    result = AnswerScore()
+    for start in range(0, count, BATCH):
+        rows = [_sample_question(rng) for _ in range(min(BATCH, count - start))]
+        answers = answer([draw(scene) for scene, _, _ in rows], [question for _, question, _ in rows])
+        for (_, question, expected), given in zip(rows, answers, strict=True):
+            kind = kind_of_question(question)
+            right = " ".join(given.split()) == expected
+            result.asked[kind] = result.asked.get(kind, 0) + 1
+            result.right[kind] = result.right.get(kind, 0) + right
+            if not right:
+                result.failures.append((question, expected, given))
+        on_progress(len(rows))
+    return result
+
+
+def _sample_question(rng: np.random.Generator) -> tuple[Scene, str, str]:
+    scene = sample_scene(rng, held_out=True)
+    asked = [*questions(scene, rng), (DESCRIBE, describe(scene))]
+    question, expected = asked[rng.integers(len(asked))]
+    return scene, question, expected
+
+
+def kind_of_question(question: str) -> str:
+    """What a question is about: "colour", "relation", …"""
+    if question == DESCRIBE:
+        return "description"
+    for kind, words in _KINDS:
+        if any(word in question for word in words):
+            return kind
+    return "colour (yes or no)"
+
+
+_KINDS = (
+    ("count", ("how many",)),
+    ("background", ("background",)),
+    ("relation", ("above", "below", "left of", "right of")),
+    ("size", ("what size", "how big")),
+    ("position", ("where is",)),
+    ("kind", ("what shape", "what is the")),
+    ("colour", ("what colour",)),
+    ("presence", ("is there",)),
+)
+
+
+@torch.no_grad()
+def answer(
+    vlm: Qwen2VLForConditionalGeneration,
+    tokenizer: Any,
+    image_processor: Qwen2VLImageProcessorPil,
+    images: Sequence[np.ndarray],
+    questions: Sequence[str],
+    max_new_tokens: int = 40,
+) -> list[str]:
+    """Returns greedy answers of transformers' own `generate` to one question about each image, `[H, W, 3]` uint8."""
+    pixels = image_processor(list(images), return_tensors="pt")
+    image_token = "<|image_pad|>"
+    texts = []
+    for question, grid in zip(questions, pixels["image_grid_thw"].tolist(), strict=True):
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        tokens = grid[0] * grid[1] * grid[2] // image_processor.merge_size**2
+        texts.append(text.replace(image_token, image_token * tokens))
+    encoded = tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+    generated = vlm.generate(
+        input_ids=encoded["input_ids"],
+        attention_mask=encoded["attention_mask"],
+        mm_token_type_ids=(encoded["input_ids"] == vlm.config.image_token_id).int(),
+        pixel_values=pixels["pixel_values"],
+        image_grid_thw=pixels["image_grid_thw"],
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+    )
+    return tokenizer.batch_decode(generated[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)

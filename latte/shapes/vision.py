@@ -1,0 +1,91 @@
+"""Stage 2a: the vision tower learns what each of its tokens shows, before the language model reads it.
+
+Without it the language model ignores the image for thousands of steps: answers alone are a faint
+signal for a tower that starts from nothing. The heads trained here are thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from latte.shapes.scenes import BACKGROUNDS, CELLS, COLOURS, KINDS, RADII, Scene, coverage, draw, sample_busy_scene
+
+TOKENS_PER_SIDE = 4
+VISIBLE_SHARE = 0.15
+"""A token shows a shape if it covers at least this share of it."""
+HEADS = {
+    "kind": len(KINDS) + 1,
+    "colour": len(COLOURS) + 1,
+    "size": len(RADII) + 1,
+    "cell": len(CELLS) + 1,
+    "background": len(BACKGROUNDS),
+}
+"""Classes of each head. The tower's own positions are relative; the cell makes a token say where it is."""
+
+
+def token_labels(scene: Scene) -> np.ndarray:
+    """What each token of a scene's image shows: `[16, 5]` int64, one column per head; 0 is "no shape"."""
+    assert scene.background is not None
+    labels = np.zeros((TOKENS_PER_SIDE**2, len(HEADS)), np.int64)
+    labels[:, 4] = list(BACKGROUNDS).index(scene.background)
+    best = np.full(TOKENS_PER_SIDE**2, VISIBLE_SHARE)
+    for shape in scene.shapes:
+        assert shape.size is not None
+        assert shape.cell is not None
+        mask = coverage(shape.kind, RADII[shape.size], shape.centre)
+        side = mask.shape[0] // TOKENS_PER_SIDE
+        share = mask.reshape(TOKENS_PER_SIDE, side, TOKENS_PER_SIDE, side).sum(axis=(1, 3)).reshape(-1) / mask.sum()
+        seen = share >= best
+        best = np.maximum(best, share)
+        labels[seen, 0] = 1 + KINDS.index(shape.kind)
+        labels[seen, 1] = 1 + list(COLOURS).index(shape.colour)
+        labels[seen, 2] = 1 + list(RADII).index(shape.size)
+        labels[seen, 3] = 1 + CELLS.index(shape.cell)
+    return labels
+
+
+class VisionStage:
+    """Cross-entropy per token and head."""
+
+    name = "vision"
+
+    def __init__(
+        self,
+        vlm: Qwen2VLForConditionalGeneration,
+        image_processor: Qwen2VLImageProcessorPil,
+        batch_size: int,
+        device: str = "cpu",
+    ) -> None:
+        width = vlm.config.vision_config.hidden_size
+        self.tower = vlm.model.visual
+        self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, classes in HEADS.items()})
+        self.module = nn.ModuleDict({"tower": self.tower, "heads": self.heads}).to(device)
+        self.image_processor = image_processor
+        self.batch_size = batch_size
+        self.device = device
+
+    def trainable(self) -> nn.Module:
+        return self.module
+
+    def losses(self, step: int, rng: np.random.Generator) -> Iterator[tuple[str, Tensor]]:
+        scenes = [sample_busy_scene(rng) for _ in range(self.batch_size)]
+        labels = torch.from_numpy(np.concatenate([token_labels(scene) for scene in scenes])).to(self.device)
+        pixels = self.image_processor([draw(scene) for scene in scenes], return_tensors="pt")
+        tokens = self.tower(
+            pixels["pixel_values"].to(self.device), pixels["image_grid_thw"].to(self.device)
+        ).pooler_output
+        # Tokens without a shape are the many: weigh the classes so that those with one count as much.
+        seen = labels[:, 0] > 0
+        weight = torch.where(seen, 0.5 / seen.float().mean(), 0.5 / (~seen).float().mean())
+        total = tokens.new_zeros(())
+        for column, name in enumerate(HEADS):
+            loss = F.cross_entropy(self.heads[name](tokens).float(), labels[:, column], reduction="none")
+            total = total + (loss * weight).mean()
+        yield "loss", total

@@ -1,0 +1,99 @@
+"""Flow time: the expert schedule, the time grid that a sampler follows, the noise it starts from, and its defaults.
+
+t = 0 is noise and t = 1 is data; x_t = t·x₁ + (1 − t)·x₀; the velocity is v = x₁ − x₀; a step is
+x ← x + (t' − t)·v. The schedule is data: it is part of a checkpoint's config and of a bundle's manifest.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from runtime.errors import InputError
+
+DEFAULT_STEPS = 20
+DEFAULT_GUIDANCE_SCALE = 3.0
+DEFAULT_SHIFT = 1.0
+
+
+class ExpertSchedule(BaseModel):
+    """Boundaries 0 = τ₀ < … < τ_K = 1; group k serves τ_k ≤ t < τ_{k+1}, and t = 1 belongs to the last."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    boundaries: tuple[float, ...]
+
+    @field_validator("boundaries")
+    @classmethod
+    def _covers_the_unit_interval(cls, boundaries: tuple[float, ...]) -> tuple[float, ...]:
+        rises = all(left < right for left, right in itertools.pairwise(boundaries))
+        if len(boundaries) < 2 or boundaries[0] != 0.0 or boundaries[-1] != 1.0 or not rises:
+            raise ValueError(f"boundaries must rise from 0.0 to 1.0 without a gap, got {list(boundaries)}")
+        return boundaries
+
+    @classmethod
+    def uniform(cls, num_groups: int) -> ExpertSchedule:
+        """`num_groups` intervals of equal length."""
+        if num_groups < 1:
+            raise ValueError(f"an expert schedule needs at least one group, got {num_groups}")
+        return cls(boundaries=tuple(k / num_groups for k in range(num_groups + 1)))
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.boundaries) - 1
+
+    def interval(self, group: int) -> tuple[float, float]:
+        """(τ_k, τ_{k+1}) of group k."""
+        return self.boundaries[group], self.boundaries[group + 1]
+
+    def group_of(self, t: float) -> int:
+        """The group that serves time t. A step belongs to the group of its start."""
+        self._check(t)
+        return min(bisect_right(self.boundaries, t) - 1, self.num_groups - 1)
+
+    def group_ending_at(self, t: float) -> int:
+        """The group whose interval reaches t from the left: it serves the far end of a step (Heun's second look)."""
+        self._check(t)
+        return max(bisect_left(self.boundaries, t) - 1, 0)
+
+    def steps_per_group(self, times: Sequence[float]) -> list[int]:
+        """How many steps of a time grid each group runs."""
+        counts = Counter(self.group_of(t) for t in times[:-1])
+        return [counts[group] for group in range(self.num_groups)]
+
+    @staticmethod
+    def _check(t: float) -> None:
+        if not 0.0 <= t <= 1.0:
+            raise ValueError(f"flow time must be in [0, 1], got {t}")
+
+
+def time_grid(num_inference_steps: int, shift: float = DEFAULT_SHIFT) -> list[float]:
+    """Returns `num_inference_steps + 1` times from 0.0 (noise) to 1.0 (data), equally spaced unless shifted.
+
+    Args:
+        shift: s, which moves the noise level σ = 1 − t to s·σ / (1 + (s − 1)·σ), as in Stable Diffusion 3 (arXiv
+            2403.03206, eq. 23). Above 1 the steps are shorter near the noise.
+
+    Raises:
+        InputError: fewer than one step, or a shift that is not positive.
+    """
+    if num_inference_steps < 1:
+        raise InputError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+    if not 0 < shift < float("inf"):
+        raise InputError(f"shift must be a positive number, got {shift}")
+    times = [i / num_inference_steps for i in range(num_inference_steps + 1)]
+    return [t / (t + shift * (1 - t)) for t in times] if shift != 1.0 else times
+
+
+def initial_latents(seeds: Sequence[int], shape: tuple[int, int, int]) -> np.ndarray:
+    """Draws x₀ ~ N(0, I) for every seed with NumPy's Philox: `[len(seeds), C, H, W]` float32.
+
+    An image's noise depends on its own seed only: not on its place in a batch, and not on the device.
+    """
+    rows = [np.random.Generator(np.random.Philox(seed)).standard_normal(shape, np.float32) for seed in seeds]
+    return np.stack(rows)

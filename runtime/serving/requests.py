@@ -1,0 +1,143 @@
+"""Requests to a service, and the events that report on them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Literal
+
+import numpy as np
+
+from runtime.errors import InputError
+from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_SHIFT, DEFAULT_STEPS
+
+Listener = Callable[["Handle", "Event"], None]
+PRIORITIES = range(-2, 3)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a service accepts. The limits are part of the served model's configuration."""
+
+    max_steps: int = 200
+    max_images_per_request: int = 16
+    max_queued_images: int = 256
+    """Images in the scheduler, waiting or running. More are refused rather than delayed without end."""
+    max_rows_per_tick: int = 32
+    """Rows in an expert's batch; a guided image has two."""
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A request for images of one prompt.
+
+    Args:
+        prompt: what to draw.
+        negative_prompt: what the images should not show.
+        num_inference_steps: number of Euler steps.
+        guidance_scale: s in v = v_u + s·(v_c − v_u); 1 disables guidance and halves the cost.
+        shift: time-grid shift; above 1 the steps are shorter near the noise.
+        seed: image i is drawn from seed + i.
+        num_images: number of images.
+        preview_every: number of steps between decoded previews; 0 sends none.
+        priority: −2 to 2; requests with a higher priority are served first.
+        deadline: seconds from the submission after which the request fails; None for no deadline.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    num_inference_steps: int = DEFAULT_STEPS
+    guidance_scale: float = DEFAULT_GUIDANCE_SCALE
+    shift: float = DEFAULT_SHIFT
+    seed: int = 0
+    num_images: int = 1
+    preview_every: int = 0
+    priority: int = 0
+    deadline: float | None = None
+
+    def check(self, limits: Limits) -> None:
+        """Raises `InputError` for a value that cannot work or exceeds a limit."""
+        for name, value, largest in (
+            ("num_inference_steps", self.num_inference_steps, limits.max_steps),
+            ("num_images", self.num_images, limits.max_images_per_request),
+        ):
+            if not 1 <= value <= largest:
+                raise InputError(f"{name} must be from 1 to {largest}, got {value}")
+        if not np.isfinite(self.guidance_scale):
+            raise InputError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
+        if self.seed < 0:
+            raise InputError(f"a seed must not be negative, got {self.seed}")
+        if self.preview_every < 0:
+            raise InputError(f"preview_every must be 0 or more steps, got {self.preview_every}")
+        if self.priority not in PRIORITIES:
+            raise InputError(f"priority must be from {PRIORITIES[0]} to {PRIORITIES[-1]}, got {self.priority}")
+        if self.deadline is not None and not (np.isfinite(self.deadline) and self.deadline > 0):
+            raise InputError(f"deadline must be a positive number of seconds, got {self.deadline}")
+
+
+@dataclass(frozen=True)
+class Event:
+    """Progress of an image, a preview, a finished image, or the end of a request."""
+
+    kind: Literal["progress", "preview", "image", "done", "failed"]
+    image: int = 0
+    """Index of the image in the request."""
+    step: int = 0
+    """Number of steps that the image has finished."""
+    pixels: np.ndarray | None = None
+    """`[height, width, 3]` uint8, for "preview" and "image"."""
+    error: Exception | None = None
+    """The reason, for "failed"."""
+
+
+class Handle:
+    """A submitted request, from its owner's side. Safe to use from any thread."""
+
+    def __init__(self, request: GenerationRequest, listener: Listener | None = None) -> None:
+        self.request = request
+        self._events: SimpleQueue[Event] = SimpleQueue()
+        self._listener = listener
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """Cancels the request before the next tick. Events that were sent already stay valid."""
+        self._cancelled.set()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    def send(self, event: Event) -> None:
+        """Sends an event to the owner. Only the scheduler calls this."""
+        if self._listener is None:
+            self._events.put(event)
+        else:
+            self._listener(self, event)
+
+    def events(self, timeout: float | None = None) -> Iterator[Event]:
+        """Yields events as they come; the last is "done" or "failed".
+
+        Args:
+            timeout: seconds to wait for each event; after that `queue.Empty` is raised.
+        """
+        while True:
+            event = self._events.get(timeout=timeout)
+            yield event
+            if event.kind in ("done", "failed"):
+                return
+
+    def result(self, timeout: float | None = None) -> list[np.ndarray]:
+        """Waits for the images, `[height, width, 3]` uint8 each.
+
+        Raises:
+            LatteFlowError: the request failed, was cancelled, or missed its deadline.
+        """
+        images: dict[int, np.ndarray] = {}
+        for event in self.events(timeout):
+            if event.kind == "image" and event.pixels is not None:
+                images[event.image] = event.pixels
+            elif event.kind == "failed" and event.error is not None:
+                raise event.error
+        return [images[index] for index in sorted(images)]
