@@ -1,50 +1,61 @@
-# Two commands do all the set-up: `make demo` and `make test`.
+# Two commands do all the set-up: `make demo` and `make test`. They share one virtual environment: the demo installs
+# what it needs, the tests add theirs. Python compiles modules when they are first imported, which is faster than
+# compiling all of them at installation.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+PIP := -m pip install --quiet --no-compile --constraint constraints.txt --editable
+DEMO_READY := $(VENV)/.demo
+TEST_READY := $(VENV)/.test
+TRITON_MODELS := $(wildcard model_repository/*/1/model.py)
 
 .PHONY: demo test test-gpu bench-gpu lint check format clean
 
-demo: $(INSTALLED)
+demo: $(DEMO_READY)
 	$(BIN)/latte-flow demo --out demo
 
-test: $(INSTALLED)
+test: $(TEST_READY)
 	$(BIN)/python -m pytest
 
 # On a machine with an NVIDIA GPU. GPU packages replace the CPU ones in an environment of their own.
-GPU_INSTALLED := .venv-gpu/.installed
+GPU_READY := .venv-gpu/.test
 
-test-gpu: $(GPU_INSTALLED)
+test-gpu: $(GPU_READY)
 	.venv-gpu/bin/python -m pytest -m gpu
 
-bench-gpu: $(GPU_INSTALLED)
+bench-gpu: $(GPU_READY)
 	.venv-gpu/bin/latte-flow doctor || true
 	.venv-gpu/bin/latte-flow bench provider cuda --out bench-gpu
 
-$(GPU_INSTALLED): pyproject.toml constraints.txt
+$(GPU_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-gpu
-	.venv-gpu/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[gpu,export,rtx,test]"
+	.venv-gpu/bin/python $(PIP) ".[gpu,export,rtx,test]"
 	touch $@
 
-lint: $(INSTALLED)
+# The sources of Triton models are all called model.py, so mypy checks them one by one.
+lint: $(TEST_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy latte_flow.py
+	for model in $(TRITON_MODELS); do $(BIN)/mypy $$model || exit 1; done
 	$(BIN)/hadolint deploy/Dockerfile
 	$(BIN)/yamllint --strict -d "{extends: default, rules: {document-start: disable, line-length: {max: 120}}}" deploy
 	$(BIN)/kubernetes-validate --strict --quiet deploy/kubernetes.yaml
 
 check: lint test
 
-format: $(INSTALLED)
+format: $(TEST_READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(DEMO_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cpu,export,rtx,triton,test]"
+	$(BIN)/python $(PIP) ".[cpu,export]"
+	touch $@
+
+$(TEST_READY): $(DEMO_READY)
+	$(BIN)/python $(PIP) ".[cpu,export,rtx,triton,test]"
 	touch $@
 
 clean:

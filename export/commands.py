@@ -14,6 +14,7 @@ from rich.table import Table
 
 from export.bundle import export_bundle
 from export.demo import run_demo
+from export.graph_store import GraphStore, default_store
 from export.quantization import QuantizationSettings
 from export.roundtrip import count_agreements, run_roundtrip, sheet_of
 from export.verify import verify_bundle
@@ -46,6 +47,7 @@ def export(
         typer.Option(help="int8: weights of 7 bits, for CPUs without VNNI. Default: if this CPU needs it."),
     ] = None,
     verify: Annotated[bool, typer.Option(help="Compare the engines with PyTorch.")] = True,
+    cache: Annotated[bool, typer.Option(help="Reuse graphs that were traced before on this machine.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
     """Turn a checkpoint into a bundle: one engine per expert group, and those of VLM, solver and autoencoder.
@@ -66,6 +68,7 @@ def export(
             quantization=QuantizationSettings(max_error=max_error, reduce_range=reduce_range),
             verify=verify,
             force=force,
+            store=default_store() if cache else GraphStore(None),
             on_stage=on_stage,
         )
     typer.echo(f"{bundle} ({manifest.bundle_hash()})")

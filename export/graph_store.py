@@ -24,6 +24,7 @@ import latte.model
 from export import components, dc_ae, graphs, vlm_components
 from export.components import Part
 from export.graphs import read_graph, write_graph
+from runtime.errors import InputError
 from runtime.files import replaced_directory, sha256_of
 from runtime.machine import graph_cache
 
@@ -57,11 +58,11 @@ class GraphStore:
         return None
 
     def save(self, part: Part, opset: int, model: ir.Model) -> None:
-        """Adds a part's graph, and deletes entries that were not used for a month. A full disk is no error."""
+        """Adds a part's graph, and deletes entries that were not used for a month. It is not an error if that fails."""
         if self._folder is None:
             return
         content = write_graph(model)
-        with contextlib.suppress(OSError), replaced_directory(self._folder / _key(part, opset)) as entry:
+        with contextlib.suppress(OSError, InputError), replaced_directory(self._folder / _key(part, opset)) as entry:
             (entry / f"{hashlib.sha256(content).hexdigest()}.onnx").write_bytes(content)
         with contextlib.suppress(OSError):
             for entry in self._folder.iterdir():

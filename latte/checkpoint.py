@@ -1,7 +1,7 @@
-"""Checkpoints on disk: a directory in Hugging Face habits.
+"""Reads and writes checkpoints, which are folders in the Hugging Face style:
 
 config.json                      LatteFlowConfig; written last, so its presence means complete
-model.safetensors                the flow transformer (for `blend`, only what it does not share)
+model.safetensors                the flow transformer; in the `blend` variant, only the weights that it does not share
 vlm/                             Qwen2VLForConditionalGeneration, as transformers saves it
 vae/                             AutoencoderDC, as diffusers saves it
 tokenizer.json, tokenizer_config.json, chat_template.jinja, preprocessor_config.json
@@ -34,9 +34,9 @@ from runtime.errors import CheckpointError, InputError, one_line
 from runtime.files import make_writable_folder, replaced_directory, write_text
 
 SHIPPED = {"shapes": Path(__file__).parent / "checkpoints" / "shapes"}
-"""Names that stand for a checkpoint wherever a path does."""
+"""Checkpoints in this package, by name. A name is accepted wherever a path is."""
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""PyTorch's dtype of each precision."""
+"""The PyTorch dtype of each precision."""
 
 VLM_FROM_FLOW = {
     "input_layernorm.weight": "input_layernorm.weight",
@@ -52,26 +52,30 @@ VLM_FROM_FLOW = {
     "up_proj.weight": "mlp.up_proj.weight",
     "down_proj.weight": "mlp.down_proj.weight",
 }
-"""What a flow layer has in common with the VLM's layer: name in the one, name in the other."""
+"""Weights that a flow layer and a VLM layer have in common: the name in the flow layer, the name in the VLM's."""
 
 
 def resolve_checkpoint(name_or_path: str | Path) -> Path:
-    """The directory of a checkpoint given by path or by the name of a shipped one.
+    """Returns the folder of a checkpoint, given by its path or by the name of a shipped one.
 
     Raises:
-        CheckpointError: there is no checkpoint.
+        CheckpointError: there is no checkpoint, or it is incomplete.
     """
     path = SHIPPED.get(str(name_or_path), Path(name_or_path))
     if not path.is_dir():
         known = ", ".join(SHIPPED)
-        raise CheckpointError(f"no checkpoint at {name_or_path}: expected a directory, or one of: {known}")
+        raise CheckpointError(f"no checkpoint at {name_or_path}; expected a folder, or one of: {known}")
     if not (path / "config.json").is_file():
-        raise CheckpointError(f"{name_or_path} holds no config.json, so it is not a (complete) LaTtE-Flow checkpoint")
+        raise CheckpointError(f"{name_or_path} contains no config.json, so it is not a complete LaTtE-Flow checkpoint")
     return path
 
 
 def load_config(path: Path) -> LatteFlowConfig:
-    """Reads `config.json` of a checkpoint directory."""
+    """Reads the `config.json` of a checkpoint folder.
+
+    Raises:
+        CheckpointError: the config is not valid.
+    """
     try:
         return LatteFlowConfig.model_validate_json((path / "config.json").read_text(encoding="utf-8"))
     except ValidationError as error:
@@ -83,8 +87,13 @@ def load_config(path: Path) -> LatteFlowConfig:
 def load_checkpoint(name_or_path: str | Path, dtype: torch.dtype = torch.float32) -> LatteFlow:
     """Loads a whole checkpoint, ready for inference on the CPU.
 
+    Args:
+        name_or_path: the name of a shipped checkpoint, or a folder.
+        dtype: dtype of the weights in memory, whatever it is on disk. `LatteFlow.generate` needs float32.
+
     Raises:
-        CheckpointError: something is missing, unexpected or of another shape; all of it is listed.
+        CheckpointError: a file or weight is missing, unexpected or has another shape. All differences of one file are
+            listed.
     """
     path = resolve_checkpoint(name_or_path)
     config = load_config(path)
@@ -100,7 +109,9 @@ def load_checkpoint(name_or_path: str | Path, dtype: torch.dtype = torch.float32
 
 
 def load_outline(name_or_path: str | Path) -> LatteFlow:
-    """A checkpoint's modules without their weights, which are on the meta device; buffers and tokenizer are real.
+    """Builds a checkpoint's modules without loading weights: parameters are on the meta device.
+
+    Buffers and the tokenizer are real.
 
     Raises:
         CheckpointError: a config is missing, or the parts do not fit together.
@@ -109,7 +120,7 @@ def load_outline(name_or_path: str | Path) -> LatteFlow:
     config = load_config(path)
     for part, kind in (("vlm", "Qwen2VLForConditionalGeneration"), ("vae", "AutoencoderDC")):
         if not (path / part / "config.json").is_file():
-            raise CheckpointError(f"{path / part} holds no config.json, expected a {kind} as its library saves it")
+            raise CheckpointError(f"{path / part} contains no config.json; expected a {kind} as its library saves it")
     with init_empty_weights(include_buffers=False), quiet_libraries():
         vlm_config = Qwen2VLConfig.from_pretrained(path / "vlm", local_files_only=True)
         vlm = Qwen2VLForConditionalGeneration._from_config(vlm_config, attn_implementation="eager")
@@ -124,39 +135,51 @@ def load_outline(name_or_path: str | Path) -> LatteFlow:
 
 
 def load_vlm(path: Path, dtype: torch.dtype = torch.float32) -> Qwen2VLForConditionalGeneration:
-    """A Qwen2-VL from a local directory.
+    """Loads a Qwen2-VL from a local folder, in evaluation mode.
 
     Raises:
-        CheckpointError: it is not one, or its weights do not fit its config.
+        CheckpointError: the folder contains no Qwen2-VL, or its weights do not fit its config.
     """
     return _from_pretrained(Qwen2VLForConditionalGeneration, path, dtype, attn_implementation="eager").eval()
 
 
 def load_vae(path: Path, dtype: torch.dtype = torch.float32) -> AutoencoderDC:
-    """An `AutoencoderDC` from a local directory. Raises `CheckpointError` as `load_vlm` does."""
+    """Loads an `AutoencoderDC` from a local folder, in evaluation mode.
+
+    Raises:
+        CheckpointError: the folder contains no `AutoencoderDC`, or its weights do not fit its config.
+    """
     return _from_pretrained(AutoencoderDC, path, dtype).eval()
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a local directory."""
+    """Loads the tokenizer of a local folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     if not (path / "tokenizer.json").is_file():
-        raise CheckpointError(f"{path} holds no tokenizer.json; save the VLM's tokenizer there")
+        raise CheckpointError(f"{path} contains no tokenizer.json; save the VLM's tokenizer there")
     return Qwen2Tokenizer.from_pretrained(path, local_files_only=True)
 
 
 def load_image_processor(path: Path) -> Qwen2VLImageProcessorPil:
-    """The torch-free image processor of a local directory."""
+    """Loads the torch-free image processor of a local folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     if not (path / "preprocessor_config.json").is_file():
-        raise CheckpointError(f"{path} holds no preprocessor_config.json; save the VLM's image processor there")
+        raise CheckpointError(f"{path} contains no preprocessor_config.json; save the VLM's image processor there")
     return Qwen2VLImageProcessorPil.from_pretrained(path, local_files_only=True)
 
 
 def _from_pretrained(kind: Any, path: Path, dtype: torch.dtype, **options: Any) -> Any:
     if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} holds no config.json, expected a {kind.__name__} as its library saves it")
+        raise CheckpointError(f"{path} contains no config.json; expected a {kind.__name__} as its library saves it")
     declared = json.loads((path / "config.json").read_text(encoding="utf-8"))
     if declared.get("_class_name", declared.get("model_type")) not in ("AutoencoderDC", "qwen2_vl"):
-        raise CheckpointError(f"{path / 'config.json'} is not of a {kind.__name__}")
+        raise CheckpointError(f"{path / 'config.json'} does not describe a {kind.__name__}")
     for index in path.glob("*.index.json"):
         names = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
         if escaping := sorted(name for name in names if Path(name).name != name):
@@ -182,10 +205,10 @@ def _from_pretrained(kind: Any, path: Path, dtype: torch.dtype, **options: Any) 
 
 
 def load_flow(flow: FlowTransformer, path: Path) -> None:
-    """Fills the flow layers with the weights of a `model.safetensors`.
+    """Loads the weights of a `model.safetensors` into a flow transformer, in place.
 
     Raises:
-        CheckpointError: it cannot be read, or does not fit; every difference is listed.
+        CheckpointError: the file cannot be read, or its weights do not fit. Every difference is listed.
     """
     expected = own_state(flow)
     problems = []
@@ -211,7 +234,7 @@ def load_flow(flow: FlowTransformer, path: Path) -> None:
 def _raise_all(path: Path, problems: list[str]) -> None:
     if problems:
         listed = "\n  ".join(problems)
-        raise CheckpointError(f"{path} does not fit its config, {len(problems)} differences:\n  {listed}")
+        raise CheckpointError(f"{path} does not match its config; {len(problems)} differences:\n  {listed}")
 
 
 def _check_geometry(config: LatteFlowConfig, vlm: Qwen2VLForConditionalGeneration, vae: AutoencoderDC) -> None:
@@ -227,12 +250,12 @@ def _check_geometry(config: LatteFlowConfig, vlm: Qwen2VLForConditionalGeneratio
 
 
 def vae_scale_factor(vae: AutoencoderDC) -> int:
-    """Pixels per latent in each direction."""
+    """Returns the autoencoder's pixels per latent, in each direction."""
     return int(2 ** (len(vae.config.encoder_block_out_channels) - 1))
 
 
 def own_state(flow: FlowTransformer) -> dict[str, Tensor]:
-    """The parameters that `model.safetensors` holds: all, or for `blend` those not shared with the VLM."""
+    """Returns the parameters in `model.safetensors`: all of them or, for `blend`, those not shared with the VLM."""
     shared = set()
     if flow.config.variant == "blend":
         shared = {f"layers.{i}.{name}" for i in range(flow.config.num_hidden_layers) for name in VLM_FROM_FLOW}
@@ -240,7 +263,7 @@ def own_state(flow: FlowTransformer) -> dict[str, Tensor]:
 
 
 def share_with_vlm(flow: FlowTransformer, vlm: Qwen2VLForConditionalGeneration) -> None:
-    """`blend`: the flow layers use the VLM layers' very parameters, which stay frozen."""
+    """Makes the flow layers use the VLM layers' parameter objects, which stay frozen: the `blend` variant."""
     for layer, vlm_layer in zip(flow.layers, vlm.model.language_model.layers, strict=True):
         for name, vlm_name in VLM_FROM_FLOW.items():
             owner, _, attribute = name.rpartition(".")
@@ -249,7 +272,7 @@ def share_with_vlm(flow: FlowTransformer, vlm: Qwen2VLForConditionalGeneration) 
 
 
 def copy_from_vlm(flow: FlowTransformer, vlm: Qwen2VLForConditionalGeneration) -> None:
-    """`couple`: the flow layers start as copies of the VLM's."""
+    """Copies the VLM layers' weights into the flow layers, where the `couple` variant starts."""
     with torch.no_grad():
         for layer, vlm_layer in zip(flow.layers, vlm.model.language_model.layers, strict=True):
             for name, vlm_name in VLM_FROM_FLOW.items():
@@ -269,9 +292,19 @@ def assemble(
     latents_std: tuple[float, ...] | None = None,
     max_prompt_tokens: int = 512,
 ) -> LatteFlow:
-    """A LaTtE-Flow model around a VLM and an autoencoder, its flow layers not trained yet.
+    """Builds a LaTtE-Flow model from a VLM and an autoencoder; its flow layers are untrained.
 
-    Without statistics of the latents they are scaled by the autoencoder's `scaling_factor`.
+    Args:
+        num_groups: number of expert groups, K; must divide the VLM's layers.
+        boundaries: K + 1 flow times that bound the groups' intervals; equal intervals by default.
+        variant: "couple" or "blend", see `LatteFlowConfig`.
+        latent_size: default height and width in latents.
+        latents_mean: mean of each latent channel; 0 by default.
+        latents_std: standard deviation of each latent channel; by default 1 / the autoencoder's `scaling_factor`.
+        max_prompt_tokens: limit of a prompt in tokens, including the chat template.
+
+    Raises:
+        InputError: the parts do not fit together.
     """
     channels = vae.config.latent_channels
     try:
@@ -289,7 +322,7 @@ def assemble(
             }
         )
     except ValidationError as error:
-        raise InputError(f"these parts make no LaTtE-Flow model: {error.errors()[0]['msg']}") from error
+        raise InputError(f"these parts cannot form a LaTtE-Flow model: {error.errors()[0]['msg']}") from error
     flow = FlowTransformer(config)
     if variant == "couple":
         copy_from_vlm(flow, vlm)
@@ -299,7 +332,14 @@ def assemble(
 
 
 def save_checkpoint(model: LatteFlow, image_processor: Any, path: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes a whole checkpoint; a reader sees the old one, none, or the new one, never a half."""
+    """Writes a whole checkpoint.
+
+    `config.json` is removed first and written last, so that a checkpoint that is only partly written is never loaded.
+
+    Args:
+        image_processor: the VLM's image processor.
+        dtype: dtype of the weights on disk.
+    """
     make_writable_folder(path)
     (path / "config.json").unlink(missing_ok=True)
     save_part(_as(model.vlm, dtype), path / "vlm")
@@ -311,11 +351,11 @@ def save_checkpoint(model: LatteFlow, image_processor: Any, path: Path, dtype: t
 
 
 def save_part(module: Any, path: Path, *processors: Any) -> None:
-    """Saves a model of transformers or diffusers, with its processors, in place of the folder at `path`."""
+    """Saves a transformers or diffusers model, and its processors, as the folder `path`; replaces what was there."""
     with replaced_directory(path) as part, quiet_libraries():
         for saved in (module, *processors):
             saved.save_pretrained(part)
-        # Where the part was loaded from is nobody's business: diffusers writes it down.
+        # Diffusers records the path that the model was loaded from, which must not be published.
         config = part / "config.json"
         content = json.loads(config.read_text(encoding="utf-8"))
         if content.pop("_name_or_path", None) is not None:
@@ -323,13 +363,13 @@ def save_part(module: Any, path: Path, *processors: Any) -> None:
 
 
 def _as(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    # Not diffusers' own `to`, which warns about a list of modules to keep in fp32 that is empty here.
+    # Diffusers' own `to` would warn about its list of modules to keep in fp32, which is empty here.
     return nn.Module.to(copy.deepcopy(module), dtype)
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keeps the libraries' own progress bars off the screen: the command says what goes on."""
+    """Disables transformers' progress bars; the commands report progress themselves."""
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""What a LaTtE-Flow checkpoint says of itself: `config.json`."""
+"""The config of a LaTtE-Flow checkpoint, `config.json`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from runtime.flow_time import ExpertSchedule
 
 
 class LatteFlowConfig(BaseModel):
-    """Geometry of the flow layers, and how they meet the VLM and the autoencoder.
+    """Geometry of the flow layers, and their interface to the VLM and the autoencoder.
 
-    The layers mirror the VLM's text layers, so the middle block of fields repeats its config; loading
-    a checkpoint checks that both agree.
+    The flow layers mirror the VLM's text layers, so the middle block of fields repeats the VLM's config; loading a
+    checkpoint checks that the two agree. In the `couple` variant the flow layers have their own weights; in `blend`
+    they share the VLM's (arXiv 2506.06952).
+
+    Raises:
+        ValidationError: a value is out of range, or two values contradict each other.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,11 +36,11 @@ class LatteFlowConfig(BaseModel):
     mrope_section: tuple[int, int, int]
 
     latent_channels: int = Field(ge=1)
-    latent_size: tuple[int, int] = Field(description="default height and width of the latents")
-    vae_scale_factor: int = Field(ge=1, description="pixels of the image per latent, in each direction")
-    latents_mean: tuple[float, ...] = Field(description="per channel; latents are (encoded - mean) / std")
+    latent_size: tuple[int, int] = Field(description="default height and width in latents")
+    vae_scale_factor: int = Field(ge=1, description="pixels per latent, in each direction")
+    latents_mean: tuple[float, ...] = Field(description="per channel; latents = (encoded - mean) / std")
     latents_std: tuple[float, ...]
-    max_prompt_tokens: int = Field(default=512, ge=1, description="limit of a prompt in its chat template")
+    max_prompt_tokens: int = Field(default=512, ge=1, description="limit in tokens, including the chat template")
 
     @model_validator(mode="after")
     def _fits_together(self) -> LatteFlowConfig:
@@ -44,37 +48,44 @@ class LatteFlowConfig(BaseModel):
         if layers % groups:
             raise ValueError(f"{layers} layers cannot be split into {groups} equal expert groups")
         if self.hidden_size % self.num_attention_heads or self.hidden_size % 4:
-            raise ValueError(f"hidden_size {self.hidden_size} must divide by 4 and by {self.num_attention_heads} heads")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of 4 and of num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"{self.num_attention_heads} query heads do not divide by {self.num_key_value_heads} key-value heads"
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
             )
         if 2 * sum(self.mrope_section) != self.head_dim:
             raise ValueError(f"mrope_section {self.mrope_section} must sum to half of head_dim {self.head_dim}")
         for name in ("latents_mean", "latents_std"):
             if len(getattr(self, name)) != self.latent_channels:
-                raise ValueError(f"{name} needs {self.latent_channels} values, got {len(getattr(self, name))}")
+                raise ValueError(
+                    f"{name} needs {self.latent_channels} values, one per latent channel; "
+                    f"got {len(getattr(self, name))}"
+                )
         if min(self.latents_std) <= 0:
-            raise ValueError("latents_std must be positive")
+            raise ValueError(f"latents_std must be positive, got {list(self.latents_std)}")
         return self
 
     @property
     def head_dim(self) -> int:
-        """D."""
+        """Head dimension, D."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def layers_per_group(self) -> int:
-        """M = L / K."""
+        """Layers per expert group, M = L / K."""
         return self.num_hidden_layers // self.schedule.num_groups
 
     def layers_of(self, group: int) -> range:
-        """Indices of the layers of one expert group."""
+        """Returns the indices of the layers of one expert group."""
         return range(group * self.layers_per_group, (group + 1) * self.layers_per_group)
 
     @staticmethod
     def geometry_of(text_config: Any) -> dict[str, Any]:
-        """The fields that mirror a Qwen2-VL text config (`Qwen2VLTextConfig`)."""
+        """Returns the fields that mirror the VLM's text config, a `Qwen2VLTextConfig`."""
         rope = text_config.rope_parameters
         return {
             "num_hidden_layers": text_config.num_hidden_layers,

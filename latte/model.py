@@ -1,16 +1,17 @@
-"""LaTtE-Flow in PyTorch: the reference that every engine is compared with.
+"""LaTtE-Flow in PyTorch: the reference model that all engines are compared with.
 
-"LaTtE-Flow: Layerwise Timestep-Expert Flow-based Transformer" (arXiv 2506.06952). A frozen Qwen2-VL
-encodes the prompt once; a second stack of L layers that mirrors its text layers predicts the velocity
-of image latents. The stack is split into K groups of M = L / K layers, each the expert for one
-interval of flow time, so a sampling step runs M layers. The authors published no code: this is an
-independent implementation, and where the paper leaves a formula open the docstring says how we read it.
+"LaTtE-Flow: Layerwise Timestep-Expert Flow-based Transformer" (arXiv 2506.06952). A frozen Qwen2-VL encodes the prompt
+once; a second stack of L layers, which mirrors its text layers, predicts the velocity of image latents. The stack is
+split into K expert groups of M = L / K layers. Each group serves one interval of flow time, so a sampling step runs M
+layers. The authors published no code: this is an independent implementation, and where the paper leaves a formula open,
+a docstring states the interpretation.
 
-Shapes: B prompts, R rows (a guided image is two), P prefix tokens, N = H·W latent tokens, C latent
-channels, D head dimension, Hq and Hkv query and key-value heads, T = P + N.
+Shapes: B prompts or images, R rows (a guided image has two), P prefix tokens, H and W height and width in latents,
+N = H*W latent tokens, T = P + N, C latent channels, D head dimension, Hq query heads, Hkv key-value heads,
+G = Hq / Hkv query heads per key-value head. `hidden` is the width of the layers.
 
-The prefix KV cache has one tensor per expert group, `[M, 2, R, Hkv, P, D]`: keys (already rotated) and
-values of the VLM's layers of that group, padded on the right.
+The prefix KV cache has one tensor per expert group, `[M, 2, R, Hkv, P, D]`: the rotated keys and the values of the
+VLM's layers of that group, padded on the right.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from runtime.errors import InputError
 from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_SHIFT, DEFAULT_STEPS, initial_latents, time_grid
 
 TIME_FREQUENCIES = 256
+"""Size of the sinusoidal embedding of time, F: F/2 cosines, then F/2 sines."""
 
 
 class TimestepEmbedding(nn.Module):
-    """Sinusoids of 1000·t through a two-layer MLP: `[R]` to `[R, hidden]`, shared by all groups."""
+    """Embeds flow times: sinusoids of 1000·t, then a two-layer MLP; `[R]` to `[R, hidden]`. All groups share it."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -45,13 +47,13 @@ class TimestepEmbedding(nn.Module):
     def forward(self, timestep: Tensor) -> Tensor:
         half = TIME_FREQUENCIES // 2
         exponents = torch.arange(half, dtype=torch.float32, device=timestep.device) / half
-        angles = 1000.0 * timestep.float()[:, None] * torch.exp(-math.log(10_000.0) * exponents)
-        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        angles = 1000.0 * timestep.float()[:, None] * torch.exp(-math.log(10_000.0) * exponents)  # [R, F/2]
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)  # [R, F]
         return self.out_proj(F.silu(self.in_proj(sinusoids.to(self.in_proj.weight.dtype))))
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation, in fp32 (as Qwen2-VL's)."""
+    """Root mean square normalisation over the last axis, computed in fp32 as in Qwen2-VL."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -65,28 +67,31 @@ class RMSNorm(nn.Module):
 
 
 def residual_attention_scores(query: Tensor, key: Tensor, previous: Tensor | None, gate: Tensor | None) -> Tensor:
-    """Timestep-conditioned residual attention: S_l = Q·Kᵀ/√D + g_l(t) ⊙ S_{l−1}, before the softmax.
+    """Returns the scores of timestep-conditioned residual attention, S_l = Q·Kᵀ/√D + g_l(t) ⊙ S_{l−1}.
 
-    The paper's abstract says that attention is handed from layer to layer, conditioned on the timestep,
-    and fixes no formula. This is our reading: pre-softmax scores, inside one expert group, with one gate
-    per head, g_l = tanh(W_l·silu(emb(t))) and W_l zero at the start, so that an untrained gate is neutral.
+    The paper's abstract passes attention from layer to layer, conditioned on the timestep, without a formula. This
+    implementation passes the scores before the softmax, within one expert group. It has one gate per head,
+    g_l = tanh(W_l·silu(emb(t))), with W_l = 0 at initialisation, so that an untrained gate is neutral.
 
     Args:
-        query: `[R, Hkv, G·N, D]`, the G query heads of a key-value head one after another.
-        key: `[R, Hkv, T, D]`.
-        previous: S_{l−1}, `[R, Hkv, G·N, T]`; None in the first layer of a group.
-        gate: `[R, Hkv, G·N, 1]`; None in the first layer of a group.
+        query: Q, `[R, Hkv, G*N, D]`; the G query heads of a key-value head are consecutive.
+        key: K, `[R, Hkv, T, D]`.
+        previous: S_{l−1}, `[R, Hkv, G*N, T]`; None in the first layer of a group.
+        gate: g_l, `[R, Hkv, G*N, 1]`; None in the first layer of a group.
+
+    Returns:
+        S_l, `[R, Hkv, G*N, T]`, before the softmax.
     """
-    scores = torch.matmul(query, key.transpose(-1, -2)) * query.shape[-1] ** -0.5
+    scores = torch.matmul(query, key.transpose(-1, -2)) * query.shape[-1] ** -0.5  # [R, Hkv, G*N, T]
     if previous is not None and gate is not None:
         scores = scores + gate * previous
     return scores
 
 
 class FlowLayer(nn.Module):
-    """One Qwen2-VL text layer over the latents, modulated by the timestep (adaLN-single, arXiv 2310.00426).
+    """A Qwen2-VL text layer on latent tokens, modulated by the timestep with adaLN-single (arXiv 2310.00426).
 
-    Weight names follow Qwen2-VL's, less the `self_attn.` and `mlp.` in between.
+    Weight names are Qwen2-VL's without `self_attn.` and `mlp.`.
     """
 
     def __init__(self, config: LatteFlowConfig, first_of_group: bool) -> None:
@@ -119,29 +124,29 @@ class FlowLayer(nn.Module):
         mask: Tensor,
         previous_scores: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """One layer.
+        """Runs the layer.
 
         Args:
-            hidden: the residual stream, `[R, N, hidden]` float32 whatever the weights' dtype.
-            time: silu of the timestep embedding, `[R, hidden]`.
-            modulation: the shared part of adaLN-single, `[R, 6, hidden]`.
+            hidden: the residual stream, `[R, N, hidden]`; float32, whatever the dtype of the weights.
+            time: silu of the timestep embedding, `[R, hidden]` in the dtype of the weights.
+            modulation: the part of adaLN-single that all layers share, `[R, 6, hidden]`.
             rotary: cosines and sines of the latents' positions, each `[R, 1, N, D]` float32.
-            prefix: rotated keys and values of the VLM's layer, `[2, R, Hkv, P, D]`.
-            mask: True where a key may be seen, `[R, 1, 1, T]` bool.
-            previous_scores: S_{l−1} or None.
+            prefix: the rotated keys and the values of the VLM's layer, `[2, R, Hkv, P, D]`.
+            mask: True for visible keys, `[R, 1, 1, T]` bool.
+            previous_scores: S_{l−1}, `[R, Hkv, G*N, T]`; None in the first layer of a group.
 
         Returns:
-            the new hidden states, and S_l.
+            the new residual stream, `[R, N, hidden]` float32, and S_l, `[R, Hkv, G*N, T]`.
         """
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (
             (modulation.float() + self.scale_shift_table).unsqueeze(2).unbind(1)
-        )
+        )  # each [R, 1, hidden]
         narrow = self.q_proj.weight.dtype
-        normed = self.input_layernorm(hidden) * (1 + scale_1) + shift_1
+        normed = self.input_layernorm(hidden) * (1 + scale_1) + shift_1  # [R, N, hidden]
         attended, scores = self._attend(normed.to(narrow), time, rotary, prefix, mask, previous_scores)
         hidden = hidden + (1 + gate_1) * attended
         normed = (self.post_attention_layernorm(hidden) * (1 + scale_2) + shift_2).to(narrow)
-        mlp = self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
+        mlp = self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))  # [R, N, hidden]
         return hidden + (1 + gate_2) * mlp, scores
 
     def _attend(
@@ -155,32 +160,41 @@ class FlowLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         rows, tokens, _ = hidden.shape
         heads_per_kv = self.num_heads // self.num_kv_heads
+        # query: [R, Hq, N, D]; key and value: [R, Hkv, N, D]
         query = self.q_proj(hidden).view(rows, tokens, self.num_heads, self.head_dim).transpose(1, 2)
         key = self.k_proj(hidden).view(rows, tokens, self.num_kv_heads, self.head_dim).transpose(1, 2)
         value = self.v_proj(hidden).view(rows, tokens, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        # Grouped queries, [R, Hkv, G*N, D], so that keys and values need not be repeated for each query head.
         query = rotate(query, rotary).reshape(rows, self.num_kv_heads, heads_per_kv * tokens, self.head_dim)
-        key = torch.cat([prefix[0], rotate(key, rotary)], dim=2)
-        value = torch.cat([prefix[1], value], dim=2)
+        key = torch.cat([prefix[0], rotate(key, rotary)], dim=2)  # [R, Hkv, T, D]
+        value = torch.cat([prefix[1], value], dim=2)  # [R, Hkv, T, D]
         gate = None
         if self.attention_gate is not None:
+            # [R, Hq] -> [R, Hkv, G, 1, 1] -> [R, Hkv, G*N, 1]
             gate = torch.tanh(self.attention_gate(time)).view(rows, self.num_kv_heads, heads_per_kv, 1, 1)
             gate = gate.expand(-1, -1, -1, tokens, -1).reshape(rows, self.num_kv_heads, heads_per_kv * tokens, 1)
-        scores = residual_attention_scores(query, key, previous_scores, gate)
+        scores = residual_attention_scores(query, key, previous_scores, gate)  # [R, Hkv, G*N, T]
         weights = scores.float().masked_fill(~mask, torch.finfo(torch.float32).min).softmax(dim=-1).to(value.dtype)
+        # [R, Hkv, G*N, D] -> [R, Hq, N, D]
         attended = torch.matmul(weights, value).view(rows, self.num_heads, tokens, self.head_dim)
+        # [R, Hq, N, D] -> [R, N, hidden]
         return self.o_proj(attended.transpose(1, 2).reshape(rows, tokens, -1)), scores
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding of `[R, heads, N, D]`, in fp32 (Qwen2-VL's half-split layout)."""
+    """Applies rotary position embedding to `[R, heads, N, D]` in fp32, in Qwen2-VL's half-split layout.
+
+    Args:
+        rotary: cosines and sines, each `[R, 1, N, D]` float32.
+    """
     cos, sin = rotary
     wide = x.float()
-    left, right = wide.chunk(2, dim=-1)
+    left, right = wide.chunk(2, dim=-1)  # each [R, heads, N, D/2]
     return (wide * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
 
 
 class VelocityHead(nn.Module):
-    """Final norm, modulated by the timestep, and the projection to latent channels of one group."""
+    """The end of an expert group: a norm modulated by the timestep, and the projection to latent channels."""
 
     def __init__(self, config: LatteFlowConfig) -> None:
         super().__init__()
@@ -189,12 +203,12 @@ class VelocityHead(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.latent_channels)
 
     def forward(self, hidden: Tensor, time: Tensor) -> Tensor:
-        shift, scale = self.modulation(time).float().unsqueeze(1).chunk(2, dim=-1)
-        return self.proj((self.norm(hidden) * (1 + scale) + shift).to(self.proj.weight.dtype))
+        shift, scale = self.modulation(time).float().unsqueeze(1).chunk(2, dim=-1)  # each [R, 1, hidden]
+        return self.proj((self.norm(hidden) * (1 + scale) + shift).to(self.proj.weight.dtype))  # [R, N, C]
 
 
 class FlowTransformer(nn.Module):
-    """The L flow layers in K expert groups, with what the groups share: embeddings of latents and time."""
+    """The L flow layers in K expert groups, with the embeddings of latents and time that all groups share."""
 
     rotary_axes: Tensor
     rotary_frequencies: Tensor
@@ -216,7 +230,7 @@ class FlowTransformer(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        """Neutral where training starts best from nothing: modulation, attention gates and velocity are zero."""
+        """Initialises linear layers at random, but modulation, attention gates and the velocity at zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -229,28 +243,28 @@ class FlowTransformer(nn.Module):
         nn.init.normal_(self.latent_embed.weight, std=self.config.latent_channels**-0.5)
 
     def forward(self, latents: Tensor, timestep: Tensor, prefix_kv: Tensor, prefix_mask: Tensor, group: int) -> Tensor:
-        """The velocity that one expert group predicts.
+        """Predicts the velocity with one expert group.
 
         Args:
-            latents: x_t, `[R, C, H, W]`.
-            timestep: t of each row, `[R]` float32 in [0, 1].
+            latents: x_t, `[R, C, H, W]` in the dtype of the weights.
+            timestep: flow time t of each row, `[R]` float32 in [0, 1].
             prefix_kv: the group's prefix KV cache, `[M, 2, R, Hkv, P, D]`.
             prefix_mask: True for prompt tokens, False for padding on the right, `[R, P]` bool.
-            group: which expert.
+            group: index of the expert group.
 
         Returns:
-            v, `[R, C, H, W]`.
+            v, `[R, C, H, W]` in the dtype of the weights.
         """
         hidden, time, modulation, rotary, mask = self.embed(latents, timestep, prefix_mask)
         scores = None
         for index, layer in enumerate(self.config.layers_of(group)):
             hidden, scores = self.layers[layer](hidden, time, modulation, rotary, prefix_kv[index], mask, scores)
-        return self.heads[group](hidden, time).transpose(1, 2).reshape(latents.shape)  # [R, N, C] to [R, C, H, W]
+        return self.heads[group](hidden, time).transpose(1, 2).reshape(latents.shape)  # [R, N, C] -> [R, C, H, W]
 
     def embed(
         self, latents: Tensor, timestep: Tensor, prefix_mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:
-        """Returns what the layers of every group take: `hidden`, `time`, `modulation`, `rotary` and `mask`."""
+        """Returns hidden, time, modulation, rotary and mask for a group's first layer; see `FlowLayer.forward`."""
         rows, _, height, width = latents.shape
         embedding = self.latent_embed(latents.flatten(2).transpose(1, 2))  # [R, N, hidden]
         rows_of, columns_of = (torch.arange(size, device=latents.device).float() for size in (height, width))
@@ -258,53 +272,54 @@ class FlowTransformer(nn.Module):
         column = columns_of.expand(height, width).reshape(-1)  # [N]
         hidden = embedding.float() + self._position_embedding(row, column)
         time = F.silu(self.time_embed(timestep))  # [R, hidden]
-        modulation = self.time_modulation(time).view(rows, 6, -1)
-        rotary = self._rotary(prefix_mask, row, column)
+        modulation = self.time_modulation(time).view(rows, 6, -1)  # [R, 6, hidden]
+        rotary = self._rotary(prefix_mask, row, column)  # each [R, 1, N, D]
+        # [R, T] -> [R, 1, 1, T]
         mask = torch.cat([prefix_mask, prefix_mask.new_ones(rows, height * width)], dim=1)[:, None, None]
-        return hidden, time, modulation, rotary, mask  # mask: [R, 1, 1, T]
+        return hidden, time, modulation, rotary, mask
 
     def _rotary(self, prefix_mask: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns cosines and sines, each `[R, 1, N, D]`, of the latents' M-RoPE positions.
+        """Returns the cosines and sines of the latents' M-RoPE positions, each `[R, 1, N, D]` float32.
 
-        Latent (r, c) has the position (p, p + r, p + c), p being the length of its own prompt.
+        The latent at (row r, column c) has position (p, p + r, p + c), where p is the length of its row's prompt.
         """
         offsets = torch.stack([torch.zeros_like(row), row, column], dim=-1)  # [N, 3]
         lengths = prefix_mask.sum(dim=1, dtype=torch.float32)  # [R]
         positions = lengths[:, None, None] + offsets  # [R, N, 3]
-        angles = positions.index_select(-1, self.rotary_axes) * self.rotary_frequencies  # [R, N, D / 2]
-        angles = torch.cat([angles, angles], dim=-1)[:, None]
+        angles = positions.index_select(-1, self.rotary_axes) * self.rotary_frequencies  # [R, N, D/2]
+        angles = torch.cat([angles, angles], dim=-1)[:, None]  # [R, 1, N, D]
         return angles.cos(), angles.sin()
 
     def _position_embedding(self, row: Tensor, column: Tensor) -> Tensor:
         """Returns a fixed 2-D sine-cosine embedding of (row, column), `[N, hidden]` float32.
 
-        Rotary positions are relative. With few layers in an expert, "at the top left" is learned much sooner if each
-        latent also has its absolute position.
+        Rotary positions are relative. In an expert group of few layers, absolute places such as "at the top left" are
+        learned much sooner if each latent also carries its absolute position.
         """
         quarter = self.config.hidden_size // 4
         exponents = torch.arange(quarter, dtype=torch.float32, device=row.device) / quarter
         frequencies = torch.exp(-math.log(100.0) * exponents)
-        angles = torch.stack([row, column], dim=-1)[..., None] * frequencies  # [N, 2, hidden / 4]
-        return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
+        angles = torch.stack([row, column], dim=-1)[..., None] * frequencies  # [N, 2, hidden/4]
+        return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)  # [N, 2, hidden/2] -> [N, hidden]
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Encoded prompts: what the flow layers read of the VLM."""
+    """Encoded prompts: the VLM's keys and values, which the flow layers attend to."""
 
     kv: tuple[Tensor, ...]
-    """One tensor per expert group, `[M, 2, B, Hkv, P, D]`."""
+    """The rotated keys and the values: one tensor per expert group, `[M, 2, B, Hkv, P, D]`."""
     mask: Tensor
     """True for prompt tokens, `[B, P]` bool."""
 
     def rows(self, indices: Sequence[int]) -> Prefix:
-        """The prefix of some rows, in the order given."""
+        """Returns the prefix of the given rows, in that order."""
         index = torch.tensor(list(indices), device=self.mask.device)
         return Prefix(tuple(kv.index_select(2, index) for kv in self.kv), self.mask.index_select(0, index))
 
 
 class LatteFlow(nn.Module):
-    """A whole checkpoint: the frozen VLM, the flow transformer and the autoencoder."""
+    """The whole model of a checkpoint: the frozen VLM, the flow transformer and the frozen autoencoder."""
 
     latents_mean: Tensor
     latents_std: Tensor
@@ -328,7 +343,7 @@ class LatteFlow(nn.Module):
         self.register_buffer("latents_std", torch.tensor(config.latents_std).view(shape), persistent=False)
 
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each prompt as the one user turn of the VLM's chat template.
+        """Returns the token ids of each prompt, as the only user message in the VLM's chat template.
 
         Raises:
             InputError: a prompt is longer than the model's limit.
@@ -348,7 +363,11 @@ class LatteFlow(nn.Module):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Prefix:
-        """Runs the VLM over prompts, once for all sampling steps."""
+        """Encodes prompts with the VLM, once for all sampling steps.
+
+        Raises:
+            InputError: a prompt is longer than the model's limit.
+        """
         rows = self.tokenize(prompts)
         device = self.latents_mean.device
         width = max(map(len, rows))
@@ -358,23 +377,29 @@ class LatteFlow(nn.Module):
         return self.encode_tokens(input_ids, mask)
 
     def encode_tokens(self, input_ids: Tensor, mask: Tensor) -> Prefix:
-        """The prefix of token ids `[B, P]` int64, padded on the right where `mask` `[B, P]` is 0."""
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand(3, *input_ids.shape)
+        """Returns the prefix of token ids.
+
+        Args:
+            input_ids: `[B, P]` int64, padded on the right.
+            mask: 1 for tokens, 0 for padding, `[B, P]` int64.
+        """
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand(3, *input_ids.shape)  # [3, B, P]
         cache = self.vlm.model.language_model(
             input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True
         ).past_key_values
-        layers = [torch.stack([layer.keys, layer.values]) for layer in cache.layers]
+        layers = [torch.stack([layer.keys, layer.values]) for layer in cache.layers]  # each [2, B, Hkv, P, D]
         groups = range(self.config.schedule.num_groups)
+        # One [M, 2, B, Hkv, P, D] per group.
         kv = tuple(torch.stack([layers[layer] for layer in self.config.layers_of(group)]) for group in groups)
         return Prefix(kv, mask.bool())
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Latents `[B, C, H, W]` of pixels `[B, 3, height, width]` in [-1, 1]."""
+        """Encodes pixels `[B, 3, height, width]` in [-1, 1] as normalised latents, `[B, C, H, W]`."""
         return (self.vae.encode(pixels).latent - self.latents_mean) / self.latents_std
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images `[B, height, width, 3]` uint8 of latents `[B, C, H, W]`."""
-        pixels = self.vae.decode(latents * self.latents_std + self.latents_mean).sample
+        """Decodes normalised latents `[B, C, H, W]` to images, `[B, height, width, 3]` uint8."""
+        pixels = self.vae.decode(latents * self.latents_std + self.latents_mean).sample  # [B, 3, height, width]
         return pixels_to_uint8(pixels)
 
     @torch.no_grad()
@@ -392,18 +417,26 @@ class LatteFlow(nn.Module):
         output_type: str = "np",
         callback_on_step_end: Callable[[SampleStep], None] | None = None,
     ) -> np.ndarray:
-        """Images of prompts, one for each.
+        """Generates one image for each prompt.
 
         Args:
-            negative_prompt: what guidance leads away from; one for all or one for each.
-            guidance_scale: s in v = v_u + s·(v_c − v_u); 1 runs no unconditional row.
-            seed: of each image; an int s gives s, s + 1, …
-            latents: x₀ `[B, C, H, W]` float32 instead of noise from `seed`.
+            prompt: what the images should show.
+            negative_prompt: what the images should not show; one for all images, or one for each.
+            num_inference_steps: number of sampling steps.
+            guidance_scale: s in v = v_u + s·(v_c − v_u); one for all images, or one for each. 1 disables guidance.
+            seed: seed of each image's noise; an int s means s, s + 1, …
+            latents: x₀, `[B, C, H, W]` float32; by default noise from `seed`.
             solver: "euler" or "heun".
-            shift: of the time grid, see `time_grid`.
-            guidance_interval: [start, end) of the times with guidance (arXiv 2404.07724); elsewhere the scale is 1.
-            output_type: "np" for `[B, height, width, 3]` uint8, "latent" for `[B, C, H, W]` float32.
-            callback_on_step_end: sees every step.
+            shift: time-grid shift, see `time_grid`.
+            guidance_interval: flow times [start, end) with guidance (arXiv 2404.07724); elsewhere the scale is 1.
+            output_type: "np" or "latent".
+            callback_on_step_end: called after each step.
+
+        Returns:
+            images, `[B, height, width, 3]` uint8; with `output_type="latent"`, latents, `[B, C, H, W]` float32.
+
+        Raises:
+            InputError: a prompt is too long, the solver is unknown, or the steps or the shift are not positive.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
@@ -418,10 +451,10 @@ class LatteFlow(nn.Module):
 
         def velocity(x: Tensor, t: float, group: int) -> Tensor:
             led = guided_rows if guidance_interval[0] <= t < guidance_interval[1] else []
-            rows = x[[*conditioned, *led]]
+            rows = x[[*conditioned, *led]]  # [R, C, H, W]
             times = torch.full((len(rows),), t, device=device)
             v = self.flow(rows, times, prefix.kv[group][:, :, : len(rows)], prefix.mask[: len(rows)], group)
-            return guided(v[: len(prompts)], v[len(prompts) :], led, scales.to(device))
+            return guided(v[: len(prompts)], v[len(prompts) :], led, scales.to(device))  # [B, C, H, W]
 
         times = time_grid(num_inference_steps, shift)
         result = sample(velocity, latents.to(device), times, self.config.schedule, solver, callback_on_step_end)
@@ -431,5 +464,5 @@ class LatteFlow(nn.Module):
 
 
 def pixels_to_uint8(pixels: Tensor) -> Tensor:
-    """`[B, 3, height, width]` in [-1, 1] to `[B, height, width, 3]` uint8, rounded to nearest."""
+    """Converts pixels `[B, 3, height, width]` in [-1, 1] to `[B, height, width, 3]` uint8, rounded to nearest."""
     return pixels.permute(0, 2, 3, 1).float().add(1.0).mul(127.5).clamp(0.0, 255.0).round().to(torch.uint8)

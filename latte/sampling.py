@@ -1,4 +1,7 @@
-"""Walking the flow from noise to data. Knows nothing of the model: a velocity is a function."""
+"""ODE solvers for flow matching, and classifier-free guidance.
+
+The solvers do not depend on the model: a velocity is any function of (x, t, expert group).
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,23 @@ from runtime.errors import InputError
 from runtime.flow_time import ExpertSchedule
 
 Velocity = Callable[[Tensor, float, int], Tensor]
-"""(x_t, t, expert group) to v, of x_t's shape."""
+"""Maps x_t `[B, C, H, W]`, flow time t and the expert group to the velocity v, in the shape of x_t."""
 SOLVERS = ("euler", "heun")
 
 
 @dataclass(frozen=True)
 class SampleStep:
-    """What a callback sees after a step."""
+    """What happened in a step."""
 
     index: int
     t: float
-    """Time at which the step started."""
+    """Flow time at which the step started."""
     group: int
+    """The expert group at `t`."""
     velocity: Tensor
+    """The velocity that the step used, `[B, C, H, W]`; with Heun, the mean of two."""
     latents: Tensor
-    """x after the step."""
+    """x after the step, `[B, C, H, W]`."""
 
 
 def sample(
@@ -37,10 +42,19 @@ def sample(
     solver: str = "euler",
     on_step_end: Callable[[SampleStep], None] | None = None,
 ) -> Tensor:
-    """Integrates dx/dt = v(x, t) over the time grid, from x₀ = `latents`.
+    """Integrates dx/dt = v(x, t) along a time grid; returns the last x, `[B, C, H, W]`.
 
-    Euler is x + h·v(x, t). Heun looks again from the far end, x + h/2·(v(x, t) + v(x + h·v, t + h)), with
-    the expert whose interval reaches t + h from the left.
+    Euler's step is x + h·v(x, t). Heun's is x + h/2·(v(x, t) + v(x + h·v(x, t), t + h)); the second velocity comes
+    from the expert group whose interval ends at t + h or contains it.
+
+    Args:
+        latents: x₀, `[B, C, H, W]`.
+        times: the time grid, S + 1 flow times from 0 to 1 for S steps.
+        solver: "euler" or "heun".
+        on_step_end: called after each step.
+
+    Raises:
+        InputError: the solver is unknown.
     """
     if solver not in SOLVERS:
         raise InputError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
@@ -57,17 +71,20 @@ def sample(
 
 
 def guided(conditional: Tensor, unconditional: Tensor, guided_rows: Sequence[int], scales: Tensor) -> Tensor:
-    """Classifier-free guidance (arXiv 2207.12598), v = v_u + s·(v_c − v_u), on the rows that have it.
+    """Applies classifier-free guidance (arXiv 2207.12598), v = v_u + s·(v_c − v_u); returns v, `[B, C, H, W]`.
+
+    Rows outside `guided_rows` keep v_c.
 
     Args:
         conditional: v_c, `[B, C, H, W]`.
-        unconditional: v_u of `guided_rows` only, `[len(guided_rows), C, H, W]`.
-        scales: s of each row, `[B]`.
+        unconditional: v_u of the guided rows only, `[len(guided_rows), C, H, W]`.
+        guided_rows: indices of the guided rows, in the order of `unconditional`.
+        scales: guidance scale s of every row, `[B]`.
     """
     if not guided_rows:
         return conditional
     rows = list(guided_rows)
     result = conditional.clone()
-    scale = scales[rows].view(-1, 1, 1, 1)
+    scale = scales[rows].view(-1, 1, 1, 1)  # [len(rows), 1, 1, 1]
     result[rows] = unconditional + scale * (conditional[rows] - unconditional)
     return result

@@ -1,8 +1,8 @@
-"""The training loop that all stages share: resumable, seeded, one file of state.
+"""The training loop of all stages: seeded, and resumable from one state file.
 
-Everything random in a step is drawn from `(seed, step)`, so the state that resumes a run bit for bit
-is parameters, optimiser moments, their moving average and the step number: one safetensors file,
-replaced in one rename.
+All randomness of a step derives from `(seed, step)`. The parameters, their moving average, the optimiser's moments and
+the step number are therefore enough to resume a run bit for bit. They are saved as one safetensors file, which is
+replaced atomically.
 """
 
 from __future__ import annotations
@@ -29,11 +29,15 @@ from runtime.errors import CheckpointError
 from runtime.files import make_writable_folder, write_text
 
 SMOOTHING = 15
-"""Lines of the log in a moving mean."""
+"""Width of the moving mean in a plot of losses, in lines of the log."""
 
 
 class TrainSettings(BaseModel):
-    """How one stage is trained. A value that cannot work raises where the settings are made."""
+    """Settings of the training of one stage.
+
+    Raises:
+        ValidationError: a value is out of range.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,18 +45,18 @@ class TrainSettings(BaseModel):
     batch_size: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
     warmup_steps: int = Field(default=100, ge=0)
-    final_learning_rate: float = Field(default=0.02, ge=0, le=1, description="share of the learning rate at the end")
+    final_learning_rate: float = Field(default=0.02, ge=0, le=1, description="at the last step, as a share of the peak")
     weight_decay: float = Field(default=0.01, ge=0)
     beta2: float = Field(default=0.99, gt=0, lt=1)
     clip_norm: float = Field(default=1.0, gt=0)
-    ema_decay: float = Field(default=0.0, ge=0, lt=1, description="0 keeps no moving average")
+    ema_decay: float = Field(default=0.0, ge=0, lt=1, description="of the weights' moving average; 0 disables it")
     seed: int = Field(default=0, ge=0)
     precision: str = Field(default="fp32", pattern="^(fp32|bf16)$", description="bf16 is autocast; weights stay fp32")
     device: str = "cpu"
     save_every_seconds: float = Field(default=120.0, gt=0)
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then cosine decay to `final_learning_rate` of the peak."""
+        """Returns a step's learning rate: linear warm-up, then cosine decay to `final_learning_rate` of the peak."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
@@ -61,25 +65,26 @@ class TrainSettings(BaseModel):
 
 
 class Stage(Protocol):
-    """What the loop needs of a stage."""
+    """A stage, as the training loop sees it."""
 
     name: str
 
     def trainable(self) -> nn.Module:
-        """The module whose parameters with `requires_grad` are trained."""
+        """Returns the module to train: its parameters with `requires_grad`."""
 
     def losses(self, step: int, rng: np.random.Generator) -> Iterator[tuple[str, Tensor]]:
-        """Named scalar losses of one step. Each is back-propagated as it comes; the names go into the log."""
+        """Yields the scalar losses of one step by name. Each is back-propagated as soon as it is yielded."""
 
 
 def train(stage: Stage, settings: TrainSettings, run_dir: Path) -> None:
-    """Trains `stage` to `settings.steps`, from the state in `run_dir` if there is one.
+    """Trains a stage for `settings.steps` steps, resuming from the state in `run_dir` if there is one.
 
-    Leaves the moving average in the stage's module if there is one. Writes `<stage>.safetensors`
-    (state) and `<stage>.jsonl` (a line of losses every few steps) into `run_dir`.
+    With `ema_decay`, the stage's module has the averaged weights at the end. Writes `<stage>.safetensors`, the state,
+    and `<stage>.jsonl`, a line of mean losses every 20 steps, into `run_dir`.
 
     Raises:
-        CheckpointError: the state found was written with other settings, or is not this stage's.
+        CheckpointError: the state was written with other settings, or has other parameters.
+        FloatingPointError: a loss is not finite.
     """
     make_writable_folder(run_dir)
     module = stage.trainable()
@@ -147,7 +152,7 @@ def _step(
     values = []
     optimizer.zero_grad(set_to_none=True)
     device_type = torch.device(settings.device).type
-    # `cache_enabled=False`: a cached bf16 copy of a weight would outlive the no-grad code that made it.
+    # No autocast cache: a bf16 copy of a weight that no-grad code cached would be reused without gradients.
     with torch.autocast(device_type, torch.bfloat16, enabled=settings.precision == "bf16", cache_enabled=False):
         for name, loss in stage.losses(step, rng):
             loss.backward()
@@ -163,7 +168,7 @@ def _step(
 def _update_average(average: dict[str, Tensor], parameters: dict[str, nn.Parameter], decay: float, step: int) -> None:
     if not average:
         return
-    # A short average at the start, so that it does not remember the initial weights.
+    # The window is short at first, so that the average forgets the initial weights.
     decay = min(decay, (1 + step) / (10 + step))
     with torch.no_grad():
         torch._foreach_lerp_(list(average.values()), [parameters[name].detach() for name in average], 1 - decay)
@@ -207,14 +212,14 @@ def _load_state(
         metadata = file.metadata() or {}
         if metadata.get("stage") != stage_name or metadata.get("settings") != _identity(settings):
             raise CheckpointError(
-                f"{path} was written with other settings ({metadata.get('settings')}) than asked for "
-                f"({_identity(settings)}); train with those, or into another folder"
+                f"{path} was written with other settings ({metadata.get('settings')}) than this run's "
+                f"({_identity(settings)}); use the same settings or another folder"
             )
         names = set(file.keys())
         expected = {f"parameter.{name}" for name in parameters}
         found = {name for name in names if name.startswith("parameter.")}
         if found != expected:
-            raise CheckpointError(f"{path} holds other parameters than the model; train into another folder")
+            raise CheckpointError(f"{path} contains other parameters than the model has; use another folder")
         with torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(file.get_tensor(f"parameter.{name}"))
@@ -228,12 +233,12 @@ def _load_state(
 
 
 def _identity(settings: TrainSettings) -> str:
-    """The settings that decide the result; where it runs and how often it saves do not."""
+    """Returns, as JSON, the settings that affect the result: all but the device and the interval between saves."""
     return settings.model_dump_json(exclude={"device", "save_every_seconds"})
 
 
 def _cut_log(path: Path, step: int) -> None:
-    """Drops the lines that a killed run logged after its last save, since they are about to come again."""
+    """Drops the lines that were logged after the last save, since the resumed run logs those steps again."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -241,7 +246,7 @@ def _cut_log(path: Path, step: int) -> None:
 
 
 def plot_losses(log: Path, image: Path) -> None:
-    """Draws the losses of a stage's log (`<stage>.jsonl`), one curve for each name, into a PNG."""
+    """Plots the losses of a stage's log, `<stage>.jsonl`, one curve per name, as a PNG."""
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     names = [name for name in rows[-1] if name not in ("step", "seconds")]
     figure = Figure(figsize=(8, 4.5), layout="constrained")

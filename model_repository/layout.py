@@ -65,10 +65,8 @@ def write_repository(
         raise InputError(f"the bundle has no engine {unknown[0]!r} to place on a GPU")
     check_replaceable(out, f"{MODEL}/{CONFIG_FILE}", "model repository", force=force)
     environment = {} if execution_environment is None else {"EXECUTION_ENV_PATH": str(execution_environment.absolute())}
-    service = {"provider": provider, "layout": layout} | environment
-    service |= {name: str(value) for name, value in asdict(limits or Limits()).items()}
     with replaced_directory(out) as folder:
-        version = _write_model(folder / MODEL, service_config(service), "latte_flow")
+        version = _write_model(folder / MODEL, service_config(provider, layout, limits or Limits(), environment), MODEL)
         copy_bundle(bundle, manifest, version / "bundle")
         for engine in manifest.engines if layout == "per-engine" else ():
             parameters = {"provider": provider} | environment if platform == "python" else {}
@@ -125,8 +123,10 @@ def engine_config(engine: EngineEntry, platform: Platform, gpu: int | None, para
     return config
 
 
-def service_config(parameters: Mapping[str, str]) -> Any:
-    """Returns the configuration of the model `latte_flow`."""
+def service_config(
+    provider: str = "cpu", layout: Layout = "in-process", limits: Limits = Limits(), environment: Mapping[str, str] = {}
+) -> Any:
+    """Returns the configuration of the model `latte_flow`; the default is in `latte_flow/config.pbtxt`."""
     config = model_config_pb2.ModelConfig(name=MODEL, backend="python", max_batch_size=0)
     config.model_transaction_policy.decoupled = True
     _place(config, None)
@@ -136,8 +136,9 @@ def service_config(parameters: Mapping[str, str]) -> Any:
         )
     for field in OUTPUTS:
         config.output.append(model_config_pb2.ModelOutput(name=field.name, data_type=_type(field), dims=field.dims))
-    _set_parameters(config, parameters)
-    if parameters["layout"] == "per-engine":
+    parameters = {name: str(value) for name, value in asdict(limits).items()}
+    _set_parameters(config, {"provider": provider, "layout": layout} | parameters | dict(environment))
+    if layout == "per-engine":
         # Other models cannot be called while this one is initialised, so Triton sends an empty prompt first.
         warmup = config.model_warmup.add(name="an empty prompt")
         prompt = warmup.inputs["prompt"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,14 @@ from latte.checkpoint import load_checkpoint
 from latte.model import LatteFlow
 from runtime.pipeline import LatteFlowPipeline
 from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Traced graphs are shared by all tests of a session, those in other processes included."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LATTE_FLOW_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from export.plans.build import BuildOptions, build_plans
 from export.verify import verify_bundle
 from latte.model import LatteFlow
 from runtime.backends import open_backend
-from runtime.doctor import find_gpu
 from runtime.errors import LatteFlowError
+from runtime.machine import find_gpu
 from runtime.manifest import Precision, load_manifest
 from runtime.pipeline import LatteFlowPipeline
 
@@ -62,14 +62,14 @@ class TestNative:
         name = native()
         bundle = tmp_path / "bundle"
         export_bundle(checkpoint, bundle, precision=precision, verify=False)
-        build_plans(bundle, BuildOptions(backend=name))  # type: ignore[arg-type]
+        build_plans(bundle, BuildOptions(provider=name))  # type: ignore[arg-type]
         assert all(plan.inspected for engine in load_manifest(bundle).engines for plan in engine.plans)
         assert [row for row in verify_bundle(bundle, model, name) if not row.passed] == []
 
     def test_the_same_call_twice_is_a_graph_and_the_same_image(self, checkpoint: Path, tmp_path: Path) -> None:
         name = native()
         export_bundle(checkpoint, tmp_path / "bundle", verify=False)
-        build_plans(tmp_path / "bundle", BuildOptions(backend=name))  # type: ignore[arg-type]
+        build_plans(tmp_path / "bundle", BuildOptions(provider=name))  # type: ignore[arg-type]
         with LatteFlowPipeline.from_pretrained(tmp_path / "bundle", name) as pipe:
             drawn = [pipe("a red star", seed=3, output_type="np").images for _ in range(3)]
         np.testing.assert_array_equal(drawn[0], drawn[1])

@@ -15,6 +15,7 @@ import latte.checkpoint
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"latte", "export", "runtime", "model_repository"}
+TRITON_REPOSITORY = {"latte_flow/config.pbtxt", "latte_flow/1/model.py", "engine/1/model.py"}
 SHIPPED_FILES = {
     "config.json",
     "model.safetensors",
@@ -43,12 +44,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_packages_and_the_shipped_checkpoint_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     top = {name.partition("/")[0] for name in names}
-    assert {name for name in top if not name.endswith(".dist-info")} == PACKAGES
+    assert {name for name in top if not name.endswith(".dist-info")} == PACKAGES | {"latte_flow.py"}
     folder = "latte/checkpoints/shapes/"
     assert {name.removeprefix(folder) for name in names if name.startswith(folder)} == SHIPPED_FILES
     source = wheel.parent / "source"
     modules = {str(path.relative_to(source)) for package in PACKAGES for path in (source / package).rglob("*.py")}
-    assert {name for name in names if name.endswith(".py")} == modules
+    assert {name for name in names if name.endswith(".py")} == modules | {"latte_flow.py"}
+    assert {f"model_repository/{name}" for name in TRITON_REPOSITORY} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
@@ -77,8 +79,9 @@ def test_what_is_deployed_is_what_the_service_is() -> None:
     dockerfile = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")
     for probe in (service["healthcheck"]["test"], container["livenessProbe"]["exec"]["command"]):
         assert any(word.endswith("/v2/models/latte_flow/generate") for word in probe)
-    for source in re.findall(r"^COPY (\S+)", dockerfile, re.MULTILINE):
-        assert source.startswith("deploy/models") or (ROOT / source).exists(), source
+    for line in re.findall(r"^COPY (.+) \S+$", dockerfile, re.MULTILINE):
+        for source in line.split():
+            assert source.startswith("deploy/models") or (ROOT / source).exists(), source
 
 
 def test_every_file_that_the_readme_and_docs_link_to_exists() -> None:

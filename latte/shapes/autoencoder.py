@@ -1,4 +1,4 @@
-"""Stage 1: the autoencoder, a small DC-AE (arXiv 2410.10733) trained to reconstruct scenes."""
+"""Stage 1: the autoencoder, a small DC-AE (arXiv 2410.10733) that learns to reconstruct scenes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from latte.shapes.scenes import Scene, draw, sample_busy_scene, sample_scene
 
 LATENT_NOISE = 0.1
-"""Standard deviation of the noise on the latents: the decoder learns to forgive what a sampler gets slightly wrong."""
+"""Standard deviation of the noise on the latents. It makes the decoder robust to a sampler's small errors."""
 LATENT_PENALTY = 1e-3
-"""Weight of the latents' mean square. Without it their scale drifts, and a DC-AE adds its latents to the decoder's
-residual stream: at thousands, its blocks cannot change the stream any more."""
+"""Weight of the latents' mean square, which keeps their scale from drifting.
+
+A DC-AE adds its latents to the decoder's residual stream. If they grow into the thousands, the decoder's blocks can no
+longer change the stream.
+"""
 
 
 def small_autoencoder() -> AutoencoderDC:
-    """64x64 pixels to 8x8 latents of 8 channels, 1.3 million parameters."""
+    """Builds an untrained autoencoder: 64x64 pixels to 8x8 latents of 8 channels, with 1.3 million parameters."""
     return AutoencoderDC(
         in_channels=3,
         latent_channels=8,
@@ -41,17 +44,28 @@ def small_autoencoder() -> AutoencoderDC:
 def pixels_from_scenes(
     rng: np.random.Generator, batch_size: int, device: str, sampler: Callable[[np.random.Generator], Scene]
 ) -> Tensor:
-    """Images of random scenes: `[B, 3, 64, 64]` float32 in [-1, 1]."""
+    """Renders random scenes as pixels, `[B, 3, 64, 64]` float32 in [-1, 1].
+
+    Args:
+        sampler: samples one scene.
+    """
     return to_pixels(np.stack([draw(sampler(rng)) for _ in range(batch_size)]), device)
 
 
 def to_pixels(images: np.ndarray, device: str) -> Tensor:
-    """`[B, H, W, 3]` uint8 to `[B, 3, H, W]` float32 in [-1, 1], channels last in memory."""
+    """Converts images `[B, height, width, 3]` uint8 to pixels `[B, 3, height, width]` float32 in [-1, 1].
+
+    The pixels are channels-last in memory.
+    """
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
 class AutoencoderStage:
-    """Mean squared error plus a tenth of the absolute error, on pixels in [-1, 1], plus the latents' penalty."""
+    """Trains the autoencoder.
+
+    The loss is the mean squared error plus a tenth of the mean absolute error, on pixels in [-1, 1], plus
+    `LATENT_PENALTY` times the latents' mean square.
+    """
 
     name = "autoencoder"
 
@@ -74,7 +88,7 @@ class AutoencoderStage:
 
 @torch.no_grad()
 def latents_statistics(autoencoder: AutoencoderDC, device: str = "cpu") -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each latent channel over 2,048 scenes."""
+    """Returns the mean and the standard deviation of each latent channel, over 2,048 random scenes."""
     rng = np.random.default_rng(0)
     latents = [autoencoder.encode(pixels_from_scenes(rng, 256, device, sample_scene)).latent.float() for _ in range(8)]
     stacked = torch.cat(latents)

@@ -1,7 +1,6 @@
-"""Stage 3: the flow layers, each step on one expert group with t from its interval.
+"""Stage 4: the flow layers. Each step trains one expert group, with flow times from its interval.
 
-A drawn batch serves one round: every group takes one step on it, so the images are encoded and the
-prompts run through the VLM once for K steps.
+A batch is used for one round of K steps, one for each group, so that images and prompts are encoded once for K steps.
 """
 
 from __future__ import annotations
@@ -18,31 +17,32 @@ from latte.shapes.autoencoder import to_pixels
 from latte.shapes.scenes import Scene, caption, draw, sample_scene, with_another_kind
 
 PROMPT_DROPOUT = 0.1
-"""Share of rows trained on the empty prompt, which is what guidance leads away from."""
-
-
+"""Share of rows with the empty prompt, which gives guidance its unconditional velocity (arXiv 2207.12598)."""
 KIND_WEIGHT = 2.0
-"""Weight of the error that makes a shape of another kind, beside the error of the whole latents."""
+"""Weight of the error towards another kind of shape (`share_of_other`), against the error of all latents."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """What a round trains on, `B` rows.
-
-    Attributes:
-        data: `[B, C, h, w]` fp32, the latents x₁.
-        other: `[B, C, h, w]` fp32, from x₁ to the latents of the same scene with a shape of another kind; zero where
-            the prompt leaves the image open.
-        prefix: of the prompts.
-    """
+    """The batch of one round, of B rows."""
 
     data: Tensor
+    """The latents x₁, `[B, C, H, W]` float32."""
     other: Tensor
+    """The latents of the same scene with one shape of another kind, minus x₁, `[B, C, H, W]` float32.
+
+    Zero where the prompt does not determine the image.
+    """
     prefix: Prefix
+    """The encoded prompts."""
 
 
 class FlowStage:
-    """Flow-matching loss E|v(x_t, t) − (x₁ − x₀)|² (arXiv 2210.02747), layerwise, and its part that confuses kinds."""
+    """Trains the flow layers, one expert group at a time.
+
+    The loss is that of flow matching, E|v(x_t, t) − (x₁ − x₀)|² (arXiv 2210.02747), plus `KIND_WEIGHT` times
+    `share_of_other`.
+    """
 
     name = "flow"
 
@@ -64,10 +64,10 @@ class FlowStage:
         drawn = self._round[1]
         data, prefix = drawn.data, drawn.prefix
         start, end = schedule.interval(group)
-        # Stratified over the batch: the loss's variance falls, its mean stays.
+        # Times are stratified over the batch, which lowers the variance of the loss and keeps its mean.
         strata = (torch.arange(len(data), device=self.device) + torch.rand(len(data), device=self.device)) / len(data)
         t = start + (end - start) * strata
-        noise = torch.randn_like(data)
+        noise = torch.randn_like(data)  # x₀, [B, C, H, W]
         x = t[:, None, None, None] * data + (1 - t)[:, None, None, None] * noise
         v = self.model.flow(x, t, prefix.kv[group], prefix.mask, group)
         error = v.float() - (data - noise)
@@ -75,7 +75,7 @@ class FlowStage:
 
     @torch.no_grad()
     def _draw(self, round_index: int) -> Round:
-        """Latents and prompts of a round; a function of (seed, round) alone, so that resuming draws the same."""
+        """Samples the batch of a round. It depends only on the seed and the round, so resuming samples it again."""
         rng = np.random.default_rng([self.seed, 1, round_index])
         scenes, prompts, open_rows = [], [], []
         for row in range(self.batch_size):
@@ -98,10 +98,15 @@ class FlowStage:
 
 
 def share_of_other(error: Tensor, other: Tensor) -> Tensor:
-    """How much of another kind the velocities draw: the mean of (e·d / |d|²)² over the rows where d is not zero.
+    """Returns how far velocities lead to another kind of shape: the mean of (e·d / |d|²)² over rows with d ≠ 0.
 
-    It is an error of flow matching seen along one direction, on a scale of its own: 1 draws the other kind wholly, in
-    whatever size and contrast. The squared error alone hardly sees the corners of a small shape on a near background.
+    This is the flow-matching error along one direction. It is 1 if the image becomes the other kind, whatever the
+    shape's size and contrast, whereas the squared error of all latents hardly registers the corners of a small shape
+    on a background of similar colour.
+
+    Args:
+        error: e, the error of the velocity, `[B, C, H, W]`.
+        other: d, the direction to the other kind, `[B, C, H, W]`; zero to leave a row out.
     """
     size = other.square().flatten(1).sum(1)
     share = (error * other).flatten(1).sum(1) / size.clamp_min(1e-6)
@@ -109,6 +114,6 @@ def share_of_other(error: Tensor, other: Tensor) -> Tensor:
 
 
 def _says_all(stated: Scene) -> bool:
-    """Whether a caption that states this leaves one image only."""
+    """Returns whether a caption that states this scene determines the image."""
     placed = stated.relation is not None or stated.shapes[0].cell is not None
     return placed and stated.background is not None and all(shape.size is not None for shape in stated.shapes)

@@ -1,7 +1,7 @@
-"""Looks at images of the `shapes` world and says what is in them, from pixels alone.
+"""Reads the scene in an image of the `shapes` world from its pixels, and judges it by a prompt.
 
-Colour by the nearest named colour, kind and size by the best overlap with a drawn mask, position by
-the centre of that mask. It knows nothing of the model, and is tested on drawn scenes.
+A shape's colour is the nearest named colour, its kind and size are those of the rendered mask with the best overlap,
+and its cell is the nearest to that mask's centre. The reader does not use the model.
 """
 
 from __future__ import annotations
@@ -30,22 +30,26 @@ from latte.shapes.scenes import (
 )
 
 FOREGROUND_DISTANCE = 45.0
-"""RGB distance from the background above which a pixel belongs to a shape."""
+"""Euclidean RGB distance from the background, in levels of 0 to 255, above which a pixel belongs to a shape."""
 MINIMUM_AREA = 16
-"""Pixels; the smallest shape drawn covers about 30."""
+"""Smallest area of a shape in pixels; the smallest rendered shape covers about 30."""
 MINIMUM_OVERLAP = 0.5
-"""Intersection over union under which a blob is no known kind."""
+"""Intersection over union below which a blob has no known kind."""
 _HALF = 12
+"""Half the side of a mask, in pixels."""
 _SEARCH = 3
+"""How far the best mask is searched from the middle of a blob, in pixels."""
 
 
 @dataclass(frozen=True)
 class FoundShape:
-    """One shape as read from pixels."""
+    """A shape as read from pixels."""
 
     kind: str | None
+    """None if no known kind overlaps enough."""
     colour: str
     size: str | None
+    """None if the kind is None."""
     cell: str
     centre: tuple[float, float]
     """(row, column) in pixels."""
@@ -55,16 +59,20 @@ class FoundShape:
 
 @dataclass(frozen=True)
 class FoundScene:
-    """What an image shows."""
+    """A scene as read from pixels."""
 
     background: str
     shapes: tuple[FoundShape, ...]
 
 
 def read_image(image: np.ndarray) -> FoundScene:
-    """What is in an image `[64, 64, 3]` uint8."""
+    """Reads an image, `[64, 64, 3]` uint8.
+
+    Raises:
+        ValueError: the image has another shape.
+    """
     if image.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
-        raise ValueError(f"the scorer reads {IMAGE_SIZE}x{IMAGE_SIZE} RGB images, got an array of {image.shape}")
+        raise ValueError(f"expected an RGB image of shape {(IMAGE_SIZE, IMAGE_SIZE, 3)}, got {image.shape}")
     pixels = image.astype(np.float32)
     edge = np.ones(image.shape[:2], bool)
     edge[1:-1, 1:-1] = False
@@ -96,7 +104,15 @@ def _read_shape(pixels: np.ndarray, background: np.ndarray, distance: np.ndarray
 
 
 def _best_mask(alpha: np.ndarray, middle: tuple[float, float]) -> tuple[float, str, str, tuple[float, float]]:
-    """The drawn mask, shifted by whole pixels around `middle`, that overlaps most."""
+    """Finds the rendered mask that overlaps most, shifted by whole pixels around `middle`.
+
+    Args:
+        alpha: how much each pixel belongs to the shape, `[64, 64]` float32 in [0, 1].
+        middle: (row, column) in pixels.
+
+    Returns:
+        its overlap, kind, size and centre.
+    """
     names, masks = _masks()
     padded = np.pad(alpha, _HALF + _SEARCH + 1)
     best = (-1.0, "", "", (0.0, 0.0))
@@ -116,7 +132,7 @@ def _best_mask(alpha: np.ndarray, middle: tuple[float, float]) -> tuple[float, s
 
 @lru_cache(maxsize=1)
 def _masks() -> tuple[list[tuple[str, str]], np.ndarray]:
-    """Every kind in every size around the point between four pixels: names, and `[n, 24, 24]` float32."""
+    """Returns (kind, size) and mask, `[n, 24, 24]` float32, of every kind in every size, centred on a pixel corner."""
     names = [(kind, size) for kind in KINDS for size in RADII]
     middle = IMAGE_SIZE // 2
     window = slice(middle - _HALF, middle + _HALF)
@@ -133,7 +149,10 @@ def _nearest_cell(coordinate: float) -> int:
 
 
 def describe_found(found: FoundScene) -> str:
-    """An image in the canonical words of `describe`, or how many shapes it holds where those words do not fit."""
+    """Returns the canonical caption of an image, as `describe` does.
+
+    Where no such caption exists, such as for three shapes, returns the number of shapes and the background instead.
+    """
     shapes = [Shape(shape.kind, shape.colour, shape.size, shape.cell) for shape in found.shapes if shape.kind]
     relation = _relation(found.shapes) if len(found.shapes) == 2 else None
     if len(shapes) != len(found.shapes) or len(shapes) not in (1, 2) or (len(shapes) == 2 and relation is None):
@@ -148,10 +167,14 @@ ATTRIBUTES = ("count", "background", "colour", "kind", "size", "position", "rela
 
 
 def judge(stated: Scene, found: FoundScene) -> dict[str, bool]:
-    """Whether each attribute that the prompt states is right, and `all` of them.
+    """Returns for each attribute that a prompt states whether the image has it right, and `all` for all of them.
 
-    Two shapes are matched in the order that fits best. An attribute of two shapes is right if it is
-    right for both.
+    Two shapes are matched in the order that fits best. An attribute of two shapes is right only if it is right for
+    both. With a wrong number of shapes, only the background can be right.
+
+    Args:
+        stated: the scene that the prompt states.
+        found: the scene in the image.
     """
     if len(found.shapes) != len(stated.shapes):
         verdict = {"count": False, **dict.fromkeys(_stated_attributes(stated), False)}

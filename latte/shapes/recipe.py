@@ -1,7 +1,12 @@
-"""The recipe of `shapes`: its stages in order, their settings, and what each reads and leaves on disk.
+"""The training recipe of `shapes`: its stages in order, their settings, and the files that each reads and writes.
 
-A run is a folder: `training/` holds each stage's state and losses, and a stage that is done leaves its
-part (`vae/`, `vlm/`) there. The last one turns the folder into a checkpoint.
+A run is a folder. `training/` contains the state, the log and the loss plot of every stage. Each stage saves its
+result when it is done:
+
+1. autoencoder   writes `vae/`
+2. vision        writes `vlm-vision/`, a VLM with a trained vision tower
+3. vlm           reads `vlm-vision/`; writes `vlm/`
+4. flow          reads `vae/` and `vlm/`; writes `checkpoint/`, a whole checkpoint
 """
 
 from __future__ import annotations
@@ -29,8 +34,10 @@ from latte.training import TrainSettings, plot_losses, train
 from runtime.errors import InputError
 
 NUM_GROUPS = 4
+"""Number of expert groups, K."""
 MAX_PROMPT_TOKENS = 128
 LATENT_SIZE = (8, 8)
+"""Height and width in latents."""
 RECIPE: Mapping[str, TrainSettings] = {
     "autoencoder": TrainSettings(steps=6000, batch_size=32, learning_rate=2e-3, ema_decay=0.995),
     "vision": TrainSettings(steps=4800, batch_size=64, learning_rate=1.5e-3),
@@ -39,6 +46,7 @@ RECIPE: Mapping[str, TrainSettings] = {
     ),
     "flow": TrainSettings(steps=56000, batch_size=64, learning_rate=1.5e-3, warmup_steps=400, ema_decay=0.999),
 }
+"""The settings of each stage, in the order of training."""
 STAGES = tuple(RECIPE)
 
 
@@ -49,16 +57,18 @@ def run_stage(
     dtype: torch.dtype = torch.float16,
     start_from: Path | None = None,
 ) -> None:
-    """Trains one stage in a run's folder, saves its part, and draws its loss curves.
+    """Trains one stage of a run, saves its result, and plots its losses.
 
     Args:
-        dtype: of the checkpoint that the last stage writes.
-        start_from: a checkpoint of the same form, whose weights the stage starts from instead of from nothing.
-            A run that is resumed goes on from its own.
+        name: one of `STAGES`.
+        run_dir: the run's folder.
+        dtype: dtype of the weights in the checkpoint that the last stage writes.
+        start_from: a checkpoint of the same geometry, whose weights the stage starts from instead of its usual ones;
+            the vlm stage then does not read `vlm-vision/`. A resumed stage continues from its own state.
 
     Raises:
         InputError: an earlier stage has not run yet.
-        CheckpointError: `start_from` cannot be used.
+        CheckpointError: `start_from` cannot be used, or the stage's state was written with other settings.
     """
     torch.manual_seed(settings.seed)
     _STAGE_FUNCTIONS[name](run_dir, settings, dtype, start_from)
@@ -116,6 +126,6 @@ def _part(run_dir: Path, part: str, stage: str) -> Path:
     path = run_dir / part
     if not path.is_dir():
         raise InputError(
-            f"{run_dir} holds no {part}/ yet; run the stage before: latte-flow train {run_dir} --stage {stage}"
+            f"{run_dir} contains no {part}/; run the earlier stage first: latte-flow train {run_dir} --stage {stage}"
         )
     return path

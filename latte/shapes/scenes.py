@@ -1,9 +1,8 @@
-"""The world of the `shapes` checkpoint: scenes of one or two flat shapes, drawn on the fly.
+"""The training data of the `shapes` checkpoint: scenes of one or two flat shapes, generated on the fly.
 
-A scene is data (`Scene`), and everything else follows from it: its image (`draw`), captions that
-state some or all of it (`caption`), and questions with their answers (`questions`). A scene that
-`is_held_out` is never drawn for training, so that the checkpoint is scored on attribute
-combinations that it has not seen.
+A scene is data (`Scene`). Everything else derives from it: its image (`draw`), captions that state some or all of it
+(`caption`), and questions with answers (`questions`). Training never samples a scene that `is_held_out`, so a
+checkpoint can be scored on combinations of attributes that it has not seen.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 IMAGE_SIZE = 64
+"""Height and width of an image in pixels."""
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 170, 60),
@@ -35,15 +35,18 @@ BACKGROUNDS = {
 }
 KINDS = ("circle", "square", "triangle", "diamond", "star", "ring", "cross")
 RADII = {"small": 4.75, "medium": 6.0, "large": 7.5}
-"""Radius of the circle of each size, in pixels; other kinds are inscribed in it or nearly so."""
+"""Radius of a circle of each size, in pixels. The other kinds are inscribed in that circle, or nearly so."""
 CELLS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 CELL_CENTRES = (8, 32, 56)
-"""Rows and columns of the cells' centres, in pixels. Multiples of 8, so that every cell looks alike to an autoencoder
-that makes one latent of 8x8 pixels: the flow learns each shape once, not once for every cell."""
+"""Rows and columns of the cells' centres, in pixels.
+
+They are multiples of 8 because the autoencoder makes one latent of each 8x8 pixels: a shape then looks alike to it in
+every cell, and the flow layers learn each shape once instead of once per cell.
+"""
 OPPOSITE_CELLS = (("top", "bottom"), ("left", "right"))
-"""Where two shapes stand. A caption of two shapes states their relation, and the relation decides the places."""
+"""The cells of two shapes. A caption of two shapes states only their relation, which implies the cells."""
 RELATIONS = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
-"""Each relation with its inverse."""
+"""The inverse of each relation."""
 
 DESCRIBE = "describe the image"
 """The question whose answer is `describe(scene)`."""
@@ -54,7 +57,7 @@ _SUPERSAMPLING = 8
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape. In a caption's statement, `None` means that the caption does not say."""
+    """A shape. In a scene that a caption states, None marks an attribute that the caption omits."""
 
     kind: str
     colour: str
@@ -63,7 +66,11 @@ class Shape:
 
     @property
     def centre(self) -> tuple[float, float]:
-        """(row, column) of the centre in pixels."""
+        """The centre, (row, column) in pixels.
+
+        Raises:
+            ValueError: the shape has no cell.
+        """
         if self.cell is None:
             raise ValueError(f"the {self.colour} {self.kind} has no cell, so it has no centre")
         row, column = divmod(CELLS.index(self.cell), 3)
@@ -72,20 +79,18 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two shapes on a background. Two shapes have different kinds and colours.
-
-    `relation` says where the first shape is, seen from the second; it is set for two shapes only.
-    """
+    """Shapes on a background. Two shapes that have a relation differ in kind and in colour."""
 
     shapes: tuple[Shape, ...]
     background: str | None
     relation: str | None = None
+    """Where the first shape is relative to the second; None unless there are two shapes."""
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether training never sees this combination.
+    """Returns whether a scene's combination of attributes is kept out of training.
 
-    One shape: its (colour, kind, position). Two shapes: the unordered pair of (colour, kind).
+    The combination is (colour, kind, cell) for one shape, and the unordered pair of (colour, kind) for two.
     """
     if len(scene.shapes) == 1:
         shape = scene.shapes[0]
@@ -96,7 +101,12 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def sample_scene(rng: np.random.Generator, *, held_out: bool = False, count: int | None = None) -> Scene:
-    """A random scene of `count` shapes (by default two of three times two), held out or not as asked."""
+    """Samples a random scene.
+
+    Args:
+        held_out: whether the scene is one of those kept out of training.
+        count: number of shapes, 1 or 2; by default 2 with probability 2/3.
+    """
     while True:
         scene = _sample_any(rng, count if count is not None else int(rng.integers(3) > 0) + 1)
         if is_held_out(scene) == held_out:
@@ -104,7 +114,7 @@ def sample_scene(rng: np.random.Generator, *, held_out: bool = False, count: int
 
 
 def with_another_kind(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The same scene, with one of its shapes of another kind."""
+    """Returns the scene with the kind of one random shape replaced by another."""
     changed = int(rng.integers(len(scene.shapes)))
     shape = scene.shapes[changed]
     other = replace(shape, kind=_choose(rng, [kind for kind in KINDS if kind != shape.kind]))
@@ -112,9 +122,9 @@ def with_another_kind(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def sample_busy_scene(rng: np.random.Generator) -> Scene:
-    """A background with one to nine shapes, none of them held out, for parts that learn what shapes look like.
+    """Samples a scene of one to nine shapes, none of them held out, for stages that only learn what shapes look like.
 
-    Nine shapes teach as much as nine images. It has no caption: it may hold the same shape twice.
+    One image of nine shapes teaches as much as nine images. The scene cannot be captioned: shapes may repeat.
     """
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     shapes = []
@@ -157,7 +167,12 @@ def _sample_cells(rng: np.random.Generator, count: int) -> tuple[int, ...]:
 
 
 def relation_of(first: int, second: int) -> str | None:
-    """Where cell `first` is, seen from cell `second`; None unless they share a row or a column."""
+    """Returns where cell `first` is relative to cell `second`, or None unless they share either a row or a column.
+
+    Args:
+        first: index into `CELLS`.
+        second: index into `CELLS`.
+    """
     rows, columns = first // 3 - second // 3, first % 3 - second % 3
     if bool(rows) == bool(columns):
         return None
@@ -170,7 +185,11 @@ def relation_of(first: int, second: int) -> str | None:
 
 
 def draw(scene: Scene) -> np.ndarray:
-    """The scene's image: `[64, 64, 3]` uint8."""
+    """Returns the image of a scene, `[64, 64, 3]` uint8.
+
+    Raises:
+        ValueError: the background, or a size or cell, is None.
+    """
     if scene.background is None:
         raise ValueError("a scene without a background cannot be drawn")
     image = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
@@ -185,7 +204,15 @@ def draw(scene: Scene) -> np.ndarray:
 
 @lru_cache(maxsize=4096)
 def coverage(kind: str, radius: float, centre: tuple[float, float]) -> np.ndarray:
-    """The share of each pixel that the shape covers: `[64, 64]` float32 in [0, 1], read-only."""
+    """Returns the share of each pixel that a shape covers, `[64, 64]` float32 in [0, 1], read-only.
+
+    Args:
+        radius: in pixels.
+        centre: (row, column) in pixels.
+
+    Raises:
+        ValueError: the kind is unknown.
+    """
     side = IMAGE_SIZE * _SUPERSAMPLING
     canvas = Image.new("L", (side, side))
     pen = ImageDraw.Draw(canvas)
@@ -208,7 +235,7 @@ def coverage(kind: str, radius: float, centre: tuple[float, float]) -> np.ndarra
 
 
 def _outline(kind: str) -> np.ndarray:
-    """Corners of a polygon around the origin for radius 1: `[n, 2]` (x right, y down)."""
+    """Returns the corners of a kind's polygon of radius 1 around the origin, `[n, 2]`: x to the right, y down."""
     if kind == "square":
         return np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.86
     if kind == "diamond":
@@ -250,9 +277,10 @@ _TWO_SHAPES = (
 
 
 def describe(scene: Scene) -> str:
-    """The canonical caption: the expected answer to "describe the image".
+    """Returns the canonical caption of a scene, which is the expected answer to `DESCRIBE`.
 
-    Of a caption's statement it says what is stated, so every way to state a scene has one canonical form.
+    It states the attributes that are not None; for two shapes, their relation in place of their cells. All captions
+    that state the same have the same canonical form.
     """
     if scene.relation in ("below", "right of"):
         scene = mirrored(scene)
@@ -265,16 +293,17 @@ def describe(scene: Scene) -> str:
 
 
 def mirrored(scene: Scene) -> Scene:
-    """The same image told from its other shape."""
+    """Returns the same scene with two related shapes swapped and their relation inverted."""
     if scene.relation is None:
         return scene
     return Scene(scene.shapes[::-1], scene.background, RELATIONS[scene.relation])
 
 
 def caption(scene: Scene, rng: np.random.Generator, *, full: bool = False) -> tuple[str, Scene]:
-    """A caption, and what it states: the scene with `None` where the caption is silent.
+    """Returns a random caption of a scene, and the scene as stated: attributes that the caption omits are None.
 
-    With `full` it is silent about nothing but the position of two related shapes.
+    Args:
+        full: state every attribute, except the cells of two shapes, which their relation implies.
     """
     if rng.random() < 0.5:
         scene = mirrored(scene)
@@ -316,7 +345,7 @@ def _places(cell: str | None) -> tuple[str, ...]:
 
 
 def _tidy(text: str) -> str:
-    """Closes the gaps that unstated attributes leave in a template."""
+    """Removes the gaps that omitted attributes leave in a filled template."""
     text = " ".join(text.split()).replace("a orange", "an orange")
     for left, right in ((" ,", ","), ("on , ", ""), ("on, ", "")):
         text = text.replace(left, right)
@@ -332,7 +361,7 @@ def _choose(rng: np.random.Generator, options: tuple[str, ...] | list[str]) -> s
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions with answers, in random phrasing: only about what the (stated) scene says."""
+    """Returns questions with answers, in random phrasing, about the attributes of a scene that are not None."""
     asked: list[tuple[str, str]] = [
         (_choose(rng, ["how many shapes are there?", "how many shapes are in the image?"]), _NUMBERS[len(scene.shapes)])
     ]
@@ -364,7 +393,7 @@ def _about(shape: Shape, rng: np.random.Generator) -> list[tuple[str, str]]:
 
 
 def relation_questions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions about the relation of two shapes, told from one of them."""
+    """Returns questions with answers about the relation of two shapes, seen from either; none without a relation."""
     if scene.relation is None:
         return []
     if rng.random() < 0.5:

@@ -1,4 +1,4 @@
-"""How good a `shapes`-like checkpoint is, on combinations that training never saw."""
+"""Scores checkpoints like `shapes` on combinations of attributes that training never saw."""
 
 from __future__ import annotations
 
@@ -15,42 +15,47 @@ from latte.shapes.reader import ATTRIBUTES, judge, read_image
 from latte.shapes.scenes import DESCRIBE, Scene, caption, describe, draw, questions, sample_scene
 
 BATCH = 50
+"""Prompts or questions per batch."""
 EXAMPLES = 20
+"""Number of images that a score keeps as examples."""
 
 Draw = Callable[[Sequence[str], Sequence[int]], np.ndarray]
-"""Prompts and seeds to images `[B, 64, 64, 3]` uint8."""
+"""Maps prompts and seeds to images, `[B, 64, 64, 3]` uint8."""
 Answer = Callable[[Sequence[np.ndarray], Sequence[str]], list[str]]
-"""Images and a question about each to answers."""
+"""Maps images, each `[64, 64, 3]` uint8, and one question about each to answers."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An image that is not what its prompt says."""
+    """An image that does not match its prompt."""
 
     prompt: str
     seed: int
     image: np.ndarray
     wrong: tuple[str, ...]
+    """The attributes that are wrong."""
 
 
 @dataclass
 class DrawingScore:
-    """Counts of right images, for prompts of one number of shapes."""
+    """Counts of right images, for prompts with the same number of shapes."""
 
     prompts: int = 0
     right: dict[str, int] = field(default_factory=dict)
+    """Number of images that have an attribute right, by attribute; `all` counts images without any error."""
     stated: dict[str, int] = field(default_factory=dict)
+    """Number of prompts that state an attribute, by attribute."""
     failures: list[Failure] = field(default_factory=list)
     examples: list[tuple[str, np.ndarray]] = field(default_factory=list)
-    """The first prompts with their images, right or wrong."""
+    """The first prompts and their images, right or wrong."""
 
     def share(self, attribute: str = "all") -> float:
-        """Share of the prompts that state an attribute whose images have it right."""
+        """Returns the share of images that have an attribute right, of those whose prompt states it."""
         return self.right.get(attribute, 0) / max(1, self.stated.get(attribute, 0))
 
 
 def held_out_prompts(count: int, shapes: int, seed: int) -> list[tuple[str, Scene]]:
-    """Prompts that state every attribute of held-out scenes, with what they state."""
+    """Returns prompts that state every attribute of held-out scenes, with the scenes as stated."""
     rng = np.random.default_rng([seed, shapes])
     return [caption(sample_scene(rng, held_out=True, count=shapes), rng, full=True) for _ in range(count)]
 
@@ -58,7 +63,14 @@ def held_out_prompts(count: int, shapes: int, seed: int) -> list[tuple[str, Scen
 def score_drawing(
     draw_images: Draw, count: int, shapes: int, seed: int = 0, on_progress: Callable[[int], None] = lambda _: None
 ) -> DrawingScore:
-    """Draws `count` held-out prompts of one or two shapes and judges the images by their pixels."""
+    """Scores images of held-out prompts by their pixels.
+
+    Args:
+        draw_images: generates images from prompts.
+        count: number of prompts.
+        shapes: number of shapes in each prompt, 1 or 2.
+        on_progress: called after each batch with its number of prompts.
+    """
     prompts = held_out_prompts(count, shapes, seed)
     result = DrawingScore()
     for start in range(0, count, BATCH):
@@ -83,7 +95,7 @@ def score_drawing(
 
 @dataclass
 class AnswerScore:
-    """Counts of right answers by kind of question."""
+    """Counts of right answers, by kind of question."""
 
     asked: dict[str, int] = field(default_factory=dict)
     right: dict[str, int] = field(default_factory=dict)
@@ -91,14 +103,20 @@ class AnswerScore:
     """(question, expected, answer)."""
 
     def share(self) -> float:
-        """Share of right answers over all kinds."""
+        """Returns the share of right answers over all kinds."""
         return sum(self.right.values()) / max(1, sum(self.asked.values()))
 
 
 def score_answers(
     answer: Answer, count: int, seed: int = 0, on_progress: Callable[[int], None] = lambda _: None
 ) -> AnswerScore:
-    """Asks one random question about each of `count` held-out scenes, drawn by the renderer."""
+    """Scores answers to one random question about each of `count` rendered held-out scenes.
+
+    Args:
+        answer: answers questions about images.
+        count: number of scenes.
+        on_progress: called after each batch with its number of questions.
+    """
     rng = np.random.default_rng([seed, 7])
     result = AnswerScore()
     for start in range(0, count, BATCH):
@@ -123,7 +141,7 @@ def _sample_question(rng: np.random.Generator) -> tuple[Scene, str, str]:
 
 
 def kind_of_question(question: str) -> str:
-    """What a question is about: "colour", "relation", …"""
+    """Returns what a question is about, such as "colour" or "relation"."""
     if question == DESCRIBE:
         return "description"
     for kind, words in _KINDS:
@@ -153,7 +171,13 @@ def answer(
     questions: Sequence[str],
     max_new_tokens: int = 40,
 ) -> list[str]:
-    """Returns greedy answers of transformers' own `generate` to one question about each image, `[H, W, 3]` uint8."""
+    """Answers one question about each image with transformers' own `generate`, greedily.
+
+    Args:
+        images: each `[height, width, 3]` uint8.
+        questions: one for each image.
+        max_new_tokens: limit of an answer in tokens.
+    """
     pixels = image_processor(list(images), return_tensors="pt")
     image_token = "<|image_pad|>"
     texts = []

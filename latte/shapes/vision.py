@@ -1,7 +1,7 @@
-"""Stage 2a: the vision tower learns what each of its tokens shows, before the language model reads it.
+"""Stage 2: the vision tower, which learns to classify what each of its tokens shows.
 
-Without it the language model ignores the image for thousands of steps: answers alone are a faint
-signal for a tower that starts from nothing. The heads trained here are thrown away.
+Without this stage the language model ignores the image for thousands of steps, because answers are a weak training
+signal for a tower with random weights. The classification heads are discarded afterwards.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from latte.shapes.scenes import BACKGROUNDS, CELLS, COLOURS, KINDS, RADII, Scene, coverage, draw, sample_busy_scene
 
 TOKENS_PER_SIDE = 4
+"""Rows and columns of tokens of an image, after the tower has merged patches 2x2."""
 VISIBLE_SHARE = 0.15
-"""A token shows a shape if it covers at least this share of it."""
+"""Smallest share of a shape's area that a token must cover to be labelled with the shape."""
 HEADS = {
     "kind": len(KINDS) + 1,
     "colour": len(COLOURS) + 1,
@@ -27,11 +28,18 @@ HEADS = {
     "cell": len(CELLS) + 1,
     "background": len(BACKGROUNDS),
 }
-"""Classes of each head. The tower's own positions are relative; the cell makes a token say where it is."""
+"""Number of classes of each head. All but the background's include "no shape".
+
+The tower's rotary positions are relative; classifying the cell makes each token carry its absolute position.
+"""
 
 
 def token_labels(scene: Scene) -> np.ndarray:
-    """What each token of a scene's image shows: `[16, 5]` int64, one column per head; 0 is "no shape"."""
+    """Returns the labels of the tokens of a scene's image, `[16, 5]` int64, with one column per head.
+
+    A label of 0 means "no shape", except in the background's column. A token that covers several shapes is labelled
+    with the one of which it covers the largest share.
+    """
     assert scene.background is not None
     labels = np.zeros((TOKENS_PER_SIDE**2, len(HEADS)), np.int64)
     labels[:, 4] = list(BACKGROUNDS).index(scene.background)
@@ -52,7 +60,7 @@ def token_labels(scene: Scene) -> np.ndarray:
 
 
 class VisionStage:
-    """Cross-entropy per token and head."""
+    """Trains the vision tower with the cross-entropy of each token and head, summed over heads."""
 
     name = "vision"
 
@@ -76,12 +84,13 @@ class VisionStage:
 
     def losses(self, step: int, rng: np.random.Generator) -> Iterator[tuple[str, Tensor]]:
         scenes = [sample_busy_scene(rng) for _ in range(self.batch_size)]
+        # [B*16, 5]
         labels = torch.from_numpy(np.concatenate([token_labels(scene) for scene in scenes])).to(self.device)
         pixels = self.image_processor([draw(scene) for scene in scenes], return_tensors="pt")
         tokens = self.tower(
             pixels["pixel_values"].to(self.device), pixels["image_grid_thw"].to(self.device)
-        ).pooler_output
-        # Tokens without a shape are the many: weigh the classes so that those with one count as much.
+        ).pooler_output  # [B*16, width]
+        # Most tokens show no shape. Weights balance them: tokens with and without a shape count equally in total.
         seen = labels[:, 0] > 0
         weight = torch.where(seen, 0.5 / seen.float().mean(), 0.5 / (~seen).float().mean())
         total = tokens.new_zeros(())

@@ -1,9 +1,8 @@
-"""Stage 2b: the vision-language model, a Qwen2-VL of a few million parameters.
+"""Stage 3: the VLM, a Qwen2-VL of a few million parameters.
 
-It learns three things, all as chat turns and all with loss on the answers only: to answer questions
-about an image, to answer questions about a caption, and to restate a caption in canonical form. The
-last two make the keys and values of a prompt carry which colour, size and place belong to which
-shape, and that is what the flow layers read.
+It learns three tasks, all as chat turns with loss on the answers only: to answer questions about an image, to answer
+questions about a caption, and to restate a caption in canonical form. The last two make a prompt's keys and values
+encode which colour, size and place belong to which shape, and the flow layers attend to these keys and values.
 """
 
 from __future__ import annotations
@@ -64,14 +63,17 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PATCH_SIZE = 8
+"""Side of a patch in pixels."""
 VOCABULARY_SIZE = 640
+"""Number of tokens, special tokens included."""
 TURNS = 5
+"""Largest number of questions in a conversation, besides the caption to restate."""
 IMAGE_SHARE = 0.7
-"""Share of training rows about an image; the others are about a caption."""
+"""Share of conversations about an image; the others are about a caption."""
 
 
 def train_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
-    """A byte-level BPE on the captions and questions of random scenes, with Qwen2-VL's special tokens."""
+    """Trains a byte-level BPE on captions and questions of random scenes; adds Qwen2-VL's special tokens."""
     rng = np.random.default_rng(seed)
     texts = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", DESCRIBE]
     for _ in range(4000):
@@ -104,13 +106,16 @@ def train_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
 
 
 def small_image_processor() -> Qwen2VLImageProcessorPil:
-    """64x64 images become 8x8 patches of 8x8 pixels, 16 tokens after merging."""
+    """Builds the image processor: a 64x64 image becomes 8x8 patches of 8x8 pixels, or 16 tokens after merging."""
     pixels = IMAGE_SIZE * IMAGE_SIZE
     return Qwen2VLImageProcessorPil(patch_size=PATCH_SIZE, size={"shortest_edge": pixels, "longest_edge": 16 * pixels})
 
 
 def small_vlm(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
-    """8 layers of width 256, 4 query and 2 key-value heads; a vision tower of 4 layers of width 128."""
+    """Builds an untrained VLM.
+
+    It has 8 text layers of width 256 with 4 query and 2 key-value heads, and a vision tower of 4 layers of width 128.
+    """
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     config = Qwen2VLConfig(
         text_config={
@@ -149,18 +154,20 @@ def small_vlm(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Chat turns about one image (`image`, `[H, W, 3]` uint8) or about the first turn's text."""
+    """Chat turns about one image, or about the caption in the first turn."""
 
     turns: tuple[tuple[str, str], ...]
+    """(question, answer) of each turn."""
     image: np.ndarray | None = None
+    """`[height, width, 3]` uint8."""
 
 
 def sample_conversation(rng: np.random.Generator) -> Conversation:
-    """One training row."""
+    """Samples a conversation to train on."""
     scene = sample_scene(rng)
     if rng.random() < IMAGE_SHARE:
         asked = [*questions(scene, rng), (DESCRIBE, describe(scene))]
-        # Whether one shape is above the other takes two places and a comparison: it is learned last, so asked more.
+        # Relations take two places and a comparison. They are learned last, so they are asked more often.
         asked += [pair for _ in range(2) for pair in relation_questions(scene, rng)]
         return Conversation(_some(asked, rng), draw(scene))
     text, stated = caption(scene, rng)
@@ -173,24 +180,24 @@ def _some(asked: Sequence[tuple[str, str]], rng: np.random.Generator) -> tuple[t
 
 @dataclass(frozen=True)
 class VlmBatch:
-    """Right-padded rows, ready for Qwen2-VL. `labels` is -100 where there is no loss."""
+    """Conversations as a batch, padded on the right, ready for Qwen2-VL."""
 
     input_ids: Tensor
     """`[B, T]` int64."""
     attention_mask: Tensor
-    """`[B, T]` int64."""
+    """`[B, T]` int64; 1 for tokens, 0 for padding."""
     position_ids: Tensor
-    """`[3, B, T]` int64, M-RoPE positions."""
+    """M-RoPE positions, `[3, B, T]` int64."""
     labels: Tensor
-    """`[B, T]` int64."""
+    """`[B, T]` int64; -100 where there is no loss."""
     pixel_values: Tensor | None
-    """`[patches of all images, C·2·8·8]` float32."""
+    """Patches of all images, `[patches, 3*2*8*8]` float32: channels, frames, height, width."""
     image_grid_thw: Tensor | None
-    """`[images, 3]` int64."""
+    """Frames, rows and columns of patches of each image, `[images, 3]` int64."""
 
 
 class ConversationEncoder:
-    """Conversations to batches: the chat template in tokens, images in patches."""
+    """Encodes conversations as batches: the chat template in tokens, images in patches."""
 
     def __init__(self, tokenizer: Qwen2Tokenizer, image_processor: Qwen2VLImageProcessorPil) -> None:
         self.tokenizer = tokenizer
@@ -198,6 +205,7 @@ class ConversationEncoder:
         self._cache: dict[str, list[int]] = {}
 
     def tokens(self, text: str) -> list[int]:
+        """Returns the token ids of a text, cached."""
         ids = self._cache.get(text)
         if ids is None:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -206,6 +214,7 @@ class ConversationEncoder:
         return ids
 
     def encode(self, conversations: Sequence[Conversation], device: str = "cpu") -> VlmBatch:
+        """Returns conversations as a batch on a device."""
         rows = [self._row(conversation) for conversation in conversations]
         width = max(len(ids) for ids, _, _ in rows)
         pad = self.tokenizer.pad_token_id
@@ -231,6 +240,7 @@ class ConversationEncoder:
         )
 
     def _row(self, conversation: Conversation) -> tuple[list[int], list[bool], np.ndarray]:
+        """Returns a conversation's token ids, whether each has loss, and M-RoPE positions `[3, T]` int64."""
         ids = list(self.tokens("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"))
         has_loss = [False] * len(ids)
         image_start = 0
@@ -257,10 +267,10 @@ class ConversationEncoder:
 
 
 class VlmStage:
-    """Cross-entropy on the answers' tokens. The vision tower stays as the stage before left it.
+    """Trains the language model with the cross-entropy of the answers' tokens; the vision tower is frozen.
 
-    Trained along, it forgets the kinds of shapes within the first hundred steps, while the language
-    model cannot read them yet.
+    A tower that is trained jointly forgets the kinds of shapes within the first hundred steps, before the language
+    model has learned to read them.
     """
 
     name = "vlm"
@@ -290,8 +300,8 @@ class VlmStage:
             pixel_values=batch.pixel_values,
             image_grid_thw=batch.image_grid_thw,
             use_cache=False,
-        ).last_hidden_state
+        ).last_hidden_state  # [B, T, hidden]
         labels = batch.labels[:, 1:]
         chosen = labels != -100
-        logits = self.vlm.lm_head(hidden[:, :-1][chosen])
+        logits = self.vlm.lm_head(hidden[:, :-1][chosen])  # [chosen tokens, vocabulary]
         yield "loss", F.cross_entropy(logits.float(), labels[chosen])

@@ -98,7 +98,7 @@ def test_half_precision_is_studied_part_by_part(precision: Precision, model: Lat
 def test_generation_is_measured_beside_its_twins(
     model: LatteFlow, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run_command: RunCommand
 ) -> None:
-    monkeypatch.setattr("export.benchmarks.commands.generation.load_config", lambda _: model.config)
+    monkeypatch.setattr("export.benchmarks.generation.load_config", lambda _: model.config)
     plot = tmp_path / "plot.png"
     options = ("--rounds", 1, "--images", 1, "--images", 2, "--no-compile", "--plot", plot, "--json")
     code, out, error = run_command("bench", "generation", *options)

@@ -30,6 +30,14 @@ def test_there_is_an_engine_for_every_role_and_group(bundle: Path) -> None:
         "solver_step",
         "vae_decoder",
     ]
+    assert [engine.role for engine in manifest.engines] == [
+        "vision_encoder",
+        "vlm",
+        "expert",
+        "expert",
+        "solver_step",
+        "vae_decoder",
+    ]
     assert [engine.group for engine in manifest.engines] == [None, None, 0, 1, None, None]
     assert {engine.opset for engine in manifest.engines} == {18}
 
@@ -127,7 +135,7 @@ def test_an_interrupted_export_leaves_no_bundle(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("export.bundle.trace", stop)
+    monkeypatch.setattr("export.bundle.make_graphs", stop)
     with pytest.raises(KeyboardInterrupt):
         export_bundle(checkpoint, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
@@ -140,7 +148,7 @@ def test_an_interrupted_export_over_a_bundle_leaves_the_old_one(
         raise KeyboardInterrupt
 
     before = (bundle_copy / "manifest.json").read_bytes()
-    monkeypatch.setattr("export.bundle.trace", stop)
+    monkeypatch.setattr("export.bundle.make_graphs", stop)
     with pytest.raises(KeyboardInterrupt):
         export_bundle(checkpoint, bundle_copy, force=True)
     assert (bundle_copy / "manifest.json").read_bytes() == before
@@ -151,7 +159,7 @@ def test_exporting_over_something_asks_first(checkpoint: Path, bundle: Path, tmp
     with pytest.raises(InputError, match="--force"):
         export_bundle(checkpoint, bundle)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds no bundle"):
+    with pytest.raises(InputError, match="contains no bundle"):
         export_bundle(checkpoint, tmp_path, force=True)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
@@ -184,7 +192,7 @@ def test_bf16_is_written_where_it_is_not_asked_to_be_verified(
     assert code == 0, error
     manifest = load_manifest(tmp_path / "bundle")
     assert manifest.parity is None
-    assert manifest.engine("expert_1").inputs[2].dtype == "bfloat16"
+    assert manifest.engine("expert_1").input("prefix_kv").dtype == "bfloat16"
     graph = onnx.load(tmp_path / "bundle" / "expert_1" / "model.onnx", load_external_data=False).graph
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     assert types["flow.layers.0.q_proj.weight"] == onnx.TensorProto.BFLOAT16
@@ -207,9 +215,10 @@ def test_the_manifest_is_the_documented_format(bundle: Path) -> None:
         "tokenizer_files",
         "parity",
     ]
-    assert content["schema_version"] == 4
+    assert content["schema_version"] == 5
     assert list(content["engines"][1]) == [
         "name",
+        "role",
         "group",
         "precision",
         "opset",

@@ -28,7 +28,7 @@ from runtime.manifest import (
 from runtime.plans import usable_plan
 from tests.tiny import scale_weight, tiny_model
 
-RTX = BuildOptions(backend="tensorrt-rtx")
+RTX = BuildOptions(provider="tensorrt-rtx")
 RunCommand = Callable[..., tuple[int, str, str]]
 
 
@@ -279,10 +279,15 @@ def test_a_plan_for_here_is_taken(built_bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "version", "architecture", "message"),
     [
-        ({}, "1.8.0", "sm_89", "the plan of expert_0 is of tensorrt-rtx 1.7.1.116, this is 1.8.0; run: latte-flow"),
+        (
+            {},
+            "1.8.0",
+            "sm_89",
+            "the plan of expert_0 was built with tensorrt-rtx 1.7.1.116; this is 1.8.0; run: latte-flow",
+        ),
         ({"version_compatible": True}, "2.0", "sm_89", "this is 2.0"),
         ({"version_compatible": True}, "1.7.0", "sm_89", "this is 1.7.0"),
-        ({}, "1.7.1.116", "sm_90", "is for sm_80, sm_86, .*, this GPU is sm_90; run: latte-flow build"),
+        ({}, "1.7.1.116", "sm_90", "is for sm_80, sm_86, .*; this GPU is sm_90; run: latte-flow build"),
         ({"architectures": ("sm_80+",)}, "1.7.1.116", "sm_75", "this GPU is sm_75"),
         ({}, "1.7.1.116", None, "there is no GPU here"),
     ],
@@ -295,7 +300,9 @@ def test_a_plan_for_elsewhere_is_refused(
 
 
 def test_an_engine_without_a_plan_says_how_to_build_it(bundle: Path) -> None:
-    with pytest.raises(BundleError, match=r"no tensorrt plan of expert_0; run: latte-flow build .* --backend tensorrt"):
+    with pytest.raises(
+        BundleError, match=r"no tensorrt plan of expert_0; run: latte-flow build .* --provider tensorrt"
+    ):
         usable_plan(bundle, load_manifest(bundle).engine("expert_0"), "tensorrt", "11.0", "sm_90")
 
 
@@ -304,11 +311,11 @@ def test_an_engine_without_a_plan_says_how_to_build_it(bundle: Path) -> None:
 
 def test_build_shows_what_it_did_and_explain_why(plans: Path, run_command: RunCommand) -> None:
     scale_weight(plans, "expert_1", "heads", 1.02)
-    command = ("build", plans, "--backend", "tensorrt-rtx", "--engines", "expert_0", "--engines", "expert_1")
-    code, out, _ = run_command(*command, "--explain")
+    command = ("build", plans, "--provider", "tensorrt-rtx", "--engine", "expert_0", "--engine", "expert_1")
+    code, out, _ = run_command(*command, "--dry-run")
     assert code == 0
     assert "changed: weights" in out
-    assert "nothing that it depends on has changed" in out
+    assert "it is up to date" in out
     code, out, error = run_command(*command, "--timing-cache", plans / "timing.cache")
     assert code == 0, error
     assert "expert_0 │ kept" in out
@@ -321,16 +328,16 @@ def test_build_shows_what_it_did_and_explain_why(plans: Path, run_command: RunCo
     ("arguments", "message"),
     [
         ((), "tensorrt is not installed"),
-        (("--backend", "tensorrt-rtx", "--engines", "expert_9"), "the bundle has no engine 'expert_9'"),
-        (("--backend", "tensorrt-rtx", "--version-compatible"), "neither --version-compatible nor"),
+        (("--provider", "tensorrt-rtx", "--engine", "expert_9"), "the bundle has no engine 'expert_9'"),
+        (("--provider", "tensorrt-rtx", "--version-compatible"), "neither --version-compatible nor"),
         (("--compute-capability", "8.9"), "TensorRT builds for the GPU that it runs on"),
         (
-            ("--backend", "tensorrt-rtx", "--compute-capability", "ada"),
+            ("--provider", "tensorrt-rtx", "--compute-capability", "ada"),
             'expected --compute-capability like 8.9, or "cu',
         ),
-        (("--backend", "tensorrt-rtx", "--compute-capability", "9.0"), "Compute capability 9.0 .* not supported"),
-        (("--backend", "tensorrt-rtx", "--compute-capability", "current"), "there is no GPU here"),
-        (("--backend", "tensorrt-rtx", "--max", "rows"), "expected AXIS=N"),
+        (("--provider", "tensorrt-rtx", "--compute-capability", "9.0"), "Compute capability 9.0 .* not supported"),
+        (("--provider", "tensorrt-rtx", "--compute-capability", "current"), "there is no GPU here"),
+        (("--provider", "tensorrt-rtx", "--max", "rows"), "expected AXIS=N"),
     ],
 )
 def test_what_cannot_be_built_is_said_in_one_line(

@@ -16,8 +16,8 @@ from onnx import TensorProto, helper
 from export.bundle import export_bundle
 from export.quantization import QuantizationSettings, quantize_bundle
 from export.verify import relative_error
-from runtime.doctor import products_saturate
 from runtime.errors import InputError
+from runtime.machine import products_saturate
 from runtime.manifest import Manifest, load_manifest
 from runtime.pipeline import LatteFlowPipeline
 
@@ -45,7 +45,7 @@ def test_an_int8_bundle_holds_integer_products_and_verifies(exported: Path, bund
     manifest = load_manifest(exported)
     assert manifest.precision == "int8"
     for engine in manifest.engines:
-        is_quantized = engine.name.startswith(("vision_encoder", "vlm", "expert"))
+        is_quantized = engine.role in ("vision_encoder", "vlm", "expert")
         assert engine.precision == ("int8" if is_quantized else "fp32")
         assert (engine.quantization is not None) == is_quantized
         if engine.quantization is not None:
@@ -100,22 +100,6 @@ def test_where_nothing_is_said_to_saturate_nothing_does() -> None:
     assert products_saturate() or (product == size * 255 * 127).all()
 
 
-@pytest.mark.parametrize(
-    ("flags", "saturates"),
-    [("sse2 avx2", True), ("avx2 avx512_vnni", False), ("avx2 avx_vnni", False)],
-)
-def test_a_cpu_says_whether_its_products_saturate(flags: str, saturates: bool, tmp_path: Path) -> None:
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text(f"processor : 0\nmodel name : x\nflags\t\t: fpu {flags}\n")
-    assert products_saturate(cpuinfo) == saturates
-
-
-def test_a_cpu_that_is_no_x86_does_not_saturate(tmp_path: Path) -> None:
-    (tmp_path / "cpuinfo").write_text("processor : 0\nFeatures : fp asimd\n")
-    assert not products_saturate(tmp_path / "cpuinfo")
-    assert not products_saturate(tmp_path / "nothing")
-
-
 def test_a_doctor_warns_of_full_range_on_a_cpu_without_vnni(
     exported: Path, monkeypatch: pytest.MonkeyPatch, run_command: RunCommand
 ) -> None:
@@ -135,7 +119,7 @@ def test_int8_is_not_for_tensorrt_nor_fused(
 ) -> None:
     code, _, error = run_command("build", exported)
     assert code == 2
-    assert "int8 is ONNX Runtime's, for the CPU" in error
+    assert "int8 is for ONNX Runtime on the CPU" in error
     with pytest.raises(InputError, match="leave it out"):
         export_bundle(checkpoint, tmp_path / "b", precision="int8", fuse=True)
 

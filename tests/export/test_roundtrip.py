@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export.roundtrip import AGREEMENTS, Trip, count_agreements, sheet_of
+from export.roundtrip import AGREEMENTS, RoundTrip, count_agreements, sheet_of
 from latte.shapes.reader import describe_found, read_image
 from latte.shapes.scenes import Scene, Shape, describe, draw, sample_scene
 
 RunCommand = Callable[..., tuple[int, str, str]]
-TRIP = Trip("prompt", "a", "a", "a", 0, np.zeros((64, 64, 3), np.uint8))
+TRIP = RoundTrip("prompt", "a", "a", "a", 0, np.zeros((64, 64, 3), np.uint8))
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_init_makes_a_checkpoint_of_a_qwen2_vl_and_a_dc_ae(
     small_image_processor().save_pretrained(tmp_path / "qwen")
     tiny_autoencoder().save_pretrained(tmp_path / "dc-ae")
     arguments = ("init", tmp_path / "made", "--vlm", tmp_path / "qwen", "--vae", tmp_path / "dc-ae")
-    sizes = ("--groups", 2, "--height", 32, "--width", 24, "--dtype", "float32")
+    sizes = ("--groups", 2, "--height", 32, "--width", 24, "--precision", "fp32")
     code, _, error = run_command(*arguments, *sizes)
     assert code == 0, error
     model = load_checkpoint(tmp_path / "made")

@@ -100,7 +100,8 @@ def test_the_prefix_is_what_transformers_computes(model: LatteFlow) -> None:
 def test_latents_continue_the_prompts_positions(model: LatteFlow) -> None:
     """Latent (r, c) of a prompt of p tokens is rotated as a token at M-RoPE position (p, p + r, p + c)."""
     mask = torch.tensor([[True, True, True, False]])
-    cos, _ = model.flow._rotary(mask, height=2, width=3)
+    row, column = torch.tensor([0.0, 0, 0, 1, 1, 1]), torch.tensor([0.0, 1, 2, 0, 1, 2])
+    cos, _ = model.flow._rotary(mask, row, column)
     rotary = model.vlm.model.language_model.rotary_emb
     positions = torch.tensor([[3] * 6, [3, 3, 3, 4, 4, 4], [3, 4, 5, 3, 4, 5]])[:, None]
     expected, _ = rotary(torch.zeros(1), positions)

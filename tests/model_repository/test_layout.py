@@ -9,6 +9,7 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+import model_repository.layout
 from model_repository.layout import write_repository
 from model_repository.schema import INPUTS, OUTPUTS
 from runtime.errors import BundleError, InputError
@@ -26,6 +27,14 @@ def test_the_config_is_one_that_triton_reads(repository: Path) -> None:
     assert [o.name for o in config.output] == [field.name for field in OUTPUTS]
     assert config.parameters["max_steps"].string_value == "200"
     assert config.parameters["max_queued_images"].string_value == "64"
+
+
+def test_the_repository_in_the_source_tree_is_what_is_written(bundle: Path, tmp_path: Path) -> None:
+    write_repository(bundle, tmp_path / "models")
+    source = Path(model_repository.layout.__file__).parent
+    for file in ("latte_flow/config.pbtxt", "latte_flow/1/model.py"):
+        lines = [line for line in (source / file).read_text().splitlines() if not line.startswith("#")]
+        assert (tmp_path / "models" / file).read_text().splitlines() == lines
 
 
 def test_it_holds_the_bundle_and_names_nothing_outside(bundle: Path, tmp_path: Path, run_command: RunCommand) -> None:
@@ -70,7 +79,7 @@ BAD_OPTIONS = {
         "no TensorRT plan of vision_encoder; run `latte",
     ),
     "no such engine": (("--layout", "per-engine", "--gpu", "expert_9=0"), "no engine 'expert_9'"),
-    "no number": (("--layout", "per-engine", "--gpu", "expert_0"), "--gpu takes ENGINE=NUMBER"),
+    "no number": (("--layout", "per-engine", "--gpu", "expert_0"), "expected --gpu NAME=VALUE"),
 }
 
 

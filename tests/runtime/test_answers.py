@@ -65,7 +65,7 @@ def test_messages_are_several_turns(pipe: LatteFlowPipeline, model: LatteFlow) -
         {"role": "assistant", "content": "red"},
         {"role": "user", "content": "where is it?"},
     ]
-    inputs = pipe.answerer.chat([turns])
+    inputs = pipe.chat.encode_conversations([turns])
     text = model.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     expected = text.replace("<|image_pad|>", "<|image_pad|>" * inputs.images.tokens[0])
     assert inputs.input_ids[0].tolist() == model.tokenizer(expected, add_special_tokens=False)["input_ids"]
@@ -78,7 +78,9 @@ def test_messages_are_several_turns(pipe: LatteFlowPipeline, model: LatteFlow) -
 def test_positions_are_those_of_transformers(count: int, pipe: LatteFlowPipeline, model: LatteFlow) -> None:
     images = [random_image(i, 64 + 30 * i, 100 - 20 * i) for i in range(count)]
     content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": QUESTION}]
-    inputs = pipe.answerer.chat([[{"role": "user", "content": content}], [{"role": "user", "content": "hello"}]])
+    inputs = pipe.chat.encode_conversations(
+        [[{"role": "user", "content": content}], [{"role": "user", "content": "hello"}]]
+    )
     ids = torch.from_numpy(inputs.input_ids)
     expected, deltas = model.vlm.model.get_rope_index(
         input_ids=ids,
@@ -92,7 +94,7 @@ def test_positions_are_those_of_transformers(count: int, pipe: LatteFlowPipeline
 
 
 def test_large_images_go_through_the_tower_one_by_one(pipe: LatteFlowPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = pipe.answerer.chat._images([random_image(0), random_image(1, 128, 64), random_image(2)])
+    images = pipe.chat.image_processor([random_image(0), random_image(1, 128, 64), random_image(2)])
     together = pipe.answerer.encode_images(images).numpy()
     monkeypatch.setattr("runtime.answers.PATCHES_PER_RUN", 64)
     assert np.abs(pipe.answerer.encode_images(images) - together).max() < 1e-5
@@ -175,16 +177,16 @@ def test_the_writer_holds_back_what_may_become_a_stop_text(model: LatteFlow) -> 
 
 
 def test_an_answer_ends_at_the_end_token(pipe: LatteFlowPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = pipe.answerer.chat([[{"role": "user", "content": QUESTION}]])
+    inputs = pipe.chat.encode_conversations([[{"role": "user", "content": QUESTION}]])
     tokens = [int(token[0]) for token in pipe.answerer.tokens(inputs, AnswerSettings(max_new_tokens=6))]
     ending = pipe.manifest.understanding.model_copy(update={"eos_token_ids": (tokens[2],)})
     monkeypatch.setattr(pipe.answerer, "_understanding", ending)
-    expected = pipe.answerer._tokenizer.decode(tokens[: tokens.index(tokens[2])])
+    expected = pipe.chat.tokenizer.decode(tokens[: tokens.index(tokens[2])])
     assert pipe.ask(None, QUESTION, max_new_tokens=6) == expected
 
 
 def test_an_answer_ends_where_the_context_does(pipe: LatteFlowPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = pipe.answerer.chat([[{"role": "user", "content": QUESTION}]])
+    inputs = pipe.chat.encode_conversations([[{"role": "user", "content": QUESTION}]])
     short = pipe.manifest.understanding.model_copy(update={"max_context_tokens": inputs.input_ids.shape[1] + 3})
     monkeypatch.setattr(pipe.answerer, "_understanding", short)
     assert len(list(pipe.answerer.tokens(inputs, AnswerSettings(max_new_tokens=50)))) == 3

@@ -98,3 +98,30 @@ def test_an_unknown_command_is_said_so(run_command: RunCommand) -> None:
     code, _, error = run_command("paint")
     assert code == 2
     assert "No such command 'paint'" in error
+
+
+def test_renamed_options_still_work_and_say_so(
+    bundle: Path, tmp_path: Path, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("generate", bundle, "a ring", "-o", tmp_path, "--num-inference-steps", 1)
+    code, _, error = run_command(*command, "--profile", tmp_path / "trace.json")
+    assert code == 0
+    assert error.startswith("note: --profile is now --trace")
+    assert (tmp_path / "trace.json").is_file()
+    old = ("build", bundle, "--backend", "tensorrt-rtx", "--engines", "solver_step", "--explain")
+    code, out, error = run_command(*old)
+    assert code == 0, error
+    assert "solver_step" in out
+    assert "expert_0" not in out
+    for name in ("--backend is now --provider", "--engines is now --engine", "--explain is now --dry-run"):
+        assert name in error
+    missing = ("init", tmp_path / "new", "--vlm", tmp_path / "nothing", "--vae", tmp_path / "nothing")
+    code, _, error = run_command(*missing, "--dtype", "float32")
+    assert code == 2
+    assert error.startswith("note: --dtype is now --precision")
+
+
+@pytest.mark.parametrize("command", [("build",), ("init",), ("generate",)])
+def test_help_does_not_show_old_names(command: tuple[str, ...], run_command: RunCommand) -> None:
+    out = run_command(*command, "--help")[1]
+    assert not {"--backend", "--engines", "--explain", "--dtype", "--profile"} & set(out.split())

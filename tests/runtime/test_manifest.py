@@ -33,7 +33,7 @@ def flip_a_byte(path: Path) -> None:
 
 
 BREAKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no manifest": (lambda b: (b / "manifest.json").unlink(), "holds no manifest.json"),
+    "no manifest": (lambda b: (b / "manifest.json").unlink(), "contains no manifest.json"),
     "not JSON": (lambda b: (b / "manifest.json").write_text("{"), "is not a valid manifest"),
     "not an object": (lambda b: (b / "manifest.json").write_text("[]"), "is not a valid manifest"),
     "newer schema": (

@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 
 from latte.model import LatteFlow
+from runtime.backends import to_host
 from runtime.errors import BundleError, EngineError, InputError
 from runtime.pipeline import LatteFlowPipeline
+from runtime.rows import arrange_rows
 
 PROMPTS = ["a red circle", "a small blue square above a large green star on a white background"]
 
@@ -176,17 +178,17 @@ def test_an_engine_that_the_bundle_lacks_is_named(pipe: LatteFlowPipeline) -> No
 
 def test_prompts_are_tokenized_as_transformers_does(pipe: LatteFlowPipeline, model: LatteFlow) -> None:
     for prompt in [*PROMPTS, "", "Unknown words, ÄÖÜ 漢字 🙂", "  spaces  "]:
-        assert pipe._prompts.tokens(prompt) == model.tokenize([prompt])[0]
+        assert pipe.chat.prompt_tokens(prompt) == model.tokenize([prompt])[0]
 
 
 def test_the_prefix_is_the_references(pipe: LatteFlowPipeline, model: LatteFlow) -> None:
     prefix = model.encode_prompts(PROMPTS)
-    run = pipe.prepare(PROMPTS, ["", ""], [1.0, 1.0])
+    batch = arrange_rows(pipe.backend, pipe.encode_prompts(PROMPTS), [], [1.0, 1.0])
     mask = prefix.mask.numpy()
-    assert np.array_equal(run.batch.prefix_mask.numpy(), mask)  # type: ignore[union-attr]
-    for kv, reference in zip(run.batch.prefix_kv, prefix.kv, strict=True):
+    assert np.array_equal(to_host(batch.prefix_mask), mask)
+    for kv, reference in zip(batch.prefix_kv, prefix.kv, strict=True):
         kept = mask[None, None, :, None, :, None]
-        np.testing.assert_allclose(kv.numpy() * kept, reference.numpy() * kept, atol=1e-5)  # type: ignore[union-attr]
+        np.testing.assert_allclose(to_host(kv) * kept, reference.numpy() * kept, atol=1e-5)
         assert torch.isfinite(reference).all()
 
 

@@ -105,9 +105,18 @@ def test_an_image_is_the_same_alone_and_beside_others_of_other_scales() -> None:
 def test_guidance_extrapolates_from_the_unconditional_velocity() -> None:
     sampler, _ = make_sampler([3.0])
     x0 = np.array([[[[0.5]]]], np.float32)
-    step = host(sampler.step(x0, x0[[0, 0]], 0.0, 0.5)[0])
+    (inputs,) = sampler.step_inputs([0.0, 0.5])
+    step = host(sampler.step(x0, x0[[0, 0]], inputs)[0])
     v_c, v_u = MEAN - 0.5, -0.5
     assert step.item() == pytest.approx(0.5 + 0.5 * (v_u + 3 * (v_c - v_u)))
+
+
+def test_images_of_one_batch_may_be_at_different_times_of_a_group() -> None:
+    sampler, _ = make_sampler([1.0, 3.0])
+    (inputs,) = sampler.step_inputs([[0.25, 0.3], [0.35, 0.45]])
+    assert inputs.group == 1
+    np.testing.assert_allclose(inputs.timestep, [0.25, 0.3, 0.3])
+    np.testing.assert_allclose(inputs.step_size, [0.1, 0.15], rtol=1e-6)
 
 
 def test_a_callback_sees_every_step_and_may_replace_the_latents() -> None:

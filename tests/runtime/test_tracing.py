@@ -12,20 +12,20 @@ import pytest
 from runtime.backends import open_backend
 from runtime.manifest import load_manifest
 from runtime.pipeline import LatteFlowPipeline
-from runtime.tracing import Profiler
+from runtime.tracing import Tracer
 
 RunCommand = Callable[..., tuple[int, str, str]]
 
 
 def test_shares_add_up_to_the_call(bundle: Path) -> None:
-    profiler = Profiler(open_backend("cpu"))
-    with LatteFlowPipeline(bundle, load_manifest(bundle), profiler) as pipe:
+    tracer = Tracer(open_backend("cpu"))
+    with LatteFlowPipeline(bundle, load_manifest(bundle), tracer) as pipe:
         pipe("a red star", num_inference_steps=4, seed=0)
-        profiler.runs.clear()
+        tracer.runs.clear()
         started = time.perf_counter()
         pipe("a red star", num_inference_steps=4, seed=0)
         seconds = time.perf_counter() - started
-    shares = {share.what: share for share in profiler.shares(seconds)}
+    shares = {share.what: share for share in tracer.time_shares(seconds)}
     assert sum(share.seconds for share in shares.values()) == pytest.approx(seconds)
     assert all(share.seconds > 0 for share in shares.values())
     runs = {name: share.runs for name, share in shares.items() if share.runs}
@@ -36,7 +36,7 @@ def test_generate_writes_a_trace_with_a_lane_for_each_engine(
     bundle: Path, tmp_path: Path, run_command: RunCommand
 ) -> None:
     trace = tmp_path / "trace.json"
-    options = ("-o", tmp_path, "--num-inference-steps", 4, "--profile", trace)
+    options = ("-o", tmp_path, "--num-inference-steps", 4, "--trace", trace)
     code, _, error = run_command("generate", bundle, "a red star", *options)
     assert code == 0, error
     events = json.loads(trace.read_text())["traceEvents"]

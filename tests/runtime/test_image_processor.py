@@ -16,7 +16,8 @@ from transformers.vision_utils import get_vision_position_ids
 
 from latte.checkpoint import load_image_processor
 from runtime.errors import InputError
-from runtime.image_processor import MAX_PIXELS, ImageProcessor, open_image
+from runtime.image_processor import ImageProcessor
+from runtime.images import MAX_PIXELS, open_image
 from runtime.pipeline import LatteFlowPipeline
 
 RunCommand = Callable[..., tuple[int, str, str]]
@@ -110,8 +111,8 @@ def truncated(path: Path) -> None:
 
 BAD_IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: None, "no image at"),
-    "not an image": (lambda path: path.write_text("an image"), "is not an image that Pillow knows"),
-    "empty": (lambda path: path.touch(), "is not an image that Pillow knows"),
+    "not an image": (lambda path: path.write_text("an image"), "is not an image that Pillow can read"),
+    "empty": (lambda path: path.touch(), "is not an image that Pillow can read"),
     "a folder": (lambda path: path.mkdir(), "cannot be read as an image"),
     "truncated": (truncated, "cannot be decoded"),
     "1x1": (lambda path: noise(1, 1).save(path, "PNG"), "has 1x1 pixels, each side needs at least 4"),

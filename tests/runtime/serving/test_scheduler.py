@@ -8,12 +8,21 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from export.benchmarks.serving import Cohorts
 from runtime.errors import CancelledError, DeadlineError, DrainingError, EngineError, InputError, QueueFullError
 from runtime.flow_time import ExpertSchedule, initial_latents
 from runtime.pipeline import LatteFlowPipeline
+from runtime.rows import PrefixRow
 from runtime.serving.requests import Event, GenerationRequest, Handle, Limits
-from runtime.serving.scheduler import Chooses, Job, Policy, RunCost, Scheduler, Worker
+from runtime.serving.scheduler import (
+    CostAwarePolicy,
+    EncodedPrompt,
+    Job,
+    RunCost,
+    Scheduler,
+    SchedulingPolicy,
+    WholeRequestPolicy,
+    Worker,
+)
 from runtime.serving.stations import PipelineStations
 
 
@@ -43,7 +52,7 @@ class ScriptedStations:
     def encode(self, jobs: Sequence[Job]) -> None:
         self._note("encode", [job.request.prompt for job in jobs])
         for job in jobs:
-            job.encoded = (job.request.prompt, None)
+            job.encoded = EncodedPrompt(PrefixRow(()), None)
 
     def step(self, group: int, jobs: Sequence[Job]) -> list[np.ndarray]:
         assert all(self.schedule.group_of(job.t) == group for job in jobs)
@@ -57,7 +66,7 @@ class ScriptedStations:
         return [np.full((1, 1, 3), int(np.rint(x.item() * 1000)) % 256, np.uint8) for x in latents]
 
 
-def make(limits: Limits | None = None, policy: Policy | None = None) -> tuple[Scheduler, ScriptedStations]:
+def make(limits: Limits | None = None, policy: SchedulingPolicy | None = None) -> tuple[Scheduler, ScriptedStations]:
     stations = ScriptedStations()
     return Scheduler(stations, stations.clock, limits, policy), stations
 
@@ -171,7 +180,9 @@ def test_where_not_all_can_go_priority_and_a_near_deadline_go_first() -> None:
     assert order == ["high", "near", "far", "plain", "low"]
 
 
-def p95_under_poisson_arrivals(policy: Chooses, fixed: float, each: float, rate: float, requests: int = 500) -> float:
+def p95_under_poisson_arrivals(
+    policy: SchedulingPolicy, fixed: float, each: float, rate: float, requests: int = 500
+) -> float:
     """Seconds of simulated time from arrival to the last image."""
     rng = np.random.default_rng(0)
     stations = ScriptedStations(fixed, each)
@@ -199,10 +210,14 @@ def p95_under_poisson_arrivals(policy: Chooses, fixed: float, each: float, rate:
 def test_on_a_cpu_it_is_as_quick_as_whole_requests_and_where_batches_are_cheap_far_quicker(load: str) -> None:
     """Milliseconds as on two cores (a batch of 16 is worth 9 runs), and as on a GPU (1.3)."""
     on_cpu = (1.2e-3, 1.2e-3, {"half": 14.0, "full": 27.0}[load])
-    assert p95_under_poisson_arrivals(Policy(), *on_cpu) < 1.05 * p95_under_poisson_arrivals(Cohorts(16), *on_cpu)
+    assert p95_under_poisson_arrivals(CostAwarePolicy(), *on_cpu) < 1.05 * p95_under_poisson_arrivals(
+        WholeRequestPolicy(16), *on_cpu
+    )
     on_gpu = (2.4e-3, 0.05e-3, {"half": 85.0, "full": 160.0}[load])
     margin = {"half": 1.1, "full": 0.6}[load]
-    assert p95_under_poisson_arrivals(Policy(), *on_gpu) < margin * p95_under_poisson_arrivals(Cohorts(16), *on_gpu)
+    assert p95_under_poisson_arrivals(CostAwarePolicy(), *on_gpu) < margin * p95_under_poisson_arrivals(
+        WholeRequestPolicy(16), *on_gpu
+    )
 
 
 def test_a_small_request_does_not_wait_until_a_large_one_is_done() -> None:
@@ -306,7 +321,7 @@ def test_a_deadline_ends_a_request_wherever_it_is() -> None:
 def test_a_full_queue_refuses_and_loses_nothing() -> None:
     scheduler, _ = make(Limits(max_queued_images=3))
     kept = [scheduler.submit(request(num_images=2)), scheduler.submit(request())]
-    with pytest.raises(QueueFullError, match="holds 3 of 3 images"):
+    with pytest.raises(QueueFullError, match="has 3 of 3 images"):
         scheduler.submit(request())
     run(scheduler)
     assert [len(handle.result(0)) for handle in kept] == [2, 1]

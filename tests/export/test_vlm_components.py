@@ -12,8 +12,10 @@ from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from export.bundle import language_component_of, vision_component_of
+from export.graph_store import GraphStore
+from export.graphs import make_graphs
 from export.verify import relative_error
+from export.vlm_components import language_component, vision_component
 from latte.checkpoint import assemble, load_checkpoint, load_image_processor
 from latte.model import LatteFlow
 from latte.shapes.vlm import SPECIAL_TOKENS, train_tokenizer
@@ -65,7 +67,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> tuple[LatteFlow, LatteF
         folder / "vlm"
     )
     tiny_autoencoder().save_pretrained(folder / "vae")
-    command = "--vlm {0}/vlm --vae {0}/vae --groups 2 --height 32 --width 32 --dtype float32"
+    command = "--vlm {0}/vlm --vae {0}/vae --groups 2 --height 32 --width 32 --precision fp32"
     load_command("init").main([str(folder / "checkpoint"), *command.format(folder).split()], standalone_mode=False)
     # Its flow layers are untrained and predict nothing, which verification rightly refuses as a reference.
     arguments = [str(folder / "checkpoint"), str(folder / "bundle"), "--no-verify"]
@@ -92,7 +94,7 @@ def test_it_answers_as_transformers_does(name: str, foreign: tuple[LatteFlow, La
     images, question = CONVERSATIONS[name], "what colour is the background?"
     processor = load_image_processor(pipe.bundle)
     answerer = pipe.answerer
-    inputs = answerer.chat([[user_message(images, question)]])
+    inputs = pipe.chat.encode_conversations([[user_message(images, question)]])
     embeds = None if inputs.images is None else answerer.encode_images(inputs.images)
     output = answerer.language.forward(inputs.input_ids, inputs.attention_mask, inputs.position_ids, embeds)
     expected = reference_logits(model, processor, images, question)
@@ -114,7 +116,7 @@ def test_the_manifest_knows_both_ends(foreign: tuple[LatteFlow, LatteFlowPipelin
 
 
 def test_names_and_shapes_fit_qwen2_vl_2b() -> None:
-    """At the published size, without its weights: every weight that the graphs ask for is in the checkpoint."""
+    """At the published size, without its weights: the graphs need exactly the weights that the checkpoint has."""
     config = Qwen2VLConfig(
         text_config={
             "vocab_size": 151_936,
@@ -132,15 +134,22 @@ def test_names_and_shapes_fit_qwen2_vl_2b() -> None:
     with torch.device("meta"):
         vlm = Qwen2VLForConditionalGeneration._from_config(config)
         model = assemble(vlm, tiny_autoencoder(), None, num_groups=4, latent_size=(8, 8))
-        language = language_component_of(model, "fp16")
-        vision = vision_component_of(model, "fp16")
-        graphs = {
-            "language_model.": (language.build(), vlm.model.language_model),
-            "tower.": (vision.build(), vlm.model.visual),
+    components = [
+        language_component(model.config, "fp16", config),
+        vision_component("fp16", config.vision_config),
+    ]
+    graphs = make_graphs(components, 18, GraphStore(None))
+    sources = {"language_model.": vlm.model.language_model, "tower.": vlm.model.visual}
+    for graph, (prefix, source) in zip(graphs, sources.items(), strict=True):
+        found = {
+            name.removeprefix(prefix): tuple(value.shape)
+            for name, value in graph.graph.initializers.items()
+            if value.const_value is None
         }
-    for prefix, (graph, source) in graphs.items():
-        wanted = {name.removeprefix(prefix): tuple(p.shape) for name, p in graph.named_parameters()}
-        assert wanted == {name: tuple(p.shape) for name, p in source.named_parameters()}
+        buffers = {name for name, _ in source.named_buffers()}
+        wanted = {name: tuple(p.shape) for name, p in source.named_parameters()}
+        assert {name: shape for name, shape in found.items() if name not in buffers} == wanted
+    language, vision = components
     shapes = {spec.name: spec.shape for spec in (*language.inputs, *language.outputs, *vision.inputs, *vision.outputs)}
     assert shapes["past_kv_3"] == (7, 2, "batch", 2, "past", 128)
     assert shapes["logits"] == ("batch", 151_936)
