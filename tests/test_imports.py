@@ -48,6 +48,46 @@ def test_packages_import_only_what_the_design_allows(package: str) -> None:
             assert {name for name in found if name.startswith("runtime")} <= RUNTIME_PARTS_OF_LATTE, path
 
 
+LAYERS_OF_RUNTIME = (
+    {"errors"},
+    {"files", "console", "machine", "flow_time"},
+    {"manifest", "images"},
+    {"plans", "image_processor", "backends", "doctor"},
+    {"rows", "engines", "language", "chat", "tracing"},
+    {"sampler", "answers"},
+    {"pipeline"},
+    {"serving", "commands"},
+    {"cli"},
+)
+"""A module imports only from layers before its own, or from its own."""
+
+
+def test_the_rooms_of_the_runtime_are_stacked() -> None:
+    rank = {name: rank for rank, names in enumerate(LAYERS_OF_RUNTIME) for name in names}
+    for path in (ROOT / "runtime").rglob("*.py"):
+        room = path.relative_to(ROOT / "runtime").parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        found = {name.split(".")[1] for name in imports_of(path) if name.startswith("runtime.")}
+        assert {name for name in found if rank[name] > rank[room]} == set(), path
+
+
+def test_the_shapes_world_and_the_benchmarks_are_leaves() -> None:
+    """The model knows nothing of `shapes`, and nothing of the product knows its benchmarks."""
+    for path in (ROOT / "latte").glob("*.py"):
+        shapes = {name for name in imports_of(path) if name.startswith("latte.shapes")}
+        assert not shapes or path.name == "commands.py", path
+    for package in ("export", "model_repository", "runtime"):
+        for path in (ROOT / package).rglob("*.py"):
+            if "benchmarks" not in path.parts:
+                assert not {name for name in imports_of(path) if name.startswith("export.benchmarks")}, path
+
+
+def test_the_tests_of_the_runtime_do_not_import_the_exporter() -> None:
+    for path in (ROOT / "tests" / "runtime").rglob("*.py"):
+        assert not {name for name in imports_of(path) if name.partition(".")[0] == "export"}, path
+
+
 def test_vendor_libraries_are_imported_by_their_backend_alone() -> None:
     for path in (ROOT / "runtime").rglob("*.py"):
         if path.name != "onnxruntime.py":

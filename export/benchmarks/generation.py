@@ -341,16 +341,16 @@ def _writing(language: LanguageModel, ids: np.ndarray, past: tuple[DeviceTensor,
 
 @app.command(no_args_is_help=False)
 def generation(
-    size: Annotated[Size, typer.Option(help="Of all models; their weights are random.")] = "shapes",
+    size: Annotated[Size, typer.Option(help="Size of the models; their weights are random.")] = "shapes",
     provider: ProviderName = "cpu",
-    rounds: Annotated[int, typer.Option(help="Of each measurement.", min=1)] = 5,
+    rounds: Annotated[int, typer.Option(help="Number of rounds of each measurement.", min=1)] = 5,
     images: Annotated[list[int] | None, typer.Option(help="Images in a call; 1, 2 and 8 by default.")] = None,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Also time torch.compile.")] = True,
     plot: Annotated[Path | None, typer.Option(help="Draw the comparison here.")] = None,
     against: Against = None,
     as_json: AsJson = False,
 ) -> None:
-    """The expert engines beside a dense twin, an autoregressive twin and PyTorch, in one run.
+    """Compare the expert engines with a dense twin, an autoregressive twin and PyTorch, in one run.
 
     \b
     Examples:

@@ -18,7 +18,7 @@ from export.quantization import QuantizationSettings, quantize_bundle
 from export.verify import relative_error
 from runtime.errors import InputError
 from runtime.machine import products_saturate
-from runtime.manifest import Manifest, load_manifest
+from runtime.manifest import Manifest, load_manifest, save_manifest
 from runtime.pipeline import LatteFlowPipeline
 
 RunCommand = Callable[..., tuple[int, str, str]]
@@ -100,12 +100,33 @@ def test_where_nothing_is_said_to_saturate_nothing_does() -> None:
     assert products_saturate() or (product == size * 255 * 127).all()
 
 
+@pytest.mark.parametrize(
+    ("saturates", "reduced_range", "warns"), [(True, False, True), (True, True, False), (False, False, False)]
+)
 def test_a_doctor_warns_of_full_range_on_a_cpu_without_vnni(
-    exported: Path, monkeypatch: pytest.MonkeyPatch, run_command: RunCommand
+    saturates: bool,
+    reduced_range: bool,
+    warns: bool,
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run_command: RunCommand,
 ) -> None:
-    monkeypatch.setattr("runtime.doctor.products_saturate", lambda: True)
-    _, out, _ = run_command("doctor", exported, "--json")
-    assert "--reduce-range" in out
+    """Whatever this CPU has: the bundle says what it needs, and the CPU what it can."""
+    bundle = Path(shutil.copytree(exported, tmp_path / "bundle"))
+    manifest = load_manifest(bundle)
+    engines = [
+        engine
+        if engine.quantization is None
+        else engine.model_copy(
+            update={"quantization": engine.quantization.model_copy(update={"reduced_range": reduced_range})}
+        )
+        for engine in manifest.engines
+    ]
+    save_manifest(manifest.model_copy(update={"engines": tuple(engines)}), bundle)
+    monkeypatch.setattr("runtime.doctor.products_saturate", lambda: saturates)
+    _, out, _ = run_command("doctor", bundle, "--json")
+    assert ("--reduce-range" in out) == warns
 
 
 def test_inspect_says_how_many_products_are_quantized(exported: Path, run_command: RunCommand) -> None:
