@@ -83,7 +83,7 @@ class TestNative:
 @pytest.mark.parametrize(
     ("provider", "message"),
     [
-        ("cuda", "no CUDAExecutionProvider; install the one that has"),
+        ("cuda", "no CUDAExecutionProvider; install one that has it"),
         ("ort-tensorrt", "no TensorrtExecutionProvider"),
         ("tensorrt", "tensorrt is not installed; install it with: pip install"),
         ("tensorrt-rtx", "needs an NVIDIA GPU and its driver .*latte-flow doctor"),
