@@ -116,7 +116,7 @@ def _trace_in_processes(groups: Sequence[Sequence[Part]], opset: int) -> Iterato
 
 
 def _start_tracing() -> None:
-    """Prepares a process that only traces: each uses one core, and collecting garbage would take a tenth of its time."""
+    """Prepares a process that only traces: one core for each, and no garbage collection, a tenth of the time."""
     torch.set_num_threads(1)
     gc.disable()
 
