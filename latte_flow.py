@@ -11,7 +11,7 @@ Example:
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -63,11 +63,24 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return version("latte-flow")
+        return _version()
     if name not in __all__:
         raise AttributeError(f"module 'latte_flow' has no attribute {name!r}")
-    return getattr(import_module(_MODULES.get(name, "runtime.errors")), name)
+    try:
+        return getattr(import_module(_MODULES.get(name, "runtime.errors")), name)
+    except ModuleNotFoundError as error:
+        if name != "Client":
+            raise
+        # An AttributeError, so that `hasattr` and `from latte_flow import *` work without the extra.
+        raise AttributeError(f'{name} needs {error.name}; install it with: pip install "latte-flow[triton]"') from error
+
+
+def _version() -> str:
+    try:
+        return version("latte-flow")
+    except PackageNotFoundError:  # a source tree that is not installed
+        return "unknown"
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*globals(), *__all__})

@@ -29,7 +29,7 @@ from export.vlm_components import language_component, vision_component
 from export.weights import WeightFiles
 from latte.checkpoint import TORCH_DTYPES, load_checkpoint, load_outline, resolve_checkpoint
 from latte.model import LatteFlow
-from runtime.chat import TEMPLATE_FILE, TOKENIZER_FILE
+from runtime.chat import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from runtime.errors import CheckpointError, InputError
 from runtime.files import check_replaceable, replaced_directory, sha256_of, write_text
 from runtime.image_processor import PROCESSOR_FILE
@@ -47,7 +47,7 @@ from runtime.manifest import (
     save_manifest,
 )
 
-TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", TEMPLATE_FILE, PROCESSOR_FILE)
+TOKENIZER_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, TEMPLATE_FILE, PROCESSOR_FILE)
 PRODUCERS = ("latte-flow", "torch", "transformers", "diffusers", "onnx", "onnxscript", "onnxruntime")
 ALWAYS_FP32: tuple[EngineRole, ...] = ("solver_step", "vae_decoder")
 

@@ -161,7 +161,8 @@ def expert_component(config: LatteFlowConfig, precision: str) -> Component:
     )
     prefix = layer_kv_spec("prefix", "rows", "prefix", config, precision)
     mask = TensorSpec(name="mask", dtype="bool", shape=("rows", 1, 1, "total"))
-    scores = TensorSpec(name="scores", dtype=narrow, shape=("rows", kv_heads, "queries", "total"))
+    queries = "tokens" if heads == kv_heads else "queries"
+    scores = TensorSpec(name="scores", dtype=narrow, shape=("rows", kv_heads, queries, "total"))
     velocity = latents_spec("velocity", "rows", config)
     image = {"rows": 3, "prefix": 5, "latent_height": 8, "latent_width": 6, "tokens": 48}
     tokens = {"rows": 3, "prefix": 5, "tokens": 7, "total": 12, "queries": 7 * heads // kv_heads}

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from functools import cache
@@ -20,6 +21,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+import latte.checkpoint
+import latte.config
 import latte.model
 from export import components, dc_ae, graphs, vlm_components
 from export.components import Part
@@ -29,8 +32,10 @@ from runtime.files import replaced_directory, sha256_of
 from runtime.machine import graph_cache
 
 EXPORTERS = ("torch", "transformers", "diffusers", "onnx", "onnx-ir", "onnxscript")
-SOURCES = (components, vlm_components, dc_ae, graphs, latte.model)
+SOURCES = (components, vlm_components, dc_ae, graphs, latte.checkpoint, latte.config, latte.model)
 """Modules that define what is traced, and how."""
+ENTRY_NAME = re.compile("[0-9a-f]{32}")
+"""Names of entries. Nothing else in the folder is ours."""
 KEPT_SECONDS = 30 * 24 * 3600.0
 """Entries that were not used for so long are deleted."""
 
@@ -50,11 +55,14 @@ class GraphStore:
         if self._folder is None:
             return None
         entry = self._folder / _key(part, opset)
-        for file in entry.glob("*.onnx"):
-            with contextlib.suppress(Exception):  # whatever is wrong with a cached file, the part is traced again
-                if sha256_of(file) == file.stem:
-                    os.utime(entry)
-                    return read_graph(file.read_bytes())
+        with contextlib.suppress(Exception):  # whatever is wrong with a cached file, the part is traced again
+            for file in entry.glob("*.onnx"):
+                content = file.read_bytes()
+                if hashlib.sha256(content).hexdigest() == file.stem:
+                    model = read_graph(content)
+                    with contextlib.suppress(OSError):  # the store may be another user's
+                        os.utime(entry)
+                    return model
         return None
 
     def save(self, part: Part, opset: int, model: ir.Model) -> None:
@@ -66,7 +74,7 @@ class GraphStore:
             (entry / f"{hashlib.sha256(content).hexdigest()}.onnx").write_bytes(content)
         with contextlib.suppress(OSError):
             for entry in self._folder.iterdir():
-                if entry.stat().st_mtime < time.time() - KEPT_SECONDS:
+                if ENTRY_NAME.fullmatch(entry.name) and entry.stat().st_mtime < time.time() - KEPT_SECONDS:
                     shutil.rmtree(entry, ignore_errors=True)
 
 

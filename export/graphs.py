@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any, Protocol
 
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from export.components import Component, Part
+from runtime.errors import EngineError
 from runtime.manifest import TensorSpec
 
 IR_VERSION = 10
@@ -106,13 +108,21 @@ def _trace_in_processes(groups: Sequence[Sequence[Part]], opset: int) -> Iterato
     """Traces groups of parts, each in a process of its own, if that can be faster."""
     busy = sum(bool(group) for group in groups)
     workers = min(busy, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
-    if workers < 2 or sys.platform != "linux":  # only a fork starts with torch imported, and only Linux forks safely
+    # Only a fork starts with torch imported, only Linux forks safely, and a daemon may have no children.
+    if workers < 2 or sys.platform != "linux" or multiprocessing.current_process().daemon:
         yield from (trace_parts(group, opset) for group in groups)
         return
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, context, _start_tracing) as pool:
-        for contents in pool.map(partial(_trace_to_bytes, opset=opset), groups):
-            yield [read_graph(content) for content in contents]
+        try:
+            for contents in pool.map(partial(_trace_to_bytes, opset=opset), groups):
+                yield [read_graph(content) for content in contents]
+        except BrokenProcessPool as error:
+            raise EngineError("a process that traced a graph was killed; is there enough memory?") from error
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 
 def _start_tracing() -> None:
@@ -267,6 +277,12 @@ class GraphAssembly:
         for initializer in graph.initializers.values():
             values[initializer] = self._initializer(initializer, weights)
         for node in graph:
+            size = self._size_of(node, part)
+            if size is not None and size not in self._sizes and node.inputs[0] in zeros:
+                self._sizes[size] = self._size_from(size, graph, inputs)
+            if size is not None and size in self._sizes:
+                values[node.outputs[0]] = self._sizes[size]
+                continue
             if zeros.intersection(node.inputs):
                 if node.op_type == "Add":  # the sum is the other operand
                     (values[node.outputs[0]],) = (values[value] for value in node.inputs if value not in zeros)
@@ -274,9 +290,6 @@ class GraphAssembly:
                     zeros.add(node.outputs[0])
                 else:
                     raise ValueError(f"{node.op_type} of a tensor of zeros is not known to be zero")
-                continue
-            if (size := self._size_of(node, part)) is not None and size in self._sizes:
-                values[node.outputs[0]] = self._sizes[size]
                 continue
             outputs = [ir.Value(name=f"{scope}/{out.name}", type=out.type, shape=out.shape) for out in node.outputs]
             values |= dict(zip(node.outputs, outputs, strict=True))
@@ -335,6 +348,19 @@ class GraphAssembly:
         start, end = (node.attributes.get_int(name, -1) for name in ("start", "end"))
         size = node.inputs[0].shape[start] if node.inputs[0].shape is not None and end == start + 1 else None
         return size.value if isinstance(size, ir.SymbolicDim) else None
+
+    def _size_from(self, axis: str, graph: ir.Graph, given: Sequence[ir.Value | None]) -> ir.Value:
+        """Returns the size of a part's axis from an input that is given; an input of zeros has no tensor to ask."""
+        for declared, value in zip(graph.inputs, given, strict=True):
+            shape = [] if value is None or declared.shape is None else [str(size) for size in declared.shape]
+            if value is not None and axis in shape:
+                index = shape.index(axis)
+                node = ir.node("Shape", [value], attributes={"start": index, "end": index + 1})
+                node.name, node.outputs[0].name = f"Shape_of_{axis}", f"size_of_{axis}"
+                node.outputs[0].dtype, node.outputs[0].shape = ir.DataType.INT64, ir.Shape([1])
+                self._nodes.append(node)
+                return node.outputs[0]
+        raise ValueError(f"only a tensor of zeros has the axis {axis}, so its size is not known")
 
     def _initializer(self, initializer: ir.Value, weights: tuple[str, str]) -> ir.Value:
         """Returns a weight by its name in the graph, or a copy of a constant."""

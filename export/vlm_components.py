@@ -32,7 +32,6 @@ PER_MODEL = {
     "max_window_layers",
     "vocab_size",
     "depth",
-    "max_position_embeddings",
     "transformers_version",
     "dtype",
     "bos_token_id",

@@ -183,7 +183,7 @@ def _from_pretrained(kind: Any, path: Path, dtype: torch.dtype, **options: Any) 
     for index in path.glob("*.index.json"):
         names = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
         if escaping := sorted(name for name in names if Path(name).name != name):
-            raise CheckpointError(f"{index} names {escaping[0]}, which is not a file beside it")
+            raise CheckpointError(f"{index} names {escaping[0]}, which is not a file in the same folder")
     option = "dtype" if kind is Qwen2VLForConditionalGeneration else "torch_dtype"
     try:
         with quiet_libraries():
@@ -222,7 +222,7 @@ def load_flow(flow: FlowTransformer, path: Path) -> None:
                 if tensor.shape != expected[name].shape:
                     problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
                 elif tensor.dtype not in TORCH_DTYPES.values():
-                    problems.append(f"{name} is {tensor.dtype}, expected one of {', '.join(TORCH_DTYPES)}")
+                    problems.append(f"{name} is {tensor.dtype}, expected float32, float16 or bfloat16")
                 else:
                     with torch.no_grad():
                         expected[name].copy_(tensor)

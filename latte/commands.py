@@ -61,7 +61,9 @@ def init(
     Example:
       latte-flow init my-checkpoint --vlm Qwen2-VL-2B-Instruct --vae dc-ae-f32c32-sana-1.0-diffusers
     """
-    precision = renamed_option("--dtype", None if dtype is None else PRECISION_OF[dtype], "--precision", precision)
+    precision = renamed_option(
+        "--dtype", None if dtype is None else PRECISION_OF[dtype], "--precision", precision, "fp16"
+    )
     if (out / "config.json").exists() and not force:
         raise InputError(f"{out} already contains a checkpoint; pass --force to replace it")
     autoencoder = load_vae(vae)

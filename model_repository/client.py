@@ -23,7 +23,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from model_repository.schema import CANCELLED, INPUTS, INVALID, MODEL, NUMPY_DTYPES, UNAVAILABLE
-from runtime.errors import CancelledError, InputError, QueueFullError, ServiceError, one_line
+from runtime.errors import DRAINING, CancelledError, DrainingError, InputError, QueueFullError, ServiceError, one_line
 from runtime.images import png_bytes
 
 _FIELDS = {field.name: field for field in INPUTS}
@@ -203,6 +203,8 @@ def _as_error(error: InferenceServerException, url: str, begun: bool) -> Excepti
         return InputError(message or code)
     if code == CANCELLED:
         return CancelledError(message)
+    if code == UNAVAILABLE and DRAINING in message:
+        return DrainingError(f"{url}: {message}")
     if code == UNAVAILABLE and not begun:
         return QueueFullError(f"{url}: {message}")
     return ServiceError(f"{url}: {code}{colon}{message}")

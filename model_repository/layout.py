@@ -11,14 +11,13 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from model_repository.schema import INPUTS, MODEL, OUTPUTS, Field, Layout, Platform, engine_model
+from model_repository.schema import ENGINE_FILE, INPUTS, MODEL, OUTPUTS, Field, Layout, Platform, engine_model
 from runtime.errors import InputError
 from runtime.files import check_replaceable, link_or_copy, replaced_directory, write_text
 from runtime.manifest import FILE_NAME, EngineEntry, Manifest, check_file, load_manifest
 from runtime.serving.requests import Limits
 
 CONFIG_FILE = "config.pbtxt"
-ENGINE_FILE = "engine.json"
 VERSION = "1"
 TRITON_TYPES = {
     "float32": model_config_pb2.TYPE_FP32,

@@ -24,6 +24,8 @@ from runtime.images import png_bytes
 from runtime.serving.requests import GenerationRequest
 
 MODEL = "latte_flow"
+ENGINE_FILE = "engine.json"
+"""The entry of an engine in the manifest, in its model's folder."""
 Layout = Literal["in-process", "per-engine"]
 Platform = Literal["python", "onnxruntime", "tensorrt"]
 RequestKind = Literal["prompt", "question"]

@@ -30,6 +30,7 @@ from runtime.manifest import Manifest
 Message = Mapping[str, Any]
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 ROLES = ("system", "user", "assistant")
 
 
@@ -58,7 +59,15 @@ class ChatProcessor:
         Raises:
             BundleError: one of them is missing, altered or broken.
         """
-        self.tokenizer = Tokenizer.from_file(str(manifest.tokenizer_file(bundle, TOKENIZER_FILE)))
+        path = manifest.tokenizer_file(bundle, TOKENIZER_FILE)
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise BundleError(f"{path} is not a tokenizer: {one_line(error)}") from error
+        has_config = any(entry.path == TOKENIZER_CONFIG_FILE for entry in manifest.tokenizer_files)
+        self._variables = _template_variables(
+            manifest.tokenizer_file(bundle, TOKENIZER_CONFIG_FILE) if has_config else None
+        )
         self._template = compile_template(manifest.tokenizer_file(bundle, TEMPLATE_FILE).read_text(encoding="utf-8"))
         self._bundle = bundle
         self._manifest = manifest
@@ -116,7 +125,7 @@ class ChatProcessor:
     def _encode(self, conversation: Sequence[Message]) -> list[int]:
         """Renders the chat template and tokenises the result."""
         try:
-            text = self._template.render(messages=conversation, add_generation_prompt=True)
+            text = self._template.render(messages=conversation, add_generation_prompt=True, **self._variables)
         except TemplateError as error:
             raise InputError(f"the model's chat template refuses the conversation: {one_line(error)}") from error
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -191,6 +200,21 @@ def compile_template(source: str) -> Template:
         return environment.from_string(source)
     except TemplateError as error:
         raise BundleError(f"the bundle's chat template is broken: {one_line(error)}") from error
+
+
+def _template_variables(tokenizer_config: Path | None) -> dict[str, Any]:
+    """Returns what transformers passes to a chat template besides the messages: special tokens, no tools, no documents.
+
+    Raises:
+        BundleError: the file is broken.
+    """
+    try:
+        config = {} if tokenizer_config is None else json.loads(tokenizer_config.read_text(encoding="utf-8"))
+        tokens = {name: value for name, value in config.items() if name.endswith("_token") and value is not None}
+    except (ValueError, AttributeError) as error:
+        raise BundleError(f"{tokenizer_config} is not a tokenizer's config: {one_line(error)}") from error
+    texts = {name: value["content"] if isinstance(value, dict) else value for name, value in tokens.items()}
+    return {"tools": None, "documents": None, **{n: text for n, text in texts.items() if isinstance(text, str)}}
 
 
 def user_message(images: Sequence[ImageInput], question: str) -> Message:

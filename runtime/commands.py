@@ -74,6 +74,8 @@ def generate(
     tracer = Tracer(open_backend(provider, parse_pairs(provider_option, "--provider-option")))
     with LatteFlowPipeline(bundle, load_manifest(bundle), tracer, low_memory=low_memory) as pipe:
         make_writable_folder(out)
+        if trace is not None:
+            make_writable_folder(trace.absolute().parent)
         with progress_bar(transient=True) as progress:
             task = progress.add_task("sample", total=max(num_inference_steps, 0))
             output = pipe(

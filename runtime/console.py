@@ -41,10 +41,18 @@ def parse_pairs(texts: Iterable[str] | None, option: str) -> dict[str, str]:
     return pairs
 
 
-def renamed_option(old: str, old_value: ValueT | None, new: str, value: ValueT) -> ValueT:
-    """Returns the value of an option that was renamed; its old, hidden name still works and says so."""
+def renamed_option(
+    old: str, old_value: ValueT | None, new: str, value: ValueT, default: ValueT | None = None
+) -> ValueT:
+    """Returns the value of an option that was renamed; its old, hidden name still works and says so.
+
+    Raises:
+        InputError: both were given.
+    """
     if old_value is None:
         return value
+    if value != default:
+        raise InputError(f"{old} is the old name of {new}; give {new} only")
     stderr.print(f"note: {old} is now {new}; the old name will be removed in the next release", markup=False)
     return old_value
 

@@ -15,7 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from runtime.errors import LatteFlowError, one_line
+from runtime.errors import InputError, LatteFlowError, one_line
+from runtime.files import make_writable_folder
 from runtime.machine import Gpu, find_gpu, graph_cache, products_saturate
 from runtime.manifest import EngineEntry, PlanProvider, load_manifest
 from runtime.plans import TENSORRT, usable_plan
@@ -73,8 +74,15 @@ def _disk(where: Path) -> Finding:
 
 
 def _graph_cache() -> Finding:
+    fix = "exports trace every graph anew; set LATTE_FLOW_CACHE to a folder that can be written"
     folder = graph_cache()
-    sizes = [file.stat().st_size for file in folder.glob("*/*.onnx")]
+    if folder is None:
+        return Finding("graph cache", "missing", "this user has no home folder", fix)
+    try:
+        make_writable_folder(folder)
+        sizes = [file.stat().st_size for file in folder.glob("*/*.onnx")]
+    except (InputError, OSError) as error:
+        return Finding("graph cache", "missing", f"{folder} cannot be written: {one_line(error)}", fix)
     return Finding("graph cache", "ok", f"{folder}: {len(sizes)} graphs, {sum(sizes) / 1e6:.1f} MB")
 
 

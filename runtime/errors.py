@@ -19,6 +19,9 @@ it and exits with the class's `exit_code`.
 
 from __future__ import annotations
 
+DRAINING = "the service is shutting down"
+"""Begins the message of a `DrainingError`. A client knows the error by it, since Triton has no code for it."""
+
 
 class LatteFlowError(Exception):
     """The base class of all errors that a user can cause."""

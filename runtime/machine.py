@@ -48,11 +48,17 @@ def products_saturate(cpuinfo: Path = CPU_INFO) -> bool:
     return bool(flags) and not flags & {"avx512_vnni", "avx_vnni"}
 
 
-def graph_cache() -> Path:
-    """Returns the folder for traced graphs: `graphs` in `$LATTE_FLOW_CACHE`, or in the user's cache folder."""
-    if given := os.environ.get("LATTE_FLOW_CACHE"):
-        return Path(given) / "graphs"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latte-flow" / "graphs"
+def graph_cache() -> Path | None:
+    """Returns the folder for traced graphs: `graphs` in `$LATTE_FLOW_CACHE`, or in the user's cache folder.
+
+    Returns None for a user without a home.
+    """
+    try:
+        if given := os.environ.get("LATTE_FLOW_CACHE"):
+            return Path(given).expanduser() / "graphs"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latte-flow" / "graphs"
+    except RuntimeError:
+        return None
 
 
 def _cpu_facts(cpuinfo: Path) -> list[tuple[str, str]]:

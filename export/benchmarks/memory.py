@@ -45,6 +45,8 @@ class ExportFootprint:
     interpreter_mb: float
     """Largest resident memory with all libraries imported, before the checkpoint is opened."""
     peak_mb: float
+    tracing_mb: float
+    """Largest resident memory of a process that traced graphs; it shares the libraries' pages with its parent."""
     checkpoint_mb: float
     """Size of the checkpoint on disk."""
 
@@ -108,7 +110,8 @@ def memory(
         above = export_footprint.peak_mb - export_footprint.interpreter_mb
         stdout.print(
             f"export of {export_footprint.checkpoint_mb / 1000:.2f} GB: {export_footprint.seconds:.0f} s, at most "
-            f"{above:.0f} MB above the {export_footprint.interpreter_mb:.0f} MB of the interpreter with its libraries"
+            f"{above:.0f} MB above the {export_footprint.interpreter_mb:.0f} MB of the interpreter with its libraries; "
+            f"the largest process that traced graphs had {export_footprint.tracing_mb:.0f} MB"
         )
         if footprints:
             table = Table("engines in memory", "first image", "second image", "peak MB above the interpreter")

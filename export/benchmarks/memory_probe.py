@@ -9,6 +9,7 @@ It imports nothing that drawing does not need, which is why it is not part of `e
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -42,11 +43,17 @@ def _draw(bundle: str, provider: str, low_memory: str) -> dict[str, float]:
 
 def _export(checkpoint: str, bundle: str, precision: Precision) -> dict[str, float]:
     from export.bundle import export_bundle  # drawing does not need its libraries
+    from export.graph_store import GraphStore
 
     interpreter = _peak_mb()
     started = time.perf_counter()
-    export_bundle(checkpoint, Path(bundle), precision=precision, verify=False)
-    return {"seconds": time.perf_counter() - started, "interpreter_mb": interpreter, "peak_mb": _peak_mb()}
+    export_bundle(checkpoint, Path(bundle), precision=precision, verify=False, store=GraphStore(None))
+    return {
+        "seconds": time.perf_counter() - started,
+        "interpreter_mb": interpreter,
+        "peak_mb": _peak_mb(),
+        "tracing_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6,
+    }
 
 
 if __name__ == "__main__":

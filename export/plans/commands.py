@@ -52,9 +52,9 @@ def build(
       latte-flow build bundle --max rows=32 --opt rows=8 --engine expert_0 --engine expert_1
       latte-flow build bundle --provider tensorrt-rtx --compute-capability 8.9 --dry-run
     """
-    provider = renamed_option("--backend", backend, "--provider", provider)
+    provider = renamed_option("--backend", backend, "--provider", provider, "tensorrt")
     engine = renamed_option("--engines", engines, "--engine", engine)
-    dry_run = renamed_option("--explain", explain, "--dry-run", dry_run)
+    dry_run = renamed_option("--explain", explain, "--dry-run", dry_run, False)
     options = BuildOptions(
         provider=provider,
         optimization_level=optimization_level,

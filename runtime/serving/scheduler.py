@@ -20,7 +20,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from runtime.errors import CancelledError, DeadlineError, DrainingError, QueueFullError
+from runtime.errors import DRAINING, CancelledError, DeadlineError, DrainingError, QueueFullError
 from runtime.flow_time import ExpertSchedule, initial_latents, time_grid
 from runtime.rows import PrefixRow, is_guided
 from runtime.serving.requests import Event, GenerationRequest, Handle, Limits, Listener
@@ -266,7 +266,7 @@ class Scheduler:
         with self._work:
             if self._draining:
                 self.statistics.rejected += 1
-                raise DrainingError("the service is shutting down and takes no new requests; ask another one")
+                raise DrainingError(f"{DRAINING} and takes no new requests; ask another one")
             if len(self._jobs) + len(jobs) > self.limits.max_queued_images:
                 self.statistics.rejected += 1
                 raise QueueFullError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -70,11 +70,39 @@ def test_a_folder_that_cannot_be_written_is_no_error(solver: Component, tmp_path
 
 
 def test_entries_that_nobody_used_for_a_month_are_deleted(solver: Component, tmp_path: Path) -> None:
-    (tmp_path / "old").mkdir()
+    """And nothing else in that folder is."""
     long_ago = time.time() - 40 * 24 * 3600
-    os.utime(tmp_path / "old", (long_ago, long_ago))
+    for name in ("0123456789abcdef" * 2, "my-figures"):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (long_ago, long_ago))
     graph_of(solver, GraphStore(tmp_path))
-    assert not (tmp_path / "old").exists()
+    assert not (tmp_path / ("0123456789abcdef" * 2)).exists()
+    assert (tmp_path / "my-figures").exists()
+
+
+def test_a_store_of_another_user_is_read(
+    solver: Component, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    first = graph_of(solver, GraphStore(tmp_path))
+
+    def not_permitted(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", not_permitted)
+    request.getfixturevalue("no_tracing")
+    assert graph_of(solver, GraphStore(tmp_path)) == first
+
+
+def test_an_entry_that_another_process_replaces_is_no_error(
+    solver: Component, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = graph_of(solver, GraphStore(tmp_path))
+
+    def gone(_: Path, pattern: str) -> Iterator[Path]:
+        raise FileNotFoundError(pattern)
+
+    monkeypatch.setattr(Path, "glob", gone)
+    assert graph_of(solver, GraphStore(tmp_path)) == first
 
 
 def test_a_second_export_traces_nothing_unless_it_is_told_to(

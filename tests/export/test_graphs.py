@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from export.benchmarks.random_models import one_group
+from export.benchmarks.random_models import export_random_expert, one_group
 from export.components import Component, expert_component
 from export.graph_store import GraphStore
 from export.graphs import GraphAssembly, make_graphs, read_graph, trace_parts, write_graph
 from latte.config import LatteFlowConfig
-from latte.model import LatteFlow
+from latte.model import FlowTransformer, LatteFlow
+from runtime.backends import open_backend
 from runtime.manifest import TensorSpec
 
 
@@ -92,3 +97,29 @@ def test_a_component_whose_parts_do_not_fit_its_outputs_is_refused(
 def test_an_opset_of_ones_own_is_the_graphs(config: LatteFlowConfig) -> None:
     (model,) = make_graphs([expert_component(config, "fp32")], 20, GraphStore(None))
     assert model.opset_imports[""] == 20
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_an_expert_with_as_many_key_value_heads_as_query_heads(
+    heads: int, config: LatteFlowConfig, tmp_path: Path
+) -> None:
+    """Then queries and tokens are one axis, whose size the first layer cannot ask the scores of a layer before for."""
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": heads, "mrope_section": (16 // heads - 2, 1, 1)}
+    equal = one_group(config.model_copy(update=sizes), 2)
+    entry = export_random_expert(tmp_path, "fp32", equal)
+    flow = FlowTransformer(equal).eval()
+    weights = load_file(tmp_path / entry.files[1].path)
+    loaded = flow.load_state_dict(
+        {name.removeprefix("flow."): weight for name, weight in weights.items()}, strict=False
+    )
+    assert loaded.missing_keys == []
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn((3, config.latent_channels, 4, 6), generator=generator)
+    prefix = torch.randn((2, 2, 3, heads, 5, 32 // heads), generator=generator)
+    mask, timestep = torch.ones((3, 5), dtype=torch.bool), torch.full((3,), 0.5)
+    with torch.no_grad():
+        expected = flow(latents, timestep, prefix, mask, 0).numpy()
+    feed = {"latents": latents, "timestep": timestep, "prefix_kv": prefix, "prefix_mask": mask}
+    session = open_backend("cpu").load(tmp_path, entry)
+    velocity = session.run({name: tensor.numpy() for name, tensor in feed.items()})["velocity"].numpy()
+    np.testing.assert_allclose(velocity, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())

@@ -113,6 +113,7 @@ def test_renamed_options_still_work_and_say_so(
     assert code == 0, error
     assert "solver_step" in out
     assert "expert_0" not in out
+    assert run_command("build", bundle, "--engine", "expert_0", "--engines", "solver_step", "--dry-run")[0] == 2
     for name in ("--backend is now --provider", "--engines is now --engine", "--explain is now --dry-run"):
         assert name in error
     missing = ("init", tmp_path / "new", "--vlm", tmp_path / "nothing", "--vae", tmp_path / "nothing")

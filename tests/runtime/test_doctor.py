@@ -41,6 +41,14 @@ def test_a_machine_without_a_gpu_is_fine(
     assert "NVIDIA driver" in out
 
 
+@pytest.mark.parametrize("folder", ["/dev/null", "/proc/nope"])
+def test_a_cache_that_cannot_be_written_is_missing(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATTE_FLOW_CACHE", folder)
+    found = by_name(examine())["graph cache"]
+    assert found.state == "missing"
+    assert "LATTE_FLOW_CACHE" in found.fix
+
+
 def test_a_gpu_that_onnx_runtime_cannot_use_is_a_problem_with_its_fix(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run_command: RunCommand
 ) -> None:

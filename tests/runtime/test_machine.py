@@ -37,3 +37,16 @@ def test_the_cache_is_where_the_user_wants_it(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.delenv("LATTE_FLOW_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert graph_cache() == tmp_path / "xdg" / "latte-flow" / "graphs"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LATTE_FLOW_CACHE", "~/cache")
+    assert graph_cache() == tmp_path / "cache" / "graphs"
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("LATTE_FLOW_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert graph_cache() is None

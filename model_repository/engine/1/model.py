@@ -8,7 +8,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from model_repository.layout import ENGINE_FILE
+from model_repository.schema import ENGINE_FILE
 from runtime.backends import open_backend
 from runtime.errors import one_line
 from runtime.manifest import EngineEntry, check_file
