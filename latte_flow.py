@@ -71,7 +71,7 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if name != "Client":
             raise
-        # An AttributeError, so that `hasattr` and `from latte_flow import *` work without the extra.
+        # An AttributeError, so that `hasattr` works without the extra.
         raise AttributeError(f'{name} needs {error.name}; install it with: pip install "latte-flow[triton]"') from error
 
 

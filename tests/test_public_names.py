@@ -51,3 +51,13 @@ def test_importing_it_imports_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""
+
+
+def test_a_client_without_its_extra_is_an_attribute_that_is_missing() -> None:
+    code = (
+        "import sys; sys.modules['tritonclient'] = None\n"
+        "import latte_flow; assert not hasattr(latte_flow, 'Client'); assert latte_flow.LatteFlowPipeline\n"
+        "latte_flow.Client"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stderr.strip().splitlines()[-1].endswith('install it with: pip install "latte-flow[triton]"')

@@ -228,9 +228,9 @@ class Metrics:
         key = (family, label, value)
         if key not in self._counters:
             self._counters[key] = (self._families[family].Metric(labels={label: value}), 0.0)
-        metric, told = self._counters[key]
-        if total > told:
-            metric.increment(total - told)
+        metric, reported = self._counters[key]
+        if total > reported:
+            metric.increment(total - reported)
             self._counters[key] = (metric, total)
 
 
@@ -260,5 +260,5 @@ def send_error(sender: Any, error: Exception) -> None:
         message = one_line(error)
     else:
         pb_utils.Logger.log_error(f"latte_flow: {type(error).__name__}: {one_line(error)}")
-    told = pb_utils.TritonError(f"{code}: {message}", getattr(pb_utils.TritonError, code))
-    sender.send(pb_utils.InferenceResponse(error=told), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    failure = pb_utils.TritonError(f"{code}: {message}", getattr(pb_utils.TritonError, code))
+    sender.send(pb_utils.InferenceResponse(error=failure), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
