@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         MissingExtraError,
         QueueFullError,
         ServiceError,
+        TrainingError,
         VerificationError,
     )
     from runtime.manifest import load_manifest
@@ -49,6 +50,7 @@ __all__ = [
     "MissingExtraError",
     "QueueFullError",
     "ServiceError",
+    "TrainingError",
     "VerificationError",
     "__version__",
     "load_manifest",

@@ -4,6 +4,7 @@
     ├── InputError         an argument that cannot work: a prompt, a number, an output folder
     ├── BundleError        a bundle that is missing, incomplete, altered, or of another version
     ├── CheckpointError    a checkpoint that is missing, incomplete, or does not fit together
+    ├── TrainingError      a training run that cannot go on
     ├── MissingExtraError  an optional part of latte-flow that is not installed
     ├── VerificationError  engines that do not compute what PyTorch computes
     ├── EngineError        an engine that failed to load or to run
@@ -39,6 +40,12 @@ class BundleError(LatteFlowError):
 
 class CheckpointError(LatteFlowError):
     """A checkpoint that cannot be used."""
+
+
+class TrainingError(LatteFlowError):
+    """A training run that cannot go on."""
+
+    exit_code = 1
 
 
 class MissingExtraError(LatteFlowError):

@@ -24,6 +24,7 @@ NAMES = [
     "MissingExtraError",
     "QueueFullError",
     "ServiceError",
+    "TrainingError",
     "VerificationError",
     "__version__",
     "load_manifest",

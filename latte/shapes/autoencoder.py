@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -76,6 +76,9 @@ class AutoencoderStage:
 
     def trainable(self) -> nn.Module:
         return self.autoencoder
+
+    def frozen(self) -> Sequence[nn.Module]:
+        return ()
 
     def losses(self, step: int, rng: np.random.Generator) -> Iterator[tuple[str, Tensor]]:
         pixels = pixels_from_scenes(rng, self.batch_size, self.device, sample_busy_scene)

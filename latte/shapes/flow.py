@@ -5,7 +5,7 @@ A batch is used for one round of K steps, one for each group, so that images and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +55,9 @@ class FlowStage:
 
     def trainable(self) -> nn.Module:
         return self.model.flow
+
+    def frozen(self) -> Sequence[nn.Module]:
+        return (self.model.vlm, self.model.vae)
 
     def losses(self, step: int, rng: np.random.Generator) -> Iterator[tuple[str, Tensor]]:
         schedule = self.model.config.schedule

@@ -6,7 +6,7 @@ signal for a tower with random weights. The classification heads are discarded a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -81,6 +81,9 @@ class VisionStage:
 
     def trainable(self) -> nn.Module:
         return self.module
+
+    def frozen(self) -> Sequence[nn.Module]:
+        return ()
 
     def losses(self, step: int, rng: np.random.Generator) -> Iterator[tuple[str, Tensor]]:
         scenes = [sample_busy_scene(rng) for _ in range(self.batch_size)]

@@ -291,6 +291,9 @@ class VlmStage:
     def trainable(self) -> nn.Module:
         return self.vlm
 
+    def frozen(self) -> Sequence[nn.Module]:
+        return ()  # the vision tower is a part of the module
+
     def losses(self, step: int, rng: np.random.Generator) -> Iterator[tuple[str, Tensor]]:
         batch = self.encoder.encode([sample_conversation(rng) for _ in range(self.batch_size)], self.device)
         hidden = self.vlm.model(

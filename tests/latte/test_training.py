@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from latte.checkpoint import load_checkpoint
@@ -25,8 +27,8 @@ from latte.shapes.vlm import (
     small_vlm,
     train_tokenizer,
 )
-from latte.training import Stage, TrainSettings, train
-from runtime.errors import CheckpointError, InputError
+from latte.training import Stage, TrainSettings, _optimizer, plot_losses, train
+from runtime.errors import CheckpointError, InputError, TrainingError
 from tests.tiny import tiny_model, tiny_vlm
 
 
@@ -113,8 +115,37 @@ def test_the_term_for_kinds_is_the_share_of_another_kind_whatever_its_size() -> 
 
 def test_a_run_goes_on_only_with_the_settings_that_it_began_with(tmp_path: Path) -> None:
     train(make_stage("autoencoder"), settings(2), tmp_path)
-    with pytest.raises(CheckpointError, match="other settings"):
-        train(make_stage("autoencoder"), settings(3), tmp_path)
+    with pytest.raises(CheckpointError, match=r"learning_rate was 0\.002, is 0\.001"):
+        train(make_stage("autoencoder"), settings(2, learning_rate=1e-3), tmp_path)
+    with pytest.raises(CheckpointError, match="2 steps are done, 1 are asked for"):
+        train(make_stage("autoencoder"), settings(1), tmp_path)
+
+
+def test_a_run_can_be_extended(tmp_path: Path) -> None:
+    train(make_stage("autoencoder"), settings(2), tmp_path)
+    train(make_stage("autoencoder"), settings(4), tmp_path)
+    with safe_open(tmp_path / "autoencoder.safetensors", framework="pt") as file:
+        assert file.metadata()["step"] == "4"
+
+
+def test_a_run_does_not_go_on_with_another_autoencoder(tmp_path: Path) -> None:
+    train(make_stage("flow"), settings(2), tmp_path)
+    other = make_stage("flow")
+    with torch.no_grad():
+        next(other.frozen()[1].parameters()).add_(0.1)
+    with pytest.raises(CheckpointError, match="parts that are not trained"):
+        train(other, settings(4), tmp_path)
+
+
+def test_a_state_that_cannot_be_read_is_not_the_only_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(make_stage("autoencoder"), settings(6, save_every_seconds=1e-6), tmp_path)
+    (tmp_path / "autoencoder.safetensors").write_bytes(b"cut off")
+    train(make_stage("autoencoder"), settings(6), tmp_path)
+    assert "going on from" in capsys.readouterr().err
+    for path in tmp_path.glob("*.safetensors"):
+        path.write_bytes(b"cut off")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        train(make_stage("autoencoder"), settings(6), tmp_path)
 
 
 def test_a_save_that_is_cut_off_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,8 +167,50 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     stage = make_stage("autoencoder")
     with torch.no_grad():
         next(stage.trainable().parameters()).fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+    with pytest.raises(TrainingError, match="lower the learning rate"):
         train(stage, settings(2), tmp_path)
+
+
+def test_a_gradient_that_is_not_finite_touches_nothing(tmp_path: Path) -> None:
+    stage = make_stage("autoencoder")
+    losses = stage.losses
+
+    def with_infinite_gradient(step: int, rng: np.random.Generator) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, loss in losses(step, rng):
+            zero = next(stage.trainable().parameters()).sum() * 0
+            yield name, loss + zero.sqrt()  # finite, with a slope that is not
+
+    stage.losses = with_infinite_gradient  # type: ignore[method-assign]
+    before = [p.detach().clone() for p in stage.trainable().parameters()]
+    with pytest.raises(TrainingError, match="gradient's norm is nan"):
+        train(stage, settings(2), tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(before, stage.trainable().parameters(), strict=True))
+
+
+def test_weight_decay_spares_what_is_neutral_at_other_values_than_zero() -> None:
+    stage = make_stage("flow")
+    parameters = dict(stage.trainable().named_parameters())
+    decayed, spared = _optimizer(parameters, settings(1)).param_groups
+    names = {id(p): name for name, p in parameters.items()}
+    assert all(names[id(p)].endswith((".bias", "norm.weight", "_table")) for p in spared["params"])
+    assert all(names[id(p)].endswith(".weight") and "norm" not in names[id(p)] for p in decayed["params"])
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0)
+
+
+@pytest.mark.parametrize("groups", [1, 3, 28])
+def test_losses_are_plotted_for_any_number_of_groups(groups: int, tmp_path: Path) -> None:
+    log = tmp_path / "flow.jsonl"
+    rows = [
+        {
+            "step": 20 * (i + 1),
+            "seconds": float(i),
+            **{f"group_{(20 * i + k) % groups}": 1.0 / (i + 1) for k in range(20)},
+        }
+        for i in range(30)
+    ]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot_losses(log, tmp_path / "flow.png")
+    assert (tmp_path / "flow.png").stat().st_size > 10_000
 
 
 def test_all_groups_are_trained_equally_often(tmp_path: Path) -> None:
