@@ -89,7 +89,8 @@ def load_checkpoint(name_or_path: str | Path, dtype: torch.dtype = torch.float32
 
     Args:
         name_or_path: the name of a shipped checkpoint, or a folder.
-        dtype: dtype of the weights in memory, whatever it is on disk. `LatteFlow.generate` needs float32.
+        dtype: dtype of the weights in memory, whatever it is on disk. Rotary frequencies stay
+            float32.
 
     Raises:
         CheckpointError: a file or weight is missing, unexpected or has another shape. All differences of one file are
@@ -102,7 +103,9 @@ def load_checkpoint(name_or_path: str | Path, dtype: torch.dtype = torch.float32
     _check_geometry(config, vlm, vae)
     flow = FlowTransformer(config)
     load_flow(flow, path / "model.safetensors")
-    model = LatteFlow(config, flow.to(dtype), vlm, vae, load_tokenizer(path))
+    for parameter in flow.parameters():  # not the buffers, which are rotary frequencies
+        parameter.data = parameter.data.to(dtype)
+    model = LatteFlow(config, flow, vlm, vae, load_tokenizer(path))
     if config.variant == "blend":
         share_with_vlm(flow, vlm)
     return model.eval()

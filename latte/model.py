@@ -30,7 +30,16 @@ from transformers import PreTrainedTokenizerBase, Qwen2VLForConditionalGeneratio
 from latte.config import LatteFlowConfig
 from latte.sampling import SampleStep, guided, sample
 from runtime.errors import InputError
-from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_SHIFT, DEFAULT_STEPS, initial_latents, time_grid
+from runtime.flow_time import (
+    DEFAULT_GUIDANCE_SCALE,
+    DEFAULT_SHIFT,
+    DEFAULT_STEPS,
+    check_finite,
+    check_guidance_scale,
+    check_seeds,
+    initial_latents,
+    time_grid,
+)
 
 TIME_FREQUENCIES = 256
 """Size of the sinusoidal embedding of time, F: F/2 cosines, then F/2 sines."""
@@ -399,7 +408,8 @@ class LatteFlow(nn.Module):
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Decodes normalised latents `[B, C, H, W]` to images, `[B, height, width, 3]` uint8."""
-        pixels = self.vae.decode(latents * self.latents_std + self.latents_mean).sample  # [B, 3, height, width]
+        encoded = (latents * self.latents_std + self.latents_mean).to(self.vae.dtype)
+        pixels = self.vae.decode(encoded).sample  # [B, 3, height, width]
         return pixels_to_uint8(pixels)
 
     @torch.no_grad()
@@ -436,14 +446,28 @@ class LatteFlow(nn.Module):
             images, `[B, height, width, 3]` uint8; with `output_type="latent"`, latents, `[B, C, H, W]` float32.
 
         Raises:
-            InputError: a prompt is too long, the solver is unknown, or the steps or the shift are not positive.
+            InputError: an argument cannot work, such as a prompt that is too long or a list of another length.
+            EngineError: the latents are not finite.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-        scales = torch.tensor(guidance_scale, dtype=torch.float32).expand(len(prompts))
-        device = self.latents_mean.device
+        scale_list = (
+            [guidance_scale] * len(prompts) if isinstance(guidance_scale, (int, float)) else list(guidance_scale)
+        )
+        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        for name, values in (("negative_prompt", negatives), ("guidance_scale", scale_list), ("seed", seeds)):
+            if len(values) != len(prompts):
+                raise InputError(
+                    f"{name} must be one value or one for each of {len(prompts)} prompts, got {len(values)}"
+                )
+        if output_type not in ("np", "latent"):
+            raise InputError(f'output_type must be "np" or "latent", got {output_type!r}')
+        for scale in scale_list:
+            check_guidance_scale(scale)
+        check_seeds(seeds)
+        scales = torch.tensor(scale_list, dtype=torch.float32)
+        device, dtype = self.latents_mean.device, self.flow.latent_embed.weight.dtype
         if latents is None:
-            seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
             latents = torch.from_numpy(initial_latents(seeds, (self.config.latent_channels, *self.config.latent_size)))
         guided_rows = [i for i, scale in enumerate(scales.tolist()) if scale != 1.0]
         prefix = self.encode_prompts([*prompts, *(negatives[i] for i in guided_rows)])
@@ -453,11 +477,13 @@ class LatteFlow(nn.Module):
             led = guided_rows if guidance_interval[0] <= t < guidance_interval[1] else []
             rows = x[[*conditioned, *led]]  # [R, C, H, W]
             times = torch.full((len(rows),), t, device=device)
-            v = self.flow(rows, times, prefix.kv[group][:, :, : len(rows)], prefix.mask[: len(rows)], group)
+            kv, mask = prefix.kv[group][:, :, : len(rows)], prefix.mask[: len(rows)]
+            v = self.flow(rows.to(dtype), times, kv, mask, group).float()
             return guided(v[: len(prompts)], v[len(prompts) :], led, scales.to(device))  # [B, C, H, W]
 
         times = time_grid(num_inference_steps, shift)
         result = sample(velocity, latents.to(device), times, self.config.schedule, solver, callback_on_step_end)
+        check_finite(result.float().cpu().numpy())
         if output_type == "latent":
             return result.cpu().numpy()
         return self.decode_latents(result).cpu().numpy()

@@ -14,11 +14,14 @@ from collections.abc import Sequence
 import numpy as np
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from runtime.errors import InputError
+from runtime.errors import EngineError, InputError
 
 DEFAULT_STEPS = 20
 DEFAULT_GUIDANCE_SCALE = 3.0
 DEFAULT_SHIFT = 1.0
+LARGEST_GUIDANCE_SCALE = 100.0
+LARGEST_SHIFT = 100.0
+LARGEST_SEED = 2**63 - 1
 
 
 class ExpertSchedule(BaseModel):
@@ -80,14 +83,38 @@ def time_grid(num_inference_steps: int, shift: float = DEFAULT_SHIFT) -> list[fl
             2403.03206, eq. 23). Above 1 the steps are shorter near the noise.
 
     Raises:
-        InputError: fewer than one step, or a shift that is not positive.
+        InputError: fewer than one step, or a shift that is out of range.
     """
     if num_inference_steps < 1:
         raise InputError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-    if not 0 < shift < float("inf"):
-        raise InputError(f"shift must be a positive number, got {shift}")
+    if not 1 / LARGEST_SHIFT <= shift <= LARGEST_SHIFT:
+        raise InputError(f"shift must be from {1 / LARGEST_SHIFT:g} to {LARGEST_SHIFT:g}, got {shift:g}")
     times = [i / num_inference_steps for i in range(num_inference_steps + 1)]
     return [t / (t + shift * (1 - t)) for t in times] if shift != 1.0 else times
+
+
+def check_guidance_scale(scale: float) -> None:
+    """Raises `InputError` for a scale with which latents leave the range of fp32, or of any image."""
+    if not abs(scale) <= LARGEST_GUIDANCE_SCALE:
+        largest = f"{LARGEST_GUIDANCE_SCALE:g}"
+        raise InputError(f"guidance_scale must be from -{largest} to {largest}, got {scale:g}")
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raises `InputError` for a seed that is not a non-negative 64-bit integer, the type that a service takes."""
+    for seed in (min(seeds), max(seeds)):
+        if not 0 <= seed <= LARGEST_SEED:
+            raise InputError(f"a seed must be from 0 to {LARGEST_SEED}, got {seed}")
+
+
+def check_finite(latents: np.ndarray) -> None:
+    """Raises `EngineError` for latents `[B, C, H, W]` that are not finite: they would decode to one flat colour."""
+    if not np.isfinite(latents).all():
+        broken = [i for i, row in enumerate(latents) if not np.isfinite(row).all()]
+        raise EngineError(
+            f"the latents of {len(broken)} of {len(latents)} images are not finite numbers (image {broken[0]} is the "
+            "first); try a smaller guidance scale, or an fp32 bundle"
+        )
 
 
 def initial_latents(seeds: Sequence[int], shape: tuple[int, int, int]) -> np.ndarray:

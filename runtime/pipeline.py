@@ -19,7 +19,16 @@ from runtime.backends import Backend, Value, open_backend, to_host
 from runtime.chat import ChatProcessor, Message, user_message
 from runtime.engines import EngineSet
 from runtime.errors import InputError
-from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_SHIFT, DEFAULT_STEPS, initial_latents, time_grid
+from runtime.flow_time import (
+    DEFAULT_GUIDANCE_SCALE,
+    DEFAULT_SHIFT,
+    DEFAULT_STEPS,
+    check_finite,
+    check_guidance_scale,
+    check_seeds,
+    initial_latents,
+    time_grid,
+)
 from runtime.images import ImageInput
 from runtime.language import LanguageModel
 from runtime.manifest import Manifest, load_manifest
@@ -147,6 +156,7 @@ class LatteFlowPipeline:
         clock.lap("prefix")
         on_step = None if callback_on_step_end is None else _adapt(self, callback_on_step_end)
         final = sampler.run(noise, times, on_step)
+        check_finite(to_host(final))
         clock.lap("sample")
         images: Any = to_host(final) if output_type == "latent" else self.decode(final)
         if output_type == "pil":
@@ -220,8 +230,7 @@ class LatteFlowPipeline:
             prompts, negative_prompts, guidance_scales: one of each for each image.
         """
         for scale in guidance_scales:
-            if not np.isfinite(scale):
-                raise InputError(f"guidance_scale must be a finite number, got {scale}")
+            check_guidance_scale(scale)
         guided = [
             negative for negative, scale in zip(negative_prompts, guidance_scales, strict=True) if is_guided(scale)
         ]
@@ -294,8 +303,7 @@ class LatteFlowPipeline:
         seeds = [seed + i for i in range(count)] if isinstance(seed, (int, np.integer)) else [int(s) for s in seed]
         if len(seeds) != count:
             raise InputError(f"seed must be one number or one for each of {count} images, got {len(seeds)}")
-        if min(seeds) < 0:
-            raise InputError(f"a seed must not be negative, got {min(seeds)}")
+        check_seeds(seeds)
         return initial_latents(seeds, shape), list(seeds)
 
     def close(self) -> None:

@@ -11,7 +11,13 @@ from typing import Literal
 import numpy as np
 
 from runtime.errors import InputError
-from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_SHIFT, DEFAULT_STEPS
+from runtime.flow_time import (
+    DEFAULT_GUIDANCE_SCALE,
+    DEFAULT_SHIFT,
+    DEFAULT_STEPS,
+    check_guidance_scale,
+    check_seeds,
+)
 
 Listener = Callable[["Handle", "Event"], None]
 PRIORITIES = range(-2, 3)
@@ -65,10 +71,8 @@ class GenerationRequest:
         ):
             if not 1 <= value <= largest:
                 raise InputError(f"{name} must be from 1 to {largest}, got {value}")
-        if not np.isfinite(self.guidance_scale):
-            raise InputError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
-        if self.seed < 0:
-            raise InputError(f"a seed must not be negative, got {self.seed}")
+        check_guidance_scale(self.guidance_scale)
+        check_seeds((self.seed, self.seed + self.num_images - 1))
         if self.preview_every < 0:
             raise InputError(f"preview_every must be 0 or more steps, got {self.preview_every}")
         if self.priority not in PRIORITIES:

@@ -20,8 +20,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from runtime.errors import DRAINING, CancelledError, DeadlineError, DrainingError, QueueFullError
-from runtime.flow_time import ExpertSchedule, initial_latents, time_grid
+from runtime.errors import DRAINING, CancelledError, DeadlineError, DrainingError, EngineError, QueueFullError
+from runtime.flow_time import ExpertSchedule, check_finite, initial_latents, time_grid
 from runtime.rows import PrefixRow, is_guided
 from runtime.serving.requests import Event, GenerationRequest, Handle, Limits, Listener
 
@@ -347,6 +347,12 @@ class Scheduler:
     def _step(self, group: int, batch: list[Job]) -> None:
         previews = []
         for job, latents in zip(batch, self._stations.step(group, batch), strict=True):
+            try:
+                check_finite(latents[None])
+            except EngineError as error:  # of this request alone, not of those that share its batch
+                self.statistics.failed += job.handle in self._remaining
+                self._fail({job.handle}, error)
+                continue
             job.latents = latents
             job.index += 1
             job.handle.send(Event("progress", job.image, job.index))

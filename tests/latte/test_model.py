@@ -10,6 +10,7 @@ import torch
 
 from latte.checkpoint import share_with_vlm
 from latte.model import FlowTransformer, LatteFlow, Prefix, residual_attention_scores
+from runtime.errors import InputError
 from tests.tiny import tiny_model
 
 PROMPTS = ("a red circle", "a small blue square above a large green star on a white background")
@@ -137,3 +138,19 @@ def test_guidance_outside_its_interval_is_none_and_throughout_is_guidance(model:
     partly = latents(guidance_scale=4.0, guidance_interval=(0.0, 0.5))
     assert np.abs(partly - guided).max() > 1e-3
     assert np.abs(partly - plain).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": [1]}, "seed must be one value or one for each of 2 prompts, got 1"),
+        ({"guidance_scale": [1.0, 2.0, 3.0]}, "guidance_scale must be one value .* got 3"),
+        ({"guidance_scale": 1e38}, "guidance_scale must be from -100 to 100"),
+        ({"negative_prompt": ["a"]}, "negative_prompt must be one value .* got 1"),
+        ({"output_type": "pil"}, 'output_type must be "np" or "latent"'),
+        ({"seed": 2**63 - 1}, "a seed must be from 0 to"),
+    ],
+)
+def test_an_argument_that_cannot_work_is_refused(model: LatteFlow, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        model.generate(PROMPTS, num_inference_steps=1, **options)

@@ -53,10 +53,10 @@ def test_json_is_one_object_on_stdout(bundle: Path, tmp_path: Path, run_command:
     ("arguments", "message"),
     [
         (("--num-inference-steps", 0), "num_inference_steps must be at least 1"),
-        (("--guidance-scale", "nan"), "guidance_scale must be a finite number"),
+        (("--guidance-scale", "nan"), "guidance_scale must be from -100 to 100"),
         (("--provider", "tpu"), "unknown provider 'tpu'"),
         (("--num-images-per-prompt", 0), "at least 1"),
-        (("--seed", -4), "must not be negative"),
+        (("--seed", -4), "a seed must be from 0 to"),
     ],
 )
 def test_a_bad_option_is_one_line_and_exit_code_2(

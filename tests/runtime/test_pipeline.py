@@ -121,13 +121,21 @@ def test_engines_are_loaded_when_needed_and_once(bundle: Path) -> None:
         assert pipe.engines["expert_0"] is expert
 
 
+def test_latents_that_are_not_finite_are_no_image(pipe: LatteFlowPipeline) -> None:
+    def overflow(*_: object) -> dict[str, np.ndarray]:
+        return {"latents": np.full((2, 4, 6, 8), np.inf, np.float32)}
+
+    with pytest.raises(EngineError, match=r"latents of 2 of 2 images are not finite .*smaller guidance scale"):
+        pipe(["a", "b"], num_inference_steps=2, callback_on_step_end=overflow)
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
         (([],), {}, "prompt is an empty list"),
         (("a",), {"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
-        (("a",), {"shift": 0.0}, "shift must be a positive number, got 0.0"),
-        (("a",), {"guidance_scale": float("nan")}, "guidance_scale must be a finite number, got nan"),
+        (("a",), {"shift": 0.0}, "shift must be from 0.01 to 100, got 0"),
+        (("a",), {"guidance_scale": float("nan")}, "guidance_scale must be from -100 to 100, got nan"),
         (("a",), {"guidance_scale": [1.0, 2.0]}, "one for each of 1 prompts, got 2"),
         (("a",), {"num_images_per_prompt": 0}, "at least 1, got 0"),
         (("a " * 100,), {}, "the model's limit is 64; shorten it"),
@@ -137,7 +145,10 @@ def test_engines_are_loaded_when_needed_and_once(bundle: Path) -> None:
         (("a",), {"latents": np.full((1, 4, 6, 8), np.nan, np.float32)}, "latents must be finite"),
         (("a",), {"seed": 1, "generator": np.random.default_rng(0)}, "exclude each other"),
         (("a",), {"seed": [1, 2]}, "one for each of 1 images, got 2"),
-        (("a",), {"seed": -1}, "must not be negative"),
+        (("a",), {"seed": -1}, "a seed must be from 0 to 9223372036854775807, got -1"),
+        ((["a", "b"],), {"seed": 2**63 - 1}, "a seed must be from 0 to .*, got 9223372036854775808"),
+        (("a",), {"guidance_scale": 1e38}, "guidance_scale must be from -100 to 100, got 1e\\+38"),
+        (("a",), {"shift": 1e30}, "shift must be from 0.01 to 100, got 1e\\+30"),
         (("a",), {"height": 30}, "height must be a positive multiple of 4 pixels, got 30"),
         (("a",), {"output_type": "tensor"}, 'output_type must be "pil", "np" or "latent"'),
         ((7,), {}, "prompt"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from latte.checkpoint import load_checkpoint, load_image_processor, resolve_checkpoint
 from latte.model import LatteFlow
@@ -47,3 +48,14 @@ def test_it_answers_questions_about_held_out_images(shapes: LatteFlow, folder: P
 def less_chance(share: float) -> float:
     """What a sample shows of a share with a chance of 99.9 %."""
     return share - 3 * (share * (1 - share) / SAMPLE) ** 0.5
+
+
+@pytest.mark.parametrize(("dtype", "psnr"), [(torch.float16, 50.0), (torch.bfloat16, 40.0)])
+def test_it_draws_in_half_precision_with_rotary_frequencies_in_fp32(
+    dtype: torch.dtype, psnr: float, shapes: LatteFlow
+) -> None:
+    half = load_checkpoint("shapes", dtype)
+    assert half.flow.rotary_frequencies.dtype == torch.float32
+    images = [model.generate("a red star on white", seed=3).astype(float) for model in (shapes, half)]
+    error = np.square(images[0] - images[1]).mean()
+    assert 10 * np.log10(255**2 / error) > psnr

@@ -59,7 +59,7 @@ class ScriptedStations:
         self._note(group, [job.request.prompt for job in jobs])
         if any("broken" in job.request.prompt for job in jobs):
             raise EngineError("engine expert_0 failed")
-        return [job.latents + 1 for job in jobs]
+        return [job.latents + (np.inf if "overflow" in job.request.prompt else 1) for job in jobs]
 
     def decode(self, latents: Sequence[np.ndarray]) -> list[np.ndarray]:
         self._note("decode", [""] * len(latents))
@@ -339,13 +339,24 @@ def test_a_broken_batch_fails_its_own_requests_and_nobody_elses() -> None:
     assert (scheduler.statistics.failed, scheduler.statistics.finished) == (1, 1)
 
 
+def test_latents_that_are_not_finite_fail_their_own_request_alone() -> None:
+    scheduler, _ = make()
+    broken, fine = scheduler.submit(request("overflow", num_images=2)), scheduler.submit(request("fine"))
+    run(scheduler)
+    with pytest.raises(EngineError, match="not finite"):
+        broken.result(0)
+    assert len(fine.result(0)) == 1
+    assert (scheduler.statistics.failed, scheduler.statistics.finished, scheduler.pending) == (1, 1, 0)
+
+
 BAD_REQUESTS = {
     "no steps": ({"num_inference_steps": 0}, "num_inference_steps must be from 1 to 200, got 0"),
     "too many steps": ({"num_inference_steps": 201}, "got 201"),
     "no images": ({"num_images": 0}, "num_images must be from 1 to 16"),
-    "shift": ({"shift": -1.0}, "shift must be a positive number"),
-    "scale": ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
-    "seed": ({"seed": -1}, "a seed must not be negative"),
+    "shift": ({"shift": -1.0}, "shift must be from 0.01 to 100"),
+    "scale": ({"guidance_scale": float("nan")}, "guidance_scale must be from -100 to 100"),
+    "seed": ({"seed": -1}, "a seed must be from 0 to"),
+    "last seed": ({"seed": 2**63 - 2, "num_images": 3}, "a seed must be from 0 to"),
     "previews": ({"preview_every": -1}, "preview_every must be 0 or more"),
     "priority": ({"priority": 3}, "priority must be from -2 to 2"),
     "deadline": ({"deadline": 0.0}, "deadline must be a positive number"),
