@@ -15,6 +15,7 @@ from rich.table import Table
 from export.bundle import export_bundle
 from export.demo import run_demo
 from export.graph_store import GraphStore, default_store
+from export.graphs import OPSETS
 from export.quantization import QuantizationSettings
 from export.roundtrip import count_agreements, run_roundtrip, sheet_of
 from export.verify import verify_bundle
@@ -37,7 +38,7 @@ def export(
     checkpoint: Annotated[str, typer.Argument(help="`shapes`, or a checkpoint folder.")],
     bundle: Annotated[Path, typer.Argument(help="Folder for the bundle.")],
     precision: Annotated[Precision, typer.Option(help="Precision of weights and matrix products.")] = "fp32",
-    opset: Annotated[int, typer.Option(help="ONNX operator set.", min=18)] = 18,
+    opset: Annotated[int, typer.Option(help="ONNX operator set.", min=OPSETS[0], max=OPSETS[-1])] = 18,
     fuse: Annotated[bool, typer.Option(help="Rewrite the graphs so that only ONNX Runtime can run them.")] = False,
     max_error: Annotated[
         float, typer.Option(help="int8: largest relative error of an engine.", min=0)

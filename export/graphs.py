@@ -38,6 +38,8 @@ from runtime.errors import EngineError
 from runtime.manifest import TensorSpec
 
 IR_VERSION = 10
+OPSETS = range(18, 26)
+"""The ONNX operator sets that the exporter can write."""
 ZERO_OF_ZERO = {"Mul", "Cast", "Reshape", "Transpose", "Expand", "Slice", "Unsqueeze"}
 """Operators whose result is zero if one of their operands is."""
 UNBOUND = "unbound_initializers"

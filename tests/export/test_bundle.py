@@ -229,3 +229,12 @@ def test_the_manifest_is_the_documented_format(bundle: Path) -> None:
         "quantization",
         "plans",
     ]
+
+
+def test_an_opset_that_the_exporter_cannot_write_is_one_line(
+    checkpoint: Path, tmp_path: Path, run_command: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, _, error = run_command("export", checkpoint, tmp_path / "bundle", "--opset", 99)
+    assert code == 2
+    assert "99 is not in the range 18<=x<=25" in error
+    assert not (tmp_path / "bundle").exists()

@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from export.graph_store import GraphStore
 from export.graphs import make_graphs
 from export.verify import relative_error
-from export.vlm_components import language_component, vision_component
+from export.vlm_components import language_component, vision_component, wide_softmax_attention
 from latte.checkpoint import assemble, load_checkpoint, load_image_processor
 from latte.model import LatteFlow
 from latte.shapes.vlm import SPECIAL_TOKENS, train_tokenizer
@@ -166,3 +166,18 @@ def test_a_wrong_weight_of_the_tower_is_found(bundle_copy: Path, checkpoint: Pat
     code, _, error = run_command("verify", bundle_copy, checkpoint)
     assert code == 1
     assert "first at rung engine: vision_encoder" in error
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_attention_with_products_beyond_fp16_is_exact(dtype: torch.dtype) -> None:
+    """Queries and keys as large as a pretrained Qwen2-VL's: their products are beyond 65,504 before they are scaled."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn((1, heads, 5, 128), generator=generator).to(dtype) for heads in (4, 2, 2))
+    query, key = 60 * query, 60 * key
+    assert torch.matmul(query.float(), key.float().repeat_interleave(2, 1).transpose(-1, -2)).abs().max() > 65_504
+    mask = torch.zeros(1, 1, 5, 5)
+    attended, _ = wide_softmax_attention(torch.nn.Identity(), query, key, value, mask, scaling=128**-0.5)
+    wide = [tensor.double().repeat_interleave(4 // tensor.shape[1], 1) for tensor in (query, key, value)]
+    expected = (wide[0] @ wide[1].transpose(-1, -2) * 128**-0.5).softmax(-1) @ wide[2]
+    error = (attended.double().transpose(1, 2) - expected).norm() / expected.norm()
+    assert error < (0.05 if dtype == torch.bfloat16 else 0.01)
