@@ -1,6 +1,6 @@
 """Both directions of one bundle: generate an image, ask the bundle what it shows, and compare with the pixels.
 
-Each image has three descriptions in the canonical words of `latte.shapes.scenes.describe`: the prompt's, that of the
+Each image has three descriptions in the canonical words of `latte.shapes.captions.describe`: the prompt's, that of the
 reader of pixels, and the bundle's answer. It works for `shapes` and for checkpoints trained like it.
 """
 
@@ -14,8 +14,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from latte.shapes.captions import describe
+from latte.shapes.questions import DESCRIBE
 from latte.shapes.reader import describe_found, read_image
-from latte.shapes.scenes import DESCRIBE, describe
 from latte.shapes.score import held_out_prompts
 from runtime.images import contact_sheet
 from runtime.pipeline import LatteFlowPipeline

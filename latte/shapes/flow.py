@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from latte.model import LatteFlow, Prefix
 from latte.shapes.autoencoder import to_pixels
-from latte.shapes.scenes import Scene, caption, draw, sample_scene, with_another_kind
+from latte.shapes.captions import training_caption
+from latte.shapes.scenes import Scene, draw, sample_scene, with_another_kind
 
 PROMPT_DROPOUT = 0.1
 """Share of rows with the empty prompt, which gives guidance its unconditional velocity (arXiv 2207.12598)."""
@@ -83,7 +84,7 @@ class FlowStage:
         scenes, prompts, open_rows = [], [], []
         for row in range(self.batch_size):
             scene = sample_scene(rng, count=int(rng.integers(1, 3)))
-            prompt, stated = caption(scene, rng)
+            prompt, stated = training_caption(scene, rng)
             if rng.random() < PROMPT_DROPOUT:
                 prompt = ""
             if not prompt or not _says_all(stated):

@@ -14,6 +14,7 @@ from itertools import permutations
 import numpy as np
 from scipy import ndimage
 
+from latte.shapes.captions import describe
 from latte.shapes.scenes import (
     BACKGROUNDS,
     CELL_CENTRES,
@@ -25,7 +26,6 @@ from latte.shapes.scenes import (
     Scene,
     Shape,
     coverage,
-    describe,
     relation_of,
 )
 

@@ -1,13 +1,14 @@
 """The training data of the `shapes` checkpoint: scenes of one or two flat shapes, generated on the fly.
 
 A scene is data (`Scene`). Everything else derives from it: its image (`draw`), captions that state some or all of it
-(`caption`), and questions with answers (`questions`). Training never samples a scene that `is_held_out`, so a
-checkpoint can be scored on combinations of attributes that it has not seen.
+(`latte.shapes.captions`), and questions with answers (`latte.shapes.questions`). Training never renders a scene that
+`is_held_out`, so a checkpoint can be scored on combinations of attributes that it has not seen.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -48,9 +49,6 @@ OPPOSITE_CELLS = (("top", "bottom"), ("left", "right"))
 RELATIONS = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 """The inverse of each relation."""
 
-DESCRIBE = "describe the image"
-"""The question whose answer is `describe(scene)`."""
-
 _HELD_OUT_ONE_IN = 7
 _SUPERSAMPLING = 8
 
@@ -87,16 +85,35 @@ class Scene:
     """Where the first shape is relative to the second; None unless there are two shapes."""
 
 
-def is_held_out(scene: Scene) -> bool:
-    """Returns whether a scene's combination of attributes is kept out of training.
+def mirrored(scene: Scene) -> Scene:
+    """Returns the same scene with two related shapes swapped and their relation inverted."""
+    if scene.relation is None:
+        return scene
+    return Scene(scene.shapes[::-1], scene.background, RELATIONS[scene.relation])
 
-    The combination is (colour, kind, cell) for one shape, and the unordered pair of (colour, kind) for two.
+
+def is_held_out(scene: Scene) -> bool:
+    """Returns whether a scene contains a combination of attributes that training never renders.
+
+    One (colour, kind, cell) in seven is held out, whether the shape is alone or not, and so is one unordered pair of
+    (colour, kind) in seven. A scene is held out if one of its shapes is, or two of its shapes together are.
     """
-    if len(scene.shapes) == 1:
-        shape = scene.shapes[0]
-        key = f"{shape.colour} {shape.kind} {shape.cell}"
-    else:
-        key = " and ".join(sorted(f"{shape.colour} {shape.kind}" for shape in scene.shapes))
+    shapes = scene.shapes
+    return any(_is_held_out_shape(shape) for shape in shapes) or any(
+        _is_held_out_pair(first, second) for i, first in enumerate(shapes) for second in shapes[:i]
+    )
+
+
+def _is_held_out_shape(shape: Shape) -> bool:
+    return _is_one_in_seven(f"{shape.colour} {shape.kind} {shape.cell}")
+
+
+def _is_held_out_pair(first: Shape, second: Shape) -> bool:
+    return _is_one_in_seven(" and ".join(sorted(f"{shape.colour} {shape.kind}" for shape in (first, second))))
+
+
+@lru_cache(maxsize=8192)
+def _is_one_in_seven(key: str) -> bool:
     return zlib.crc32(key.encode()) % _HELD_OUT_ONE_IN == 0
 
 
@@ -104,25 +121,35 @@ def sample_scene(rng: np.random.Generator, *, held_out: bool = False, count: int
     """Samples a random scene.
 
     Args:
-        held_out: whether the scene is one of those kept out of training.
+        held_out: whether the scene is one that training never renders: a held-out shape, or a held-out pair of shapes.
         count: number of shapes, 1 or 2; by default 2 with probability 2/3.
     """
     while True:
         scene = _sample_any(rng, count if count is not None else int(rng.integers(3) > 0) + 1)
-        if is_held_out(scene) == held_out:
+        if not held_out and not is_held_out(scene):
+            return scene
+        # Two shapes are scored on the pair, whatever their places.
+        if held_out and (is_held_out(scene) if len(scene.shapes) == 1 else _is_held_out_pair(*scene.shapes)):
             return scene
 
 
 def with_another_kind(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Returns the scene with the kind of one random shape replaced by another."""
+    """Returns the scene with the kind of one random shape replaced by another, and still not held out.
+
+    Where every other kind would be held out, returns the scene itself.
+    """
     changed = int(rng.integers(len(scene.shapes)))
     shape = scene.shapes[changed]
-    other = replace(shape, kind=_choose(rng, [kind for kind in KINDS if kind != shape.kind]))
-    return replace(scene, shapes=(*scene.shapes[:changed], other, *scene.shapes[changed + 1 :]))
+    others = []
+    for kind in KINDS:
+        shapes = (*scene.shapes[:changed], replace(shape, kind=kind), *scene.shapes[changed + 1 :])
+        if kind != shape.kind and not is_held_out(replace(scene, shapes=shapes)):
+            others.append(replace(scene, shapes=shapes))
+    return others[int(rng.integers(len(others)))] if others else scene
 
 
 def sample_busy_scene(rng: np.random.Generator) -> Scene:
-    """Samples a scene of one to nine shapes, none of them held out, for stages that only learn what shapes look like.
+    """Samples a scene of one to nine shapes that is not held out, for stages that only learn what shapes look like.
 
     One image of nine shapes teaches as much as nine images. The scene cannot be captioned: shapes may repeat.
     """
@@ -131,12 +158,12 @@ def sample_busy_scene(rng: np.random.Generator) -> Scene:
     for cell in rng.permutation(len(CELLS))[: rng.integers(1, len(CELLS) + 1)]:
         while True:
             shape = Shape(
-                kind=_choose(rng, KINDS),
-                colour=_choose(rng, tuple(COLOURS)),
-                size=_choose(rng, tuple(RADII)),
+                kind=choose(rng, KINDS),
+                colour=choose(rng, tuple(COLOURS)),
+                size=choose(rng, tuple(RADII)),
                 cell=CELLS[cell],
             )
-            if not is_held_out(Scene((shape,), background)):
+            if not _is_held_out_shape(shape) and not any(_is_held_out_pair(shape, other) for other in shapes):
                 shapes.append(shape)
                 break
     return Scene(tuple(shapes), background)
@@ -179,6 +206,11 @@ def relation_of(first: int, second: int) -> str | None:
     if rows:
         return "above" if rows < 0 else "below"
     return "left of" if columns < 0 else "right of"
+
+
+def choose(rng: np.random.Generator, options: Sequence[str]) -> str:
+    """Returns one of the options at random."""
+    return options[int(rng.integers(len(options)))]
 
 
 # ---- images -------------------------------------------------------------------------------------
@@ -255,160 +287,3 @@ def _outline(kind: str) -> np.ndarray:
         radii = np.where(np.arange(10) % 2 == 0, 1.12, 0.46)
         return np.stack([np.cos(angles) * radii, np.sin(angles) * radii], axis=1)
     raise ValueError(f"unknown kind of shape {kind!r}; known are {', '.join(KINDS)}")
-
-
-# ---- captions -------------------------------------------------------------------------------------
-
-_PLACES = {"center": ("in the center", "in the middle")}
-_ONE_SHAPE = (
-    "{article} {size} {colour} {kind} {place} on {background}",
-    "{article} {size} {colour} {kind} {place}, {background}",
-    "{place} {article} {size} {colour} {kind} on {background}",
-    "on {background}, {article} {size} {colour} {kind} {place}",
-    "{background} with {article} {size} {colour} {kind} {place}",
-)
-_TWO_SHAPES = (
-    "{first} {relation} {second} on {background}",
-    "{first} {relation} {second}, {background}",
-    "{first} that is {relation} {second} on {background}",
-    "on {background}, {first} {relation} {second}",
-    "{background} with {first} {relation} {second}",
-)
-
-
-def describe(scene: Scene) -> str:
-    """Returns the canonical caption of a scene, which is the expected answer to `DESCRIBE`.
-
-    It states the attributes that are not None; for two shapes, their relation in place of their cells. All captions
-    that state the same have the same canonical form.
-    """
-    if scene.relation in ("below", "right of"):
-        scene = mirrored(scene)
-    text = _name(scene.shapes[0])
-    if scene.relation is not None:
-        text += f" {scene.relation} {_name(scene.shapes[1])}"
-    else:
-        text += f" {_places(scene.shapes[0].cell)[0]}"
-    return _tidy(f"{text} on a {scene.background} background" if scene.background else text)
-
-
-def mirrored(scene: Scene) -> Scene:
-    """Returns the same scene with two related shapes swapped and their relation inverted."""
-    if scene.relation is None:
-        return scene
-    return Scene(scene.shapes[::-1], scene.background, RELATIONS[scene.relation])
-
-
-def caption(scene: Scene, rng: np.random.Generator, *, full: bool = False) -> tuple[str, Scene]:
-    """Returns a random caption of a scene, and the scene as stated: attributes that the caption omits are None.
-
-    Args:
-        full: state every attribute, except the cells of two shapes, which their relation implies.
-    """
-    if rng.random() < 0.5:
-        scene = mirrored(scene)
-    keeps_background = full or rng.random() < 0.9
-    shapes = tuple(
-        replace(
-            shape,
-            size=shape.size if full or rng.random() < 0.85 else None,
-            cell=shape.cell if len(scene.shapes) == 1 and (full or rng.random() < 0.9) else None,
-        )
-        for shape in scene.shapes
-    )
-    stated = Scene(shapes, scene.background if keeps_background else None, scene.relation)
-    templates = _ONE_SHAPE if len(shapes) == 1 else _TWO_SHAPES
-    first = shapes[0]
-    template = templates[rng.integers(len(templates))]
-    text = template.format(
-        article="a",
-        size=first.size or "",
-        colour=first.colour,
-        kind=first.kind,
-        place=_choose(rng, _places(first.cell)) if first.cell else "",
-        background=f"a {stated.background} background" if stated.background else "",
-        relation=stated.relation if stated.relation in ("above", "below") else f"to the {stated.relation}",
-        first=_name(shapes[0]),
-        second=_name(shapes[-1]),
-    )
-    return _tidy(text), stated
-
-
-def _name(shape: Shape) -> str:
-    return f"a {shape.size or ''} {shape.colour} {shape.kind}"
-
-
-def _places(cell: str | None) -> tuple[str, ...]:
-    if cell is None:
-        return ("",)
-    return _PLACES.get(cell, (f"at the {cell}", f"in the {cell}" if " " in cell else f"on the {cell}"))
-
-
-def _tidy(text: str) -> str:
-    """Removes the gaps that omitted attributes leave in a filled template."""
-    text = " ".join(text.split()).replace("a orange", "an orange")
-    for left, right in ((" ,", ","), ("on , ", ""), ("on, ", "")):
-        text = text.replace(left, right)
-    text = text.removeprefix("with ").strip(" ,")
-    return text.removesuffix(" on").strip(" ,")
-
-
-def _choose(rng: np.random.Generator, options: tuple[str, ...] | list[str]) -> str:
-    return options[int(rng.integers(len(options)))]
-
-
-# ---- questions ------------------------------------------------------------------------------------
-
-
-def questions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Returns questions with answers, in random phrasing, about the attributes of a scene that are not None."""
-    asked: list[tuple[str, str]] = [
-        (_choose(rng, ["how many shapes are there?", "how many shapes are in the image?"]), _NUMBERS[len(scene.shapes)])
-    ]
-    if scene.background is not None:
-        asked.append(
-            (_choose(rng, ["what colour is the background?", "what is the background colour?"]), scene.background)
-        )
-    for shape in scene.shapes:
-        asked += _about(shape, rng)
-    present = {shape.kind for shape in scene.shapes}
-    kind = _choose(rng, sorted(present) if rng.random() < 0.5 else [k for k in KINDS if k not in present])
-    asked.append((f"is there a {kind}?", _yes(kind in present)))
-    asked += relation_questions(scene, rng)
-    return asked
-
-
-def _about(shape: Shape, rng: np.random.Generator) -> list[tuple[str, str]]:
-    asked = [
-        (f"what colour is the {shape.kind}?", shape.colour),
-        (_choose(rng, [f"what shape is {shape.colour}?", f"what is the {shape.colour} shape?"]), shape.kind),
-    ]
-    if shape.size is not None:
-        asked.append((_choose(rng, [f"what size is the {shape.kind}?", f"how big is the {shape.kind}?"]), shape.size))
-    if shape.cell is not None:
-        asked.append((f"where is the {shape.kind}?", shape.cell))
-    colour = shape.colour if rng.random() < 0.5 else _choose(rng, [c for c in COLOURS if c != shape.colour])
-    asked.append((f"is the {shape.kind} {colour}?", _yes(colour == shape.colour)))
-    return asked
-
-
-def relation_questions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Returns questions with answers about the relation of two shapes, seen from either; none without a relation."""
-    if scene.relation is None:
-        return []
-    if rng.random() < 0.5:
-        scene = mirrored(scene)
-    assert scene.relation is not None
-    first, second = scene.shapes
-    relation = scene.relation if rng.random() < 0.5 else RELATIONS[scene.relation]
-    return [
-        (f"what is {scene.relation} the {second.kind}?", f"a {first.colour} {first.kind}"),
-        (f"is the {first.kind} {relation} the {second.kind}?", _yes(relation == scene.relation)),
-    ]
-
-
-_NUMBERS = {1: "one", 2: "two"}
-
-
-def _yes(true: bool) -> str:
-    return "yes" if true else "no"

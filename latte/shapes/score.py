@@ -11,8 +11,10 @@ import torch
 from transformers import Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from latte.shapes.captions import caption, describe
+from latte.shapes.questions import DESCRIBE, questions
 from latte.shapes.reader import ATTRIBUTES, judge, read_image
-from latte.shapes.scenes import DESCRIBE, Scene, caption, describe, draw, questions, sample_scene
+from latte.shapes.scenes import Scene, draw, sample_scene
 
 BATCH = 50
 """Prompts or questions per batch."""

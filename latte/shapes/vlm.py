@@ -20,16 +20,9 @@ from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGen
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from latte.shapes.scenes import (
-    DESCRIBE,
-    IMAGE_SIZE,
-    caption,
-    describe,
-    draw,
-    questions,
-    relation_questions,
-    sample_scene,
-)
+from latte.shapes.captions import caption, describe, rephrase, training_caption
+from latte.shapes.questions import DESCRIBE, questions, relation_questions
+from latte.shapes.scenes import IMAGE_SIZE, draw, sample_scene
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -64,7 +57,7 @@ CHAT_TEMPLATE = (
 )
 PATCH_SIZE = 8
 """Side of a patch in pixels."""
-VOCABULARY_SIZE = 640
+VOCABULARY_SIZE = 768
 """Number of tokens, special tokens included."""
 TURNS = 5
 """Largest number of questions in a conversation, besides the caption to restate."""
@@ -78,7 +71,7 @@ def train_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
     texts = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", DESCRIBE]
     for _ in range(4000):
         scene = sample_scene(rng)
-        texts += [caption(scene, rng)[0], describe(scene)]
+        texts += [caption(scene, rng)[0], rephrase(scene, rng)[0], describe(scene)]
         texts += [text for pair in questions(scene, rng) for text in pair]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -170,7 +163,7 @@ def sample_conversation(rng: np.random.Generator) -> Conversation:
         # Relations take two places and a comparison. They are learned last, so they are asked more often.
         asked += [pair for _ in range(2) for pair in relation_questions(scene, rng)]
         return Conversation(_some(asked, rng), draw(scene))
-    text, stated = caption(scene, rng)
+    text, stated = training_caption(scene, rng)
     return Conversation(((text, describe(stated)), *_some(questions(stated, rng), rng)))
 
 

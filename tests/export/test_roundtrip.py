@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from export.roundtrip import AGREEMENTS, RoundTrip, count_agreements, sheet_of
+from latte.shapes.captions import describe
 from latte.shapes.reader import describe_found, read_image
-from latte.shapes.scenes import Scene, Shape, describe, draw, sample_scene
+from latte.shapes.scenes import Scene, Shape, draw, sample_scene
 
 RunCommand = Callable[..., tuple[int, str, str]]
 TRIP = RoundTrip("prompt", "a", "a", "a", 0, np.zeros((64, 64, 3), np.uint8))

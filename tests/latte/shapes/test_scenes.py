@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from latte.shapes.captions import caption, describe
+from latte.shapes.questions import questions
 from latte.shapes.reader import judge, read_image
 from latte.shapes.scenes import (
     BACKGROUNDS,
@@ -16,12 +18,9 @@ from latte.shapes.scenes import (
     RADII,
     Scene,
     Shape,
-    caption,
-    describe,
     draw,
     is_held_out,
     mirrored,
-    questions,
     sample_busy_scene,
     sample_scene,
     with_another_kind,
