@@ -259,7 +259,7 @@ _UNSEEN_ONE_SHAPE = (
     "{cell}: {colour} {kind}, {size}. colour of the background: {background}",
 )
 _UNSEEN_TWO_SHAPES = (
-    "{background} background. {a} {relation} {b}.",
+    "{background} background. {a}, and it is {relation} {b}.",
     "draw me {a} {relation} {b} on a {background} page",
     "could you sketch {a}? {relation} {b} please, and fill the rest with {background}",
     "i would like to see {a} and {b}: the {first} is {relation} the {second}, over {background}",

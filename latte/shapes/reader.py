@@ -35,6 +35,11 @@ MINIMUM_AREA = 16
 """Smallest area of a shape in pixels; the smallest rendered shape covers about 30."""
 MINIMUM_OVERLAP = 0.5
 """Intersection over union below which a blob has no known kind."""
+MAXIMUM_RESIDUAL = 5.0
+"""Largest root mean square of what the scene does not explain, in levels; in good samples it is below 2.7."""
+MAXIMUM_LOCAL_RESIDUAL = 25.0
+"""Largest root mean square of it in any window of 7x7 pixels, in levels; in good samples it is below 19."""
+_WINDOW = 7
 _HALF = 12
 """Half the side of a mask, in pixels."""
 _SEARCH = 3
@@ -63,6 +68,18 @@ class FoundScene:
 
     background: str
     shapes: tuple[FoundShape, ...]
+    residual: float
+    """Root mean square of what the shapes and the background do not explain, in levels of 0 to 255.
+
+    The pixels at the outlines of the shapes do not count.
+    """
+    local_residual: float
+    """The same in the window of 7x7 pixels where it is largest."""
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether the image shows nothing but the shapes on the background."""
+        return self.residual <= MAXIMUM_RESIDUAL and self.local_residual <= MAXIMUM_LOCAL_RESIDUAL
 
 
 def read_image(image: np.ndarray) -> FoundScene:
@@ -84,7 +101,24 @@ def read_image(image: np.ndarray) -> FoundScene:
         blob = labels == label
         if blob.sum() >= MINIMUM_AREA:
             shapes.append(_read_shape(pixels, background, distance, blob))
-    return FoundScene(_nearest(background, BACKGROUNDS), tuple(shapes))
+    return FoundScene(_nearest(background, BACKGROUNDS), tuple(shapes), *_residuals(pixels, background, shapes))
+
+
+def _residuals(pixels: np.ndarray, background: np.ndarray, shapes: Sequence[FoundShape]) -> tuple[float, float]:
+    """Returns the root mean square of what the found scene does not explain: overall, and in the worst window."""
+    explained = np.broadcast_to(background, pixels.shape).copy()
+    inner = np.ones(pixels.shape[:2], bool)
+    for shape in shapes:
+        if shape.kind is None or shape.size is None:
+            continue
+        mask = coverage(shape.kind, RADII[shape.size], shape.centre)
+        colour = np.median(pixels[mask > 0.95], axis=0)
+        explained += mask[..., None] * (colour - explained)
+        inner &= ~ndimage.binary_dilation(mask > 0.02) | ndimage.binary_erosion(mask > 0.98)
+    squared = np.square(pixels - explained).sum(axis=-1) * inner
+    share = ndimage.uniform_filter(inner.astype(np.float64), _WINDOW, mode="constant")
+    local = ndimage.uniform_filter(squared.astype(np.float64), _WINDOW, mode="constant") / np.maximum(share, 1e-9)
+    return float(np.sqrt(squared.sum() / inner.sum())), float(np.sqrt(local[share >= 0.4].max()))
 
 
 def _read_shape(pixels: np.ndarray, background: np.ndarray, distance: np.ndarray, blob: np.ndarray) -> FoundShape:
@@ -163,21 +197,22 @@ def describe_found(found: FoundScene) -> str:
 
 # ---- judging an image by its prompt ----------------------------------------------------------------
 
-ATTRIBUTES = ("count", "background", "colour", "kind", "size", "position", "relation")
+ATTRIBUTES = ("count", "background", "colour", "kind", "size", "position", "relation", "nothing else")
 
 
 def judge(stated: Scene, found: FoundScene) -> dict[str, bool]:
     """Returns for each attribute that a prompt states whether the image has it right, and `all` for all of them.
 
-    Two shapes are matched in the order that fits best. An attribute of two shapes is right only if it is right for
-    both. With a wrong number of shapes, only the background can be right.
+    "nothing else" is whether the image shows only what was found, without specks, stripes or faint shapes. Two shapes
+    are matched in the order that fits best. An attribute of two shapes is right only if it is right for both. With a
+    wrong number of shapes, only the background can be right.
 
     Args:
         stated: the scene that the prompt states.
         found: the scene in the image.
     """
     if len(found.shapes) != len(stated.shapes):
-        verdict = {"count": False, **dict.fromkeys(_stated_attributes(stated), False)}
+        verdict = {"count": False, **dict.fromkeys(_stated_attributes(stated), False), "nothing else": found.is_clean}
         if "background" in verdict:
             verdict["background"] = found.background == stated.background
         return {**verdict, "all": False}
@@ -208,7 +243,8 @@ def _judge_in_order(stated: Scene, found: FoundScene, order: Sequence[FoundShape
         "position": all(shape.cell in (None, seen.cell) for shape, seen in pairs),
         "relation": stated.relation is not None and stated.relation == _relation(order),
     }
-    return {"count": True, **{name: values[name] for name in _stated_attributes(stated)}}
+    named = {name: values[name] for name in _stated_attributes(stated)}
+    return {"count": True, **named, "nothing else": found.is_clean}
 
 
 def _relation(order: Sequence[FoundShape]) -> str | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from latte.shapes.captions import caption, describe
+from latte.shapes.captions import caption, describe, rephrase, unseen_phrasing
 from latte.shapes.questions import questions
 from latte.shapes.reader import judge, read_image
 from latte.shapes.scenes import (
@@ -18,6 +19,7 @@ from latte.shapes.scenes import (
     RADII,
     Scene,
     Shape,
+    coverage,
     draw,
     is_held_out,
     mirrored,
@@ -73,6 +75,74 @@ def test_the_scorer_finds_a_missing_shape_and_a_wrong_relation() -> None:
     assert not judge(prompt, read_image(draw(Scene((first,), "white"))))["count"]
     verdict = judge(prompt, read_image(draw(Scene((first, second), "white", "above"))))
     assert [name for name, right in verdict.items() if not right] == ["relation", "all"]
+
+
+def _specks(image: np.ndarray, _: Scene) -> None:
+    rng = np.random.default_rng(1)
+    for row, column in rng.integers(0, 62, (54, 2)):
+        image[row : row + 2, column : column + 2] = rng.integers(0, 256, 3)
+
+
+def _ghost(image: np.ndarray, _: Scene) -> None:
+    image[:] = image - np.rint(20 * coverage("star", 7.5, (56.0, 56.0))[..., None]).astype(np.uint8)
+
+
+def _stripes(image: np.ndarray, _: Scene) -> None:
+    image[::4] -= 12
+    image[1::4] -= 12
+
+
+def _cut(image: np.ndarray, scene: Scene) -> None:
+    assert scene.background is not None
+    image[23:32, 23:32] = BACKGROUNDS[scene.background]
+
+
+@pytest.mark.parametrize("spoil", [_specks, _ghost, _stripes, _cut])
+def test_an_image_with_something_else_is_not_right(spoil: Callable[[np.ndarray, Scene], None]) -> None:
+    scene = Scene((Shape("square", "red", "large", "center"),), "white")
+    image = draw(scene)
+    assert judge(scene, read_image(image))["all"]
+    spoil(image, scene)
+    assert not judge(scene, read_image(image))["all"]
+
+
+def test_training_renders_nothing_that_is_held_out() -> None:
+    """Not in scenes of two, of many, or in those that the loss compares with."""
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        scene = sample_scene(rng)
+        assert not is_held_out(scene)
+        assert not is_held_out(with_another_kind(scene, rng))
+        assert not is_held_out(sample_busy_scene(rng))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_scored_scenes_are_held_out_and_varied(count: int) -> None:
+    rng = np.random.default_rng(0)
+    scenes = [sample_scene(rng, held_out=True, count=count) for _ in range(300)]
+    assert all(is_held_out(scene) for scene in scenes)
+    assert {shape.kind for scene in scenes for shape in scene.shapes} == set(KINDS)
+    assert {shape.colour for scene in scenes for shape in scene.shapes} == set(COLOURS)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_training_says_no_sentence_that_is_scored_as_unseen(count: int) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        scene = sample_scene(rng, count=count)
+        unseen = {unseen_phrasing(scene, rng)[0].strip(" .!") for _ in range(200)}
+        assert len(unseen) > 8
+        said = {rephrase(scene, rng, full=True)[0].strip(" .!") for _ in range(10_000)}
+        assert not any(sentence in caption for caption in said for sentence in unseen)
+
+
+def test_a_rephrased_caption_says_what_it_states() -> None:
+    """Every attribute that is stated is in the words, or a synonym of it is."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        text, stated = rephrase(sample_scene(rng), rng)
+        assert all(shape.colour in text for shape in stated.shapes), text
+        assert stated.background is None or stated.background in text or "gray" in text, text
 
 
 def test_noise_is_no_right_image() -> None:
