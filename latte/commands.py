@@ -123,6 +123,10 @@ def train(
     typer.echo(str(run))
 
 
+KINDS_OF_PROMPTS = {"1 shape": (1, False), "2 shapes": (2, False), "1 shape, unseen words": (1, True)}
+"""What `score` draws: the number of shapes, and whether the prompts are sentences that training never uses."""
+
+
 def score(
     checkpoint: Annotated[str, typer.Argument(help="`shapes`, or a checkpoint folder.")] = "shapes",
     prompts: Annotated[int, typer.Option(help="Number of held-out prompts of each kind.", min=0)] = 500,
@@ -134,9 +138,9 @@ def score(
     failures: Annotated[Path | None, typer.Option(help="Write the wrong images to this PNG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Score a checkpoint on combinations that its training never saw.
+    """Score a checkpoint on combinations and sentences that its training never saw.
 
-    A reader judges the images by their pixels.
+    A reader judges the images by their pixels, and by what else they show.
 
     \b
     Examples:
@@ -156,14 +160,15 @@ def score(
             )
 
         drawings = {}
-        for shapes in (1, 2) if prompts else ():
-            task = progress.add_task(f"draw {shapes}-shape prompts", total=prompts)
-            drawings[shapes] = score_drawing(
+        for name, (shapes, unseen_words) in KINDS_OF_PROMPTS.items() if prompts else ():
+            task = progress.add_task(f"draw {name}", total=prompts)
+            drawings[name] = score_drawing(
                 draw,
                 prompts,
                 shapes,
                 seed,
                 lambda n, task=task: progress.advance(task, n),  # type: ignore[misc]
+                unseen_words=unseen_words,
             )
         answers = _score_answers(model, path, questions, seed, progress) if questions else None
     if sheet is not None:
@@ -187,21 +192,21 @@ def _score_answers(model: LatteFlow, path: Path, count: int, seed: int, progress
     )
 
 
-def _report(drawings: dict[int, DrawingScore], answers: AnswerScore | None, as_json: bool) -> None:
+def _report(drawings: dict[str, DrawingScore], answers: AnswerScore | None, as_json: bool) -> None:
     if as_json:
         report: dict[str, object] = {
-            f"{shapes}_shape": {
+            name.replace(" ", "_"): {
                 "prompts": result.prompts,
-                **{name: result.share(name) for name in ("all", *ATTRIBUTES) if name in result.stated},
+                **{part: result.share(part) for part in ("all", *ATTRIBUTES) if part in result.stated},
             }
-            for shapes, result in drawings.items()
+            for name, result in drawings.items()
         }
         if answers is not None:
             report["answers"] = {"questions": sum(answers.asked.values()), "right": answers.share()}
         typer.echo(json.dumps(report))
         return
     if drawings:
-        table = Table("right in the image", *(f"{n} shape{'s' * (n > 1)}" for n in drawings), title="Held-out prompts")
+        table = Table("right in the image", *drawings, title="Held-out prompts")
         for name in ("all", *ATTRIBUTES):
             cells = [f"{r.share(name):.1%} of {r.stated[name]}" if name in r.stated else "" for r in drawings.values()]
             table.add_row("all attributes" if name == "all" else name, *cells, end_section=name == "all")

@@ -11,7 +11,7 @@ import torch
 from transformers import Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from latte.shapes.captions import caption, describe
+from latte.shapes.captions import caption, describe, unseen_phrasing
 from latte.shapes.questions import DESCRIBE, questions
 from latte.shapes.reader import ATTRIBUTES, judge, read_image
 from latte.shapes.scenes import Scene, draw, sample_scene
@@ -56,14 +56,25 @@ class DrawingScore:
         return self.right.get(attribute, 0) / max(1, self.stated.get(attribute, 0))
 
 
-def held_out_prompts(count: int, shapes: int, seed: int) -> list[tuple[str, Scene]]:
-    """Returns prompts that state every attribute of held-out scenes, with the scenes as stated."""
+def held_out_prompts(count: int, shapes: int, seed: int, *, unseen_words: bool = False) -> list[tuple[str, Scene]]:
+    """Returns prompts that state every attribute of held-out scenes, with the scenes as stated.
+
+    Args:
+        unseen_words: take sentences that training never uses, instead of plain captions.
+    """
     rng = np.random.default_rng([seed, shapes])
-    return [caption(sample_scene(rng, held_out=True, count=shapes), rng, full=True) for _ in range(count)]
+    scenes = [sample_scene(rng, held_out=True, count=shapes) for _ in range(count)]
+    return [unseen_phrasing(scene, rng) if unseen_words else caption(scene, rng, full=True) for scene in scenes]
 
 
 def score_drawing(
-    draw_images: Draw, count: int, shapes: int, seed: int = 0, on_progress: Callable[[int], None] = lambda _: None
+    draw_images: Draw,
+    count: int,
+    shapes: int,
+    seed: int = 0,
+    on_progress: Callable[[int], None] = lambda _: None,
+    *,
+    unseen_words: bool = False,
 ) -> DrawingScore:
     """Scores images of held-out prompts by their pixels.
 
@@ -72,8 +83,9 @@ def score_drawing(
         count: number of prompts.
         shapes: number of shapes in each prompt, 1 or 2.
         on_progress: called after each batch with its number of prompts.
+        unseen_words: take prompts in sentences that training never uses.
     """
-    prompts = held_out_prompts(count, shapes, seed)
+    prompts = held_out_prompts(count, shapes, seed, unseen_words=unseen_words)
     result = DrawingScore()
     for start in range(0, count, BATCH):
         part = prompts[start : start + BATCH]
