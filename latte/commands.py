@@ -195,7 +195,7 @@ def _score_answers(model: LatteFlow, path: Path, count: int, seed: int, progress
 def _report(drawings: dict[str, DrawingScore], answers: AnswerScore | None, as_json: bool) -> None:
     if as_json:
         report: dict[str, object] = {
-            name.replace(" ", "_"): {
+            name.replace(", ", "_").replace(" ", "_"): {
                 "prompts": result.prompts,
                 **{part: result.share(part) for part in ("all", *ATTRIBUTES) if part in result.stated},
             }

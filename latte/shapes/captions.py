@@ -168,7 +168,8 @@ _BETWEEN = {
     ),
     "below": (
         "{first} below {second}", "below {second} , {first}", "{first} that is below {second}",
-        "{first} under {second}", "{first} at the bottom and {second} on top", "at the bottom {first} , at the top {second}",
+        "{first} under {second}", "{first} at the bottom and {second} on top",
+        "at the bottom {first} , at the top {second}",
         "{second} with {first} below it", "{first} lower than {second}", "{second} , and under it {first}",
         "bottom : {first} . top : {second}", "{first} at the bottom . {second} is over it",
     ),

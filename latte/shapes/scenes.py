@@ -154,7 +154,7 @@ def sample_busy_scene(rng: np.random.Generator) -> Scene:
     One image of nine shapes teaches as much as nine images. The scene cannot be captioned: shapes may repeat.
     """
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
-    shapes = []
+    shapes: list[Shape] = []
     for cell in rng.permutation(len(CELLS))[: rng.integers(1, len(CELLS) + 1)]:
         while True:
             shape = Shape(
