@@ -376,12 +376,12 @@ def wide_softmax_attention(
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention for transformers' layers, with scores and softmax in fp32 whatever the dtype of the weights.
+    """Attention for transformers' layers, with the softmax in fp32 whatever the dtype of the weights.
 
-    Products of queries and keys of a pretrained Qwen2-VL can exceed fp16, so the query is scaled before the product,
-    and the product is fp32. transformers' own attention also uses `softmax(dtype=torch.float32)`, which the exporter
-    turns into a softmax in half precision followed by a cast. The query heads of a key-value head come one after
-    another, so that keys and values need not be repeated.
+    Products of queries and keys of a pretrained Qwen2-VL can exceed fp16, so the query is scaled before the product.
+    transformers' own attention also uses `softmax(dtype=torch.float32)`, which the exporter turns into a softmax in
+    half precision followed by a cast. The query heads of a key-value head come one after another, so that keys and
+    values need not be repeated.
 
     Args:
         query: `[B, Hq, S, D]`.
@@ -390,7 +390,7 @@ def wide_softmax_attention(
     """
     rows, heads, tokens, head_dim = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, head_dim)  # [B, Hkv, Hq/Hkv·S, D]
-    scores = torch.matmul(grouped.float() * scaling, key.float().transpose(-1, -2))
+    scores = torch.matmul(grouped * scaling, key.transpose(-1, -2)).float()
     weights = (scores.reshape(rows, heads, tokens, -1) + attention_mask).softmax(dim=-1).to(value.dtype)
     attended = torch.matmul(weights.reshape(rows, key.shape[1], heads // key.shape[1] * tokens, -1), value)
     return attended.reshape(rows, heads, tokens, head_dim).transpose(1, 2), None
