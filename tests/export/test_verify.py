@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import SanaMultiscaleLinearAttention
 from export.dc_ae import LinearAttentionProcessor
 from export.verify import FiniteWatch, psnr_db, relative_error, verify_bundle
 from runtime.backends import open_backend
-from runtime.errors import InputError
+from runtime.errors import EngineError, InputError
 from runtime.flow_time import ExpertSchedule
 from runtime.manifest import load_manifest
 from runtime.pipeline import LatteFlowPipeline
@@ -53,7 +53,8 @@ def test_the_step_at_which_a_trajectory_is_lost_is_named(bundle: Path) -> None:
         pipe("a", num_inference_steps=4, output_type="latent")
         assert watch.first is None
         watch.reset()
-        pipe("a", num_inference_steps=4, callback_on_step_end=spoil, output_type="latent")
+        with pytest.raises(EngineError, match="not finite"):
+            pipe("a", num_inference_steps=4, callback_on_step_end=spoil, output_type="latent")
     assert watch.first is not None
     assert watch.first.endswith("values of expert_1's velocity (group 1) are not finite after 2 steps")
 

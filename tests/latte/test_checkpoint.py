@@ -124,7 +124,7 @@ def test_a_config_that_does_not_fit_is_explained(broken: Path, change: dict[str,
 def test_a_name_that_leaves_the_folder_is_refused(broken: Path) -> None:
     index = {"weight_map": {"lm_head.weight": "../../elsewhere.safetensors"}}
     (broken / "vlm" / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"elsewhere\.safetensors, which is not a file beside it"):
+    with pytest.raises(CheckpointError, match=r"elsewhere\.safetensors, which is not a file in the same folder"):
         load_checkpoint(broken)
 
 
