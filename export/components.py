@@ -13,20 +13,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderDC
 from torch import Tensor, nn
 
 from export.dc_ae import use_linear_attention
-from latte.checkpoint import TORCH_DTYPES, VLM_FROM_FLOW, quiet_libraries
+from latte.checkpoint import TORCH_DTYPES, VLM_FROM_FLOW, cast_parameters, quiet_libraries
 from latte.config import LatteFlowConfig
 from latte.model import FlowLayer, FlowTransformer, VelocityHead, pixels_to_uint8
 from runtime.flow_time import ExpertSchedule
 from runtime.manifest import DType, EngineRole, Geometry, TensorSpec
 
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
 ONNX_NAMES: dict[str, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -318,13 +317,6 @@ def _single(name: str, role: EngineRole, part: Part) -> Component:
 
 
 # ---- what the graphs share ---------------------------------------------------------------------------
-
-
-def cast_parameters(module: ModuleT, dtype: torch.dtype) -> ModuleT:
-    """Casts a module's parameters but not its buffers: `module.half()` would round the rotary frequencies too."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return module
 
 
 def latents_spec(name: str, batch: str, config: LatteFlowConfig) -> TensorSpec:

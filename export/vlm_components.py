@@ -17,11 +17,10 @@ from export.components import (
     Assembly,
     Component,
     Part,
-    cast_parameters,
     kv_spec,
     layer_kv_spec,
 )
-from latte.checkpoint import TORCH_DTYPES
+from latte.checkpoint import TORCH_DTYPES, cast_parameters
 from latte.config import LatteFlowConfig
 from latte.model import rotate
 from runtime.manifest import TensorSpec

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -33,6 +33,7 @@ from latte.model import FlowTransformer, LatteFlow
 from runtime.errors import CheckpointError, InputError, one_line
 from runtime.files import make_writable_folder, replaced_directory, write_text
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 SHIPPED = {"shapes": Path(__file__).parent / "checkpoints" / "shapes"}
 """Checkpoints in this package, by name. A name is accepted wherever a path is."""
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -103,12 +104,17 @@ def load_checkpoint(name_or_path: str | Path, dtype: torch.dtype = torch.float32
     _check_geometry(config, vlm, vae)
     flow = FlowTransformer(config)
     load_flow(flow, path / "model.safetensors")
-    for parameter in flow.parameters():  # not the buffers, which are rotary frequencies
-        parameter.data = parameter.data.to(dtype)
-    model = LatteFlow(config, flow, vlm, vae, load_tokenizer(path))
+    model = LatteFlow(config, cast_parameters(flow, dtype), vlm, vae, load_tokenizer(path))
     if config.variant == "blend":
         share_with_vlm(flow, vlm)
     return model.eval()
+
+
+def cast_parameters(module: ModuleT, dtype: torch.dtype) -> ModuleT:
+    """Casts a module's parameters but not its buffers: `module.half()` would round the rotary frequencies too."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
 
 
 def load_outline(name_or_path: str | Path) -> LatteFlow:

@@ -156,9 +156,10 @@ class LatteFlowPipeline:
         clock.lap("prefix")
         on_step = None if callback_on_step_end is None else _adapt(self, callback_on_step_end)
         final = sampler.run(noise, times, on_step)
-        check_finite(to_host(final))
+        on_host = to_host(final)
+        check_finite(on_host)
         clock.lap("sample")
-        images: Any = to_host(final) if output_type == "latent" else self.decode(final)
+        images: Any = on_host if output_type == "latent" else self.decode(final)
         if output_type == "pil":
             images = [Image.fromarray(image) for image in images]
         clock.lap("decode")

@@ -20,9 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from export.benchmarks.random_models import PAPER, one_group
 from export.benchmarks.report import AsJson, Publisher, app
-from export.components import cast_parameters
 from export.verify import relative_error
-from latte.checkpoint import TORCH_DTYPES, load_checkpoint
+from latte.checkpoint import TORCH_DTYPES, cast_parameters, load_checkpoint
 from latte.config import LatteFlowConfig
 from latte.model import FlowTransformer
 from runtime.console import progress_bar, stdout

@@ -346,12 +346,10 @@ class Scheduler:
 
     def _step(self, group: int, batch: list[Job]) -> None:
         previews = []
-        for job, latents in zip(batch, self._stations.step(group, batch), strict=True):
-            try:
-                check_finite(latents[None])
-            except EngineError as error:  # of this request alone, not of those that share its batch
-                self.statistics.failed += job.handle in self._remaining
-                self._fail({job.handle}, error)
+        stepped = list(zip(batch, self._stations.step(group, batch), strict=True))
+        failed = self._fail_where_not_finite(stepped)
+        for job, latents in stepped:
+            if job.handle in failed:
                 continue
             job.latents = latents
             job.index += 1
@@ -362,6 +360,19 @@ class Scheduler:
         if previews:
             for job, pixels in zip(previews, self._stations.decode([job.latents for job in previews]), strict=True):
                 job.handle.send(Event("preview", job.image, job.index, pixels))
+
+    def _fail_where_not_finite(self, stepped: Sequence[tuple[Job, np.ndarray]]) -> set[Handle]:
+        """Fails the requests with latents that are not finite, not those that share their batch; returns them."""
+        failed: set[Handle] = set()
+        for job, latents in stepped:
+            try:
+                check_finite(latents[None])
+            except EngineError as error:
+                if job.handle not in failed:
+                    failed.add(job.handle)
+                    self._fail({job.handle}, error)
+        self.statistics.failed += len(failed)
+        return failed
 
     def _finish(self, job: Job) -> None:
         with self._work:

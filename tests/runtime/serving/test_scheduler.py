@@ -349,6 +349,23 @@ def test_latents_that_are_not_finite_fail_their_own_request_alone() -> None:
     assert (scheduler.statistics.failed, scheduler.statistics.finished, scheduler.pending) == (1, 1, 0)
 
 
+def test_nothing_comes_after_the_failure_of_one_image() -> None:
+    """The other image of the request is fine, and in the same batch."""
+    scheduler, stations = make()
+    step = stations.step
+
+    def overflow_first(group: int, jobs: Sequence[Job]) -> list[np.ndarray]:
+        first, *rest = step(group, jobs)
+        return [first + np.inf, *rest]
+
+    stations.step = overflow_first  # type: ignore[method-assign]
+    kinds: list[str] = []
+    scheduler.submit(request("two", num_images=2), lambda _, event: kinds.append(event.kind))
+    run(scheduler)
+    assert kinds == ["failed"]
+    assert (scheduler.statistics.failed, scheduler.pending) == (1, 0)
+
+
 BAD_REQUESTS = {
     "no steps": ({"num_inference_steps": 0}, "num_inference_steps must be from 1 to 200, got 0"),
     "too many steps": ({"num_inference_steps": 201}, "got 201"),
