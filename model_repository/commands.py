@@ -67,6 +67,9 @@ def serve(
     metrics_port: Annotated[int, typer.Option(help="Port for Prometheus metrics; 0 takes a free one.")] = 8002,
     layout: LayoutOption = "in-process",
     provider: Provider = "cpu",
+    control_key: Annotated[
+        Path | None, typer.Option(help="File with the control key; a new key is made if there is none.")
+    ] = None,
 ) -> None:
     """Serve a bundle on this machine with the bundled Triton server. On Ctrl-C, requests in flight finish.
 
@@ -78,13 +81,16 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="latte-flow-models-") as folder:
         models = Path(folder) / "models"
         write_repository(bundle, models, layout=layout, provider=provider, execution_environment=Path(sys.prefix))
-        server = TritonServer(models, http_port, grpc_port, metrics_port)
+        server = TritonServer(models, http_port, grpc_port, metrics_port, control_key=control_key)
         try:
             with stderr.status("start the server"):
                 server.wait_until_ready()
             typer.echo(f"http    http://{server.http_url}/v2/models/latte_flow/generate")
             typer.echo(f"grpc    {server.grpc_url}")
             typer.echo(f"metrics {server.metrics_url}")
+            typer.echo(f"models  {models}")
+            typer.echo(f"log     {server.log_file}")
+            typer.echo(f"key     {server.control_key}")
             code = server.process.wait()
             raise ServiceError(f"the Triton server ended by itself with code {code}")
         except KeyboardInterrupt:

@@ -21,65 +21,91 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
-import tritonclient.http
-from tritonclient.utils import InferenceServerException
 
 from model_repository.client import Client
-from model_repository.schema import MODEL
+from model_repository.control import DRAIN_SECONDS, Control, read_key, server_options, write_key
 from runtime.errors import InputError, MissingExtraError, ServiceError
 
-HOST = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 START_SECONDS = 120.0
 PROBE_SECONDS = 5.0
-DRAIN_SECONDS = 60.0
 SHARED_MEMORY = Path("/dev/shm")
 
 
 class TritonServer:
-    """A running `tritonserver` with one model repository.
+    """A running `tritonserver` with one model repository. Its control protocols ask for a key.
 
     Example:
         >>> with TritonServer(Path("repository")) as server:
         ...     print(server.grpc_url)
     """
 
-    def __init__(self, repository: Path, http_port: int = 0, grpc_port: int = 0, metrics_port: int = 0) -> None:
+    def __init__(
+        self,
+        repository: Path,
+        http_port: int = 0,
+        grpc_port: int = 0,
+        metrics_port: int = 0,
+        *,
+        host: str = LOOPBACK,
+        log_file: Path | None = None,
+        control_key: Path | None = None,
+    ) -> None:
+        """Starts the server; `wait_until_ready` waits for it.
+
+        Args:
+            http_port, grpc_port, metrics_port: 0 takes a free one.
+            host: address to listen on.
+            log_file: the server's log; None for a temporary one.
+            control_key: file with the control key; None for a new key in a temporary file.
+
+        Raises:
+            InputError: the key file holds no key, or the server does not fit this environment.
+            MissingExtraError: the bundled server is not installed.
+        """
+        self._reachable = LOOPBACK if host in ("0.0.0.0", "::") else host
         self._ports = [port or free_port() for port in (http_port, grpc_port, metrics_port)]
         self._folder = tempfile.TemporaryDirectory(prefix="latte-flow-triton-")
         folder = Path(self._folder.name)
-        self.log_file = folder / "log.txt"
-        executable, libraries = _prepare(folder)
+        self.log_file = folder / "log.txt" if log_file is None else log_file
+        try:
+            executable, libraries = _prepare(folder)
+            self.control_key = folder / "control.key" if control_key is None else control_key
+            key = write_key(self.control_key) if control_key is None else read_key(control_key)
+        except BaseException:
+            self._folder.cleanup()
+            raise
+        self.control = Control(self.http_url, key)
         self._shared_memory = f"latte-flow-{os.getpid()}-{uuid.uuid4().hex[:8]}-"
         ports = dict(zip(("http", "grpc", "metrics"), self._ports, strict=True))
-        command = [
+        self._command = [
             str(executable),
-            f"--model-repository={repository.absolute()}",
+            *server_options(repository.absolute(), key),
             f"--backend-directory={folder / 'backends'}",
-            "--model-control-mode=explicit",
-            "--load-model=*",
-            "--disable-auto-complete-config",
-            "--exit-timeout-secs=30",
             f"--backend-config=python,shm-region-prefix-name={self._shared_memory}",
-            *(f"--{name}-address={HOST}" for name in ports),
+            *(f"--{name}-address={host}" for name in ports),
             *(f"--{name}-port={port}" for name, port in ports.items()),
         ]
-        environment = os.environ | {"LD_LIBRARY_PATH": str(libraries)}
-        with self.log_file.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        self._environment = os.environ | {"LD_LIBRARY_PATH": str(libraries)}
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self.log_file.open("ab") as log:
+            return subprocess.Popen(
+                self._command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True
             )
 
     @property
     def http_url(self) -> str:
-        return f"{HOST}:{self._ports[0]}"
+        return f"{self._reachable}:{self._ports[0]}"
 
     @property
     def grpc_url(self) -> str:
-        return f"{HOST}:{self._ports[1]}"
+        return f"{self._reachable}:{self._ports[1]}"
 
     @property
     def metrics_url(self) -> str:
-        return f"http://{HOST}:{self._ports[2]}/metrics"
+        return f"http://{self._reachable}:{self._ports[2]}/metrics"
 
     def wait_until_ready(self) -> None:
         """Waits until the model has drawn an image.
@@ -99,17 +125,8 @@ class TritonServer:
     def drain(self) -> None:
         """Refuses new requests, lets those in flight finish, and ends the server."""
         if self.process.poll() is None:
-            with (
-                contextlib.suppress(InferenceServerException, OSError),
-                tritonclient.http.InferenceServerClient(self.http_url, network_timeout=DRAIN_SECONDS) as client,
-            ):
-                client.unload_model(MODEL)
-                give_up = time.monotonic() + DRAIN_SECONDS
-                while time.monotonic() < give_up and any(
-                    entry["name"] == MODEL and entry.get("reason") != "unloaded"
-                    for entry in client.get_model_repository_index()
-                ):
-                    time.sleep(0.05)
+            with contextlib.suppress(ServiceError):
+                self.control.drain()
         self.close()
 
     def close(self) -> None:
@@ -145,7 +162,7 @@ class TritonServer:
 def free_port() -> int:
     """Returns a port that is not in use."""
     with socket.socket() as probe:
-        probe.bind((HOST, 0))
+        probe.bind((LOOPBACK, 0))
         port: int = probe.getsockname()[1]
         return port
 

@@ -1,0 +1,48 @@
+"""The commands of `latte-flow control`: reload and drain a running service."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from model_repository.control import DRAIN_SECONDS, Control, read_key
+from runtime.console import command_group
+from runtime.errors import ServiceError
+
+app = command_group(
+    "Operate a running service with its control key.\n\n\b\nExample:\n  latte-flow control reload --key control.key"
+)
+Url = Annotated[str, typer.Option(help="Address of Triton's HTTP endpoint.")]
+Key = Annotated[Path, typer.Option("--key", help="File with the control key; `latte-flow serve` prints its path.")]
+LOCAL = "127.0.0.1:8000"
+
+
+@app.command(no_args_is_help=True)
+def reload(key: Key, url: Url = LOCAL) -> None:
+    """Load what the repository contains now. The old model serves until the new one is warm, and stays if that fails.
+
+    \b
+    Example:
+      latte-flow repository new-bundle models --force && latte-flow control reload --key control.key
+    """
+    Control(url, read_key(key)).load()
+    typer.echo(f"{url} has loaded the model")
+
+
+@app.command(no_args_is_help=True)
+def drain(
+    key: Key,
+    url: Url = LOCAL,
+    seconds: Annotated[float, typer.Option(help="How long requests in flight may take.")] = DRAIN_SECONDS,
+) -> None:
+    """Refuse new requests and wait for those in flight. Exits with 1 if some are not finished in time.
+
+    \b
+    Example:
+      latte-flow control drain --key control.key
+    """
+    if not Control(url, read_key(key)).drain(seconds):
+        raise ServiceError(f"{url} still has requests in flight after {seconds:g} s")
+    typer.echo(f"{url} has finished its requests")
