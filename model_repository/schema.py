@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -188,11 +188,14 @@ def _image(content: bytes | str) -> Image.Image:
         raise InputError("an image must be a PNG or JPEG file, or its base64; this one cannot be opened") from error
 
 
-def write_images(pixels: np.ndarray, image_format: ImageFormat) -> tuple[str, np.ndarray]:
-    """Returns name and value of the output tensor for images `[n, height, width, 3]` uint8."""
-    if image_format == "raw":
-        return "images", pixels
-    files = [png_bytes(Image.fromarray(image)) for image in pixels]
-    if image_format == "png_base64":
-        files = [base64.b64encode(file) for file in files]
-    return "png", np.array(files, dtype=np.object_)
+def encode_image(pixels: np.ndarray, image_format: ImageFormat) -> bytes:
+    """Returns an image `[height, width, 3]` uint8 as a PNG file, or its base64."""
+    file = png_bytes(Image.fromarray(pixels))
+    return base64.b64encode(file) if image_format == "png_base64" else file
+
+
+def write_images(images: Sequence[np.ndarray | bytes]) -> tuple[str, np.ndarray]:
+    """Returns name and value of the output tensor for images: all `[height, width, 3]` uint8, or all encoded."""
+    if isinstance(images[0], np.ndarray):
+        return "images", np.stack(images)
+    return "png", np.array(images, dtype=np.object_)

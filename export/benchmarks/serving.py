@@ -24,9 +24,11 @@ from rich.table import Table
 from export.benchmarks.report import Against, AsJson, Publisher, app, bundle_for_the_run
 from runtime.console import stderr, stdout
 from runtime.pipeline import LatteFlowPipeline
+from runtime.serving.policy import CostAwarePolicy, SchedulingPolicy, WholeRequestPolicy
 from runtime.serving.requests import GenerationRequest, Limits
-from runtime.serving.scheduler import CostAwarePolicy, Scheduler, SchedulingPolicy, WholeRequestPolicy, Worker
+from runtime.serving.scheduler import Scheduler
 from runtime.serving.stations import PipelineStations
+from runtime.serving.worker import Worker
 
 Serve = Callable[[GenerationRequest], object]
 """Serves one request; returns when it is done."""

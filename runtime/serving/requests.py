@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from queue import SimpleQueue
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 
-from runtime.errors import InputError
+from runtime.errors import InputError, one_line
 from runtime.flow_time import (
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_SHIFT,
@@ -21,18 +22,41 @@ from runtime.flow_time import (
 
 Listener = Callable[["Handle", "Event"], None]
 PRIORITIES = range(-2, 3)
+_LOG = logging.getLogger("latte_flow")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a service accepts. The limits are part of the served model's configuration."""
+    """What a service accepts. The limits are parameters in the served model's configuration."""
 
     max_steps: int = 200
     max_images_per_request: int = 16
-    max_queued_images: int = 256
+    max_queued_images: int = 1024
     """Images in the scheduler, waiting or running. More are refused rather than delayed without end."""
     max_rows_per_tick: int = 32
-    """Rows in an expert's batch; a guided image has two."""
+    """Rows in an expert's batch; a guided image has two. Plans may set a lower limit."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if isinstance(value, int) and value < 1:
+                raise InputError(f"the limit {name} must be at least 1, got {value}")
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, str]) -> Self:
+        """Reads limits from texts by name; limits that are not given have their defaults.
+
+        Raises:
+            InputError: a value is not a number, or is out of range.
+        """
+        values: dict[str, int | str] = {}
+        for field in fields(cls):
+            text = parameters.get(field.name)
+            if text is None:
+                continue
+            if isinstance(field.default, int) and not text.isdecimal():
+                raise InputError(f"the limit {field.name} must be a whole number, got {text!r}")
+            values[field.name] = int(text) if isinstance(field.default, int) else text
+        return cls(**values)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -114,11 +138,15 @@ class Handle:
         return self._cancelled.is_set()
 
     def send(self, event: Event) -> None:
-        """Sends an event to the owner. Only the scheduler calls this."""
+        """Sends an event to the owner. Only the scheduler calls this. A listener that raises loses its request."""
         if self._listener is None:
             self._events.put(event)
-        else:
+            return
+        try:
             self._listener(self, event)
+        except Exception as error:
+            _LOG.error("a listener failed on %s: %s", event.kind, one_line(error), exc_info=error)
+            self.cancel()
 
     def events(self, timeout: float | None = None) -> Iterator[Event]:
         """Yields events as they come; the last is "done" or "failed".

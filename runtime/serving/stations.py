@@ -7,12 +7,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from runtime.errors import InputError
+from runtime.manifest import Manifest
 from runtime.pipeline import LatteFlowPipeline
 from runtime.rows import arrange_rows
 from runtime.sampler import Sampler
+from runtime.serving.jobs import EncodedPrompt, Job, Station
 from runtime.serving.requests import GenerationRequest
-from runtime.serving.scheduler import EncodedPrompt, Job
 
+ALL_PLANS = "triton"
+"""Name of the backend whose engines run elsewhere: any plan of the bundle may be what runs them."""
 REMEMBERED_BATCHES = 4
 """Arranged batches kept in memory: about as many as there are groups of requests at different flow times."""
 
@@ -26,19 +30,40 @@ class PipelineStations:
         self.latent_shape = (geometry.latent_channels, *geometry.latent_size)
         self._pipeline = pipeline
         self._samplers: OrderedDict[tuple[int, ...], Sampler] = OrderedDict()
+        manifest, provider = pipeline.manifest, pipeline.backend.name
+        self._max_rows: dict[Station, int | None] = {
+            "encode": most_in_plans(manifest, provider, "vlm", "batch", past=0),
+            "decode": most_in_plans(manifest, provider, "vae_decoder", "batch"),
+        }
+        solver = [most_in_plans(manifest, provider, "solver_step", axis) for axis in ("rows", "batch")]
+        for group in range(self.schedule.num_groups):
+            limits = [most_in_plans(manifest, provider, f"expert_{group}", "rows"), *solver]
+            self._max_rows[group] = min((limit for limit in limits if limit is not None), default=None)
+        self._max_tokens = most_in_plans(manifest, provider, "vlm", "tokens", past=0, image_tokens=1)
+
+    def max_rows(self, station: Station) -> int | None:
+        """Returns how many rows a run of the station can have: what the plans' profiles allow, or None."""
+        return self._max_rows[station]
 
     def check(self, request: GenerationRequest) -> None:
         """Raises `InputError` for a prompt that cannot be encoded."""
         for prompt in (request.prompt, request.negative_prompt):
-            self._pipeline.check_prompt(prompt)
+            tokens = len(self._pipeline.chat.prompt_tokens(prompt))
+            if self._max_tokens is not None and tokens > self._max_tokens:
+                raise InputError(
+                    f"a prompt has {tokens} tokens in its chat template, the service's plans take {self._max_tokens}; "
+                    "shorten it"
+                )
 
-    def encode(self, jobs: Sequence[Job]) -> None:
+    def encode(self, jobs: Sequence[Job]) -> list[EncodedPrompt]:
         """Encodes each distinct prompt once; negative prompts are remembered."""
         prompts = self._pipeline.encode_prompts([job.request.prompt for job in jobs])
         guided = [job.request.negative_prompt for job in jobs if job.is_guided]
         negatives = iter(self._pipeline.encode_negative_prompts(guided))
-        for job, prompt in zip(jobs, prompts, strict=True):
-            job.encoded = EncodedPrompt(prompt, next(negatives) if job.is_guided else None)
+        return [
+            EncodedPrompt(prompt, next(negatives) if job.is_guided else None)
+            for job, prompt in zip(jobs, prompts, strict=True)
+        ]
 
     def step(self, group: int, jobs: Sequence[Job]) -> list[np.ndarray]:
         """Runs one step of every job, each at its own time."""
@@ -67,3 +92,26 @@ class PipelineStations:
     def decode(self, latents: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Returns the pixels of every image."""
         return list(self._pipeline.decode(np.stack(latents)))
+
+
+def most_in_plans(manifest: Manifest, provider: str, engine: str, axis: str, **others: int) -> int | None:
+    """Returns the largest size of an engine's axis that its plans' profiles allow; None where no plan runs it.
+
+    Args:
+        provider: the backend's name; only TensorRT's backends run plans.
+        others: sizes of other axes; only profiles that allow them count.
+    """
+    entry = manifest.engine(engine)
+    plans = [plan for plan in entry.plans if provider in (plan.provider, ALL_PLANS)]
+    limits = [
+        max(
+            (
+                profile.axes[axis].max
+                for profile in plan.profiles
+                if axis in profile.axes and all(size in profile.axes[name] for name, size in others.items())
+            ),
+            default=None,
+        )
+        for plan in plans
+    ]
+    return min((limit for limit in limits if limit is not None), default=None)

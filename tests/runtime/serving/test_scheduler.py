@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Never
 
 import numpy as np
 import pytest
 
-from runtime.errors import CancelledError, DeadlineError, DrainingError, EngineError, InputError, QueueFullError
+from runtime.errors import (
+    CancelledError,
+    DeadlineError,
+    DrainingError,
+    EngineError,
+    InputError,
+    QueueFullError,
+    ServiceError,
+)
 from runtime.flow_time import ExpertSchedule, initial_latents
 from runtime.pipeline import LatteFlowPipeline
 from runtime.rows import PrefixRow
+from runtime.serving.jobs import EncodedPrompt, Job, Station
+from runtime.serving.policy import CostAwarePolicy, RunCost, SchedulingPolicy, WholeRequestPolicy
 from runtime.serving.requests import Event, GenerationRequest, Handle, Limits
-from runtime.serving.scheduler import (
-    CostAwarePolicy,
-    EncodedPrompt,
-    Job,
-    RunCost,
-    Scheduler,
-    SchedulingPolicy,
-    WholeRequestPolicy,
-    Worker,
-)
+from runtime.serving.scheduler import Scheduler
 from runtime.serving.stations import PipelineStations
+from runtime.serving.worker import Worker
 
 
 class ScriptedStations:
@@ -49,20 +52,27 @@ class ScriptedStations:
         if "bad" in request.prompt:
             raise InputError("bad prompt")
 
-    def encode(self, jobs: Sequence[Job]) -> None:
+    def max_rows(self, station: Station) -> int | None:
+        return None
+
+    def encode(self, jobs: Sequence[Job]) -> list[EncodedPrompt]:
         self._note("encode", [job.request.prompt for job in jobs])
-        for job in jobs:
-            job.encoded = EncodedPrompt(PrefixRow(()), None)
+        if any("unreadable" in job.request.prompt for job in jobs):
+            raise EngineError("engine vlm failed")
+        return [EncodedPrompt(PrefixRow(()), None) for _ in jobs]
 
     def step(self, group: int, jobs: Sequence[Job]) -> list[np.ndarray]:
         assert all(self.schedule.group_of(job.t) == group for job in jobs)
         self._note(group, [job.request.prompt for job in jobs])
         if any("broken" in job.request.prompt for job in jobs):
             raise EngineError("engine expert_0 failed")
-        return [job.latents + (np.inf if "overflow" in job.request.prompt else 1) for job in jobs]
+        added = {"overflow": np.inf, "undecodable": 1e9}
+        return [job.latents + added.get(job.request.prompt, 1) for job in jobs]
 
     def decode(self, latents: Sequence[np.ndarray]) -> list[np.ndarray]:
         self._note("decode", [""] * len(latents))
+        if any(x.item() > 1e8 for x in latents):
+            raise EngineError("engine vae_decoder failed")
         return [np.full((1, 1, 3), int(np.rint(x.item() * 1000)) % 256, np.uint8) for x in latents]
 
 
@@ -339,6 +349,70 @@ def test_a_broken_batch_fails_its_own_requests_and_nobody_elses() -> None:
     assert (scheduler.statistics.failed, scheduler.statistics.finished) == (1, 1)
 
 
+def test_a_bad_request_in_a_batch_fails_alone() -> None:
+    scheduler, _ = make()
+    handles = {name: scheduler.submit(request(name)) for name in ("a", "b", "broken", "c", "d")}
+    run(scheduler)
+    with pytest.raises(EngineError):
+        handles.pop("broken").result(0)
+    assert [len(handle.result(0)) for handle in handles.values()] == [1] * 4
+    assert (scheduler.statistics.failed, scheduler.statistics.finished, scheduler.pending) == (1, 4, 0)
+
+
+@pytest.mark.parametrize("bad", ["unreadable", "undecodable"])
+def test_a_bad_request_fails_alone_at_every_station(bad: str) -> None:
+    scheduler, _ = make()
+    handles = [scheduler.submit(request(prompt, num_images=2)) for prompt in ("a", bad, "b")]
+    run(scheduler)
+    with pytest.raises(EngineError):
+        handles[1].result(0)
+    assert [len(handles[i].result(0)) for i in (0, 2)] == [2, 2]
+    assert (scheduler.statistics.failed, scheduler.pending) == (1, 0)
+
+
+def test_a_preview_that_fails_is_left_out_and_harms_nobody() -> None:
+    """A preview that failed used to fail all requests of its batch; it is not time of an expert either."""
+    scheduler, stations = make()
+    with_previews = [scheduler.submit(request(str(i), preview_every=2)) for i in range(3)]
+    without = scheduler.submit(request("none"))
+    decode = stations.decode
+
+    def fail_early(latents: Sequence[np.ndarray]) -> list[np.ndarray]:
+        stations.now += 10.0
+        if any(job.index < 8 for jobs in scheduler._open.values() for job in jobs):
+            raise EngineError("no preview")
+        return decode(latents)
+
+    stations.decode = fail_early  # type: ignore[method-assign]
+    run(scheduler)
+    assert all(len(handle.result(0)) == 1 for handle in (*with_previews, without))
+    assert scheduler.statistics.step_seconds == pytest.approx(8 * 0.01)
+    assert scheduler.statistics.failed == 0
+
+
+def test_a_listener_that_raises_loses_its_own_request() -> None:
+    scheduler, _ = make()
+
+    def listener(handle: Handle, event: Event) -> None:
+        raise RuntimeError("no")
+
+    lost, kept = scheduler.submit(request("lost"), listener), scheduler.submit(request("kept"))
+    run(scheduler)
+    assert lost.cancelled
+    assert len(kept.result(0)) == 1
+    assert scheduler.pending == 0
+
+
+def test_the_queue_is_empty_only_when_the_last_request_was_told_its_end() -> None:
+    scheduler, _ = make()
+    empty: list[bool] = []
+    listener = lambda _, event: empty.append(scheduler.wait_until_empty(0)) if event.kind == "done" else None  # noqa: E731
+    scheduler.submit(request(), listener)
+    run(scheduler)
+    assert empty == [False]
+    assert scheduler.wait_until_empty(0)
+
+
 def test_latents_that_are_not_finite_fail_their_own_request_alone() -> None:
     scheduler, _ = make()
     broken, fine = scheduler.submit(request("overflow", num_images=2)), scheduler.submit(request("fine"))
@@ -405,7 +479,7 @@ def test_a_thousand_requests_with_cancels_leave_nothing_behind() -> None:
     assert statistics.submitted == 1000 == statistics.finished + statistics.cancelled
     assert ends.count("failed") == statistics.cancelled > 100
     assert scheduler.pending == 0
-    assert not scheduler._remaining
+    assert not scheduler._open
 
 
 # ---- in a thread, and on engines --------------------------------------------------------------------
@@ -432,6 +506,25 @@ def test_a_worker_serves_many_threads_and_drains() -> None:
     with pytest.raises(DrainingError):
         scheduler.submit(request())
     worker.close()
+
+
+def test_a_worker_that_breaks_says_so_and_leaves_nobody_waiting() -> None:
+    class BrokenPolicy(CostAwarePolicy):
+        def choose(self, *arguments: object) -> Never:
+            raise RuntimeError("a defect")
+
+    stations = ScriptedStations()
+    scheduler = Scheduler(stations, stations.clock, policy=BrokenPolicy())
+    deaths: list[BaseException] = []
+    worker = Worker(scheduler, deaths.append)
+    handle = scheduler.submit(request())
+    with pytest.raises(ServiceError, match="broke down and must be started again: a defect"):
+        handle.result(10)
+    worker.close()
+    assert not worker.is_alive
+    assert [str(death) for death in deaths] == ["a defect"]
+    with pytest.raises(ServiceError, match="broke down"):
+        scheduler.submit(request())
 
 
 def test_images_are_those_of_the_pipeline(pipe: LatteFlowPipeline) -> None:
