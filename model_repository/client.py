@@ -1,16 +1,19 @@
 """A client of the model `latte_flow` over Triton's gRPC: images, answers, progress, cancellation, retries.
 
-A request that found the queue full is sent again after a pause. A request that was cut off is not: the caller can
-send it again, and the same seed gives the same image.
+A request that was not accepted is sent again after a pause: the queue was full, or the model is being replaced. A
+request that was cut off is not: the caller can send it again, and the same seed gives the same image.
+
+Every wait ends: a request has a timeout, and while nothing comes the client asks whether the model still answers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -22,14 +25,23 @@ import tritonclient.grpc as grpc
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
+from model_repository.connection import Connection
 from model_repository.schema import CANCELLED, INPUTS, INVALID, MODEL, NUMPY_DTYPES, UNAVAILABLE
 from runtime.errors import DRAINING, CancelledError, DrainingError, InputError, QueueFullError, ServiceError, one_line
 from runtime.images import png_bytes
 
 _FIELDS = {field.name: field for field in INPUTS}
-RETRIES = 5
+RETRIES = 6
 FIRST_PAUSE_SECONDS = 0.2
 POLL_SECONDS = 0.1
+TIMEOUT_SECONDS = 1800.0
+GRACE_SECONDS = 10.0
+"""A request with a deadline is waited for that much longer."""
+QUIET_SECONDS = 5.0
+"""After so long without a response the client asks whether the model still answers."""
+PING_SECONDS = 10.0
+NOT_SERVING = ("Request for unknown model", "Stub process", "Server is stopping", "Model is not ready")
+"""Begin Triton's messages while a model is being replaced or restarted."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,10 @@ class Response:
     text: str | None = None
 
 
+class _NotServingError(ServiceError):
+    """The model is being replaced or restarted; the request was not accepted."""
+
+
 class Client:
     """Sends requests to one server.
 
@@ -54,9 +70,36 @@ class Client:
         ...     client.ask("circle.png", "what colour is the circle?")
     """
 
-    def __init__(self, url: str, retries: int = RETRIES) -> None:
+    def __init__(
+        self,
+        url: str,
+        retries: int = RETRIES,
+        *,
+        timeout: float = TIMEOUT_SECONDS,
+        tls: bool = False,
+        ca: str | os.PathLike[str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        token: str | None = None,
+    ) -> None:
+        """Sends nothing yet.
+
+        Args:
+            url: address of Triton's gRPC endpoint, `host:port`.
+            retries: how often a request that was not accepted is sent again.
+            timeout: seconds that a request without a `deadline` may take, with its retries.
+            tls: connect over TLS.
+            ca: file with the certificates of the authorities to trust, PEM; implies `tls`.
+            headers: sent with every request.
+            token: sent as a bearer token; None for the environment variable LATTE_FLOW_TOKEN.
+
+        Raises:
+            InputError: a header cannot be sent, a token would be sent in the clear, or `ca` cannot be read.
+        """
         self.url = url
+        self._connection = Connection(url, tls, None if ca is None else Path(ca), headers or {}, token)
         self._retries = retries
+        self._timeout = timeout
+        self._reached = False
 
     def generate(
         self,
@@ -100,54 +143,124 @@ class Client:
         raise ServiceError(f"{self.url} ended its answer without a text")
 
     def stream(self, **inputs: Any) -> Iterator[Response]:
-        """Yields responses as they come; closing the iterator cancels the request."""
+        """Yields responses as they come; closing the iterator cancels the request.
+
+        Raises:
+            InputError, ServiceError: as `generate`.
+        """
+        deadline = inputs.get("deadline")
+        seconds = self._timeout if deadline is None else float(deadline) + GRACE_SECONDS
+        give_up = time.monotonic() + seconds
         for attempt in range(self._retries + 1):
             try:
-                yield from self._stream_once(inputs)
+                yield from self._stream_once(inputs, give_up)
                 return
-            except QueueFullError:
-                if attempt == self._retries:
-                    raise
+            except (QueueFullError, DrainingError, _NotServingError):
                 # At random, so that clients that were refused together do not come back together.
-                time.sleep(FIRST_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1.5))
+                pause = FIRST_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1.5)
+                if attempt == self._retries or time.monotonic() + pause > give_up:
+                    raise
+                time.sleep(pause)
 
-    def _stream_once(self, inputs: dict[str, Any]) -> Iterator[Response]:
+    def _stream_once(self, inputs: dict[str, Any], give_up: float, *, watch: bool = True) -> Iterator[Response]:
+        """Sends a request once.
+
+        Args:
+            give_up: the time on the monotonic clock at which to stop waiting.
+            watch: ask whether the model still answers while nothing comes.
+        """
         responses: SimpleQueue[tuple[Any, InferenceServerException | None]] = SimpleQueue()
-        client = grpc.InferenceServerClient(self.url)
+        tensors = [_tensor(name, value) for name, value in inputs.items()]
+        client = self._connection.open()
         finished = False
         begun = False
+        last_sign = time.monotonic()
         try:
-            client.start_stream(lambda result, error: responses.put((result, error)))
-            client.async_stream_infer(MODEL, [_tensor(name, value) for name, value in inputs.items()])
+            client.start_stream(
+                lambda result, error: responses.put((result, error)),
+                stream_timeout=max(give_up - time.monotonic(), 0.0) + POLL_SECONDS,
+                headers=dict(self._connection.headers),
+            )
+            with contextlib.suppress(InferenceServerException):  # a stream that broke at once: the callback is told why
+                client.async_stream_infer(MODEL, tensors)
             while not finished:
                 try:
-                    result, error = responses.get(timeout=POLL_SECONDS)
-                except Empty:  # short waits, so that Ctrl-C works
+                    result, error = responses.get(timeout=POLL_SECONDS)  # short waits, so that Ctrl-C works
+                except Empty:
+                    now = time.monotonic()
+                    if now > give_up:
+                        raise ServiceError(f"{self.url} did not finish the request in time") from None
+                    if watch and now - last_sign > QUIET_SECONDS:
+                        self._ping(min(PING_SECONDS, give_up - now))
+                        last_sign = time.monotonic()
                     continue
+                last_sign = time.monotonic()
                 if error is not None:
                     finished = True
-                    raise _as_error(error, self.url, begun)
+                    raise self._as_error(error, begun)
                 response = _response(result)
                 finished = response.event == "done"
-                begun = True
+                begun = self._reached = True
                 yield response
         finally:
             client.stop_stream(cancel_requests=not finished)
             client.close()
 
-    def is_alive(self, timeout: float = 10.0) -> bool:
-        """Returns whether the model draws an image in time. A server's own report is not enough."""
-        client = grpc.InferenceServerClient(self.url)
+    def _ping(self, seconds: float) -> None:
+        """Checks that the model's process answers.
+
+        Raises:
+            ServiceError: it does not.
+        """
         try:
-            if not client.is_server_live(client_timeout=timeout):
-                return False
-            quick = Client(self.url, retries=0)
-            quick.generate("", num_inference_steps=1, guidance_scale=1.0, deadline=timeout)
+            # A request for nothing: it takes no place in the queue, and its refusal comes from the model itself.
+            for _ in self._stream_once({"seed": 0}, time.monotonic() + seconds, watch=False):
+                pass
+        except InputError:
+            return
+        except ServiceError as error:
+            raise ServiceError(f"{self.url} does not answer any more, and the request is lost: {error}") from error
+
+    def is_alive(self, timeout: float = 10.0) -> bool:
+        """Returns whether the model draws an image within so many seconds. A server's own report is not enough.
+
+        A full queue counts as alive.
+        """
+        inputs = {"prompt": "", "num_inference_steps": 1, "guidance_scale": 1.0, "deadline": timeout}
+        try:
+            for _ in self._stream_once(inputs, time.monotonic() + timeout, watch=False):
+                pass
+        except QueueFullError:
             return True
-        except (InferenceServerException, ServiceError):
+        except (ServiceError, InputError):
             return False
-        finally:
-            client.close()
+        return True
+
+    def _as_error(self, error: InferenceServerException, begun: bool) -> Exception:
+        """Returns the exception for an error of the service.
+
+        A stream has no status codes, and the header that asks for them crashes server 2.51 now and then, so the model's
+        messages begin with the code.
+        """
+        status, whole = str(error.status()), one_line(Exception(error.message()))
+        if status.startswith("StatusCode."):  # of gRPC itself, or of a proxy
+            unreachable = status.endswith(".UNAVAILABLE") and "failed to connect" in whole
+            if status.endswith(".DEADLINE_EXCEEDED"):
+                return ServiceError(f"{self.url} did not finish the request in time")
+            kind = _NotServingError if unreachable and self._reached and not begun else ServiceError
+            return kind(f"{self.url}: {status.removeprefix('StatusCode.')}: {whole}")
+        self._reached = True
+        code, colon, message = whole.partition(": ")
+        if code == INVALID or (not colon and "inference input" in code):
+            return InputError(message or code)
+        if code == CANCELLED:
+            return CancelledError(message)
+        if code == UNAVAILABLE and DRAINING in message:
+            return DrainingError(f"{self.url}: {message}")
+        if code == UNAVAILABLE and not begun:
+            return QueueFullError(f"{self.url}: {message}")
+        kind = _NotServingError if whole.startswith(NOT_SERVING) and not begun else ServiceError
+        return kind(f"{self.url}: {whole}")
 
     def __enter__(self) -> Self:
         return self
@@ -190,24 +303,6 @@ def _response(result: Any) -> Response:
         images=images,
         text=None if text is None else text.decode(),
     )
-
-
-def _as_error(error: InferenceServerException, url: str, begun: bool) -> Exception:
-    """Returns the exception for an error of the service.
-
-    A stream has no status codes, and the header that asks for them crashes server 2.51 now and then, so the model's
-    messages begin with the code.
-    """
-    code, colon, message = one_line(Exception(error.message())).partition(": ")
-    if code == INVALID or (not colon and "inference input" in code):
-        return InputError(message or code)
-    if code == CANCELLED:
-        return CancelledError(message)
-    if code == UNAVAILABLE and DRAINING in message:
-        return DrainingError(f"{url}: {message}")
-    if code == UNAVAILABLE and not begun:
-        return QueueFullError(f"{url}: {message}")
-    return ServiceError(f"{url}: {code}{colon}{message}")
 
 
 def _encoded(image: Any) -> bytes:

@@ -24,6 +24,8 @@ GRPC_CONTROL_HEADER = f"triton-grpc-protocol-{CONTROL_HEADER}"
 """Triton's name of that header in gRPC requests."""
 RESTRICTED = ("shared-memory", "model-config", "model-repository", "statistics", "trace", "logging")
 """Triton's protocols that ask for the key; health, metadata and inference do not."""
+FORWARDED_HEADER = "x-client-id"
+"""Header that the server hands to the model as a parameter of the request."""
 DRAIN_SECONDS = 60
 """How long requests in flight may take to finish when a service ends. The server's exit timeout is the same."""
 LOAD_SECONDS = 600.0
@@ -40,6 +42,7 @@ def server_options(models: Path | str, key: str) -> list[str]:
         "--load-model=*",
         "--disable-auto-complete-config",
         f"--exit-timeout-secs={DRAIN_SECONDS}",
+        *(f"--{protocol}-header-forward-pattern=(?i){FORWARDED_HEADER}" for protocol in ("http", "grpc")),
         f"--http-restricted-api={restricted}",
         f"--grpc-restricted-protocol={restricted}",
     ]
@@ -99,6 +102,14 @@ class Control:
         index: list[dict[str, str]] = self._post("/v2/repository/index", seconds)
         entries = [entry for entry in index if entry["name"] == model and "state" in entry]
         return all(entry.get("reason") == "unloaded" for entry in entries)
+
+    def is_reachable(self, seconds: float = 1.0) -> bool:
+        """Returns whether the server answers."""
+        try:
+            self.is_unloaded(seconds=seconds)
+        except ServiceError:
+            return False
+        return True
 
     def drain(self, seconds: float = DRAIN_SECONDS) -> bool:
         """Unloads the model and waits until its requests are finished; returns whether they are.

@@ -29,7 +29,10 @@ from runtime.errors import InputError, MissingExtraError, ServiceError
 LOOPBACK = "127.0.0.1"
 START_SECONDS = 120.0
 PROBE_SECONDS = 5.0
+EXIT_SECONDS = 10.0
+"""How long a server without requests may take to end."""
 SHARED_MEMORY = Path("/dev/shm")
+STUB = b"triton_python_backend_stub"
 
 
 class TritonServer:
@@ -117,24 +120,54 @@ class TritonServer:
         while time.monotonic() < give_up:
             if self.process.poll() is not None:
                 raise ServiceError(f"the Triton server ended with code {self.process.returncode}: {self._last_lines()}")
-            if Client(self.grpc_url, retries=0).is_alive(PROBE_SECONDS):
+            # Triton opens its HTTP port after the one for gRPC.
+            if Client(self.grpc_url, retries=0).is_alive(PROBE_SECONDS) and self.control.is_reachable():
                 return
             time.sleep(0.1)
         raise ServiceError(f"the Triton server did not answer within {START_SECONDS:g} s: {self._last_lines()}")
 
-    def drain(self) -> None:
-        """Refuses new requests, lets those in flight finish, and ends the server."""
+    def stubs(self) -> dict[int, str]:
+        """Returns the processes of Python models that live, with the name of each one's model."""
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # a process may end while it is looked at
+                command = (entry / "cmdline").read_bytes().split(b"\0")  # empty for one that ended
+                if command[0].endswith(STUB) and os.getpgid(int(entry.name)) == self.process.pid:
+                    found[int(entry.name)] = Path(command[1].decode()).parents[1].name
+        return found
+
+    def restart(self) -> None:
+        """Ends the server at once, so that requests in flight fail, and starts it again on the same ports.
+
+        A model whose process died needs this: Triton never answers that process's requests, and waits for them before
+        it unloads or ends.
+        """
+        self._kill()
+        self.process = self._start()
+
+    def drain(self) -> bool:
+        """Refuses new requests, lets those in flight finish, and ends the server; returns whether they finished."""
+        finished = False
         if self.process.poll() is None:
             with contextlib.suppress(ServiceError):
-                self.control.drain()
-        self.close()
+                finished = self.control.drain()
+        self.close(EXIT_SECONDS if finished else 0)
+        return finished
 
-    def close(self) -> None:
-        """Ends the server and its stubs, and removes its temporary files."""
-        if self.process.poll() is None:
+    def close(self, seconds: float = DRAIN_SECONDS) -> None:
+        """Ends the server and its stubs, and removes its temporary files.
+
+        Args:
+            seconds: how long requests in flight may take; 0 ends the server at once.
+        """
+        if seconds and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout=DRAIN_SECONDS)
+                self.process.wait(timeout=seconds)
+        self._kill()
+        self._folder.cleanup()
+
+    def _kill(self) -> None:
         # The server may not end in time, and a stub can outlive its server.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -142,7 +175,6 @@ class TritonServer:
         # A stub that was killed leaves its region behind.
         for region in SHARED_MEMORY.glob(f"{self._shared_memory}*"):
             region.unlink(missing_ok=True)
-        self._folder.cleanup()
 
     def _last_lines(self) -> str:
         lines = self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()

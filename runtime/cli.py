@@ -40,7 +40,7 @@ COMMANDS = {
     "serve": _Command(
         "model_repository.commands", "serve", "Serve a bundle with Triton on this machine.", "triton,cpu"
     ),
-    "client": _Command("model_repository.commands", "app", "Send requests to a running service.", "triton"),
+    "client": _Command("model_repository.client_commands", "app", "Send requests to a running service.", "triton"),
     "control": _Command("model_repository.control_commands", "app", "Operate a running service with its key.", ""),
     "roundtrip": _Command(
         "export.commands", "roundtrip", "Generate images, ask about them, and compare with the pixels.", "export,cpu"

@@ -5,13 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import os
-import signal
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from model_repository.client import Client
 from model_repository.control import CONTROL_HEADER, GRPC_CONTROL_HEADER, Control, read_key, write_key
 from model_repository.server import TritonServer, free_port
 from runtime.errors import InputError, ServiceError
+from tests.model_repository.containers import container
 
 RunCommand = Callable[..., tuple[int, str, str]]
 KEY_OF_ANOTHER = "0123456789abcdef" * 2
@@ -150,35 +148,6 @@ def test_the_model_is_loaded_again_with_the_key(server: TritonServer, run_comman
     assert out == f"{server.http_url} has loaded the model\n"
     assert not server.control.is_unloaded()
     assert Client(server.grpc_url).is_alive()
-
-
-@contextmanager
-def container(repository: Path, server: TritonServer, folder: Path) -> Iterator[tuple[str, str]]:
-    """The container's start with the bundled server; yields its HTTP and gRPC addresses."""
-    executable, ports = Path(server._command[0]), (free_port(), free_port())
-    options = [option for option in server._command if option.startswith("--backend-directory")]
-    options += [f"--{name}-address=127.0.0.1" for name in ("http", "grpc", "metrics")]
-    options += [f"--http-port={ports[0]}", f"--grpc-port={ports[1]}", f"--metrics-port={free_port()}"]
-    own = {"LATTE_FLOW_CONTROL_KEY": str(folder / "key"), "LATTE_FLOW_MODELS": str(repository)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "model_repository.container", *options],
-        env=server._environment | own | {"PATH": f"{executable.parent}:{os.environ['PATH']}"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        client = Client(f"127.0.0.1:{ports[1]}", retries=0)
-        give_up = time.monotonic() + 60
-        while not client.is_alive(5):
-            assert process.poll() is None
-            assert time.monotonic() < give_up
-            time.sleep(0.1)
-        yield f"127.0.0.1:{ports[0]}", client.url
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
 
 
 def test_the_container_has_its_control_behind_the_key(repository: Path, server: TritonServer, tmp_path: Path) -> None:

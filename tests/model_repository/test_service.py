@@ -410,9 +410,9 @@ def test_a_service_survives_its_process_and_a_broken_bundle_and_drains(
         # The model's process dies: the server calls itself ready, the canary does not.
         (stub,) = stubs_of(server)
         os.kill(stub, signal.SIGKILL)
-        wait_for(lambda: not client.is_alive())
-        reload_model(server)
-        assert client.is_alive()
+        wait_for(lambda: not client.is_alive(2))
+        server.restart()
+        server.wait_until_ready()
         assert difference(client.generate("a red star", num_inference_steps=3), np.stack(drawn)) == 0
 
         # A broken bundle is not loaded; the old one keeps serving, also what is in flight.

@@ -1,0 +1,65 @@
+"""How a client reaches a service: address, TLS, headers and token."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tritonclient.grpc as grpc
+
+from runtime.errors import InputError, one_line
+
+TOKEN_VARIABLE = "LATTE_FLOW_TOKEN"
+"""Environment variable with a bearer token."""
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_HEADER_NAME = re.compile(r"[0-9a-z_.-]+")
+
+
+@dataclass(frozen=True)
+class Connection:
+    """Address of a gRPC endpoint, and what every request to it carries.
+
+    Raises:
+        InputError: a header cannot be sent, a token would be sent in the clear, or the certificates cannot be read.
+    """
+
+    url: str
+    tls: bool = False
+    ca: Path | None = None
+    """File with the certificates of the authorities to trust, PEM; None for those of gRPC. It implies TLS."""
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    token: str | None = field(default=None, repr=False)
+    """Sent as `authorization: Bearer TOKEN`, over TLS or to this machine only. None for the environment's."""
+
+    def __post_init__(self) -> None:
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        for name, value in headers.items():
+            if not _HEADER_NAME.fullmatch(name) or not (value.isascii() and value.isprintable()):
+                raise InputError(
+                    f"a header must have a name of letters, digits, -, _ and . and an ASCII value: {name!r}"
+                )
+        token = os.environ.get(TOKEN_VARIABLE) if self.token is None else self.token
+        if token:
+            if not (token.isascii() and token.isprintable()):
+                raise InputError("a token must be printable ASCII")
+            if not self.secure and self.url.rpartition(":")[0] not in LOOPBACK_NAMES:
+                raise InputError(f"a token is sent to {self.url} over TLS only; use --tls, or --ca FILE")
+            headers["authorization"] = f"Bearer {token}"
+        object.__setattr__(self, "headers", headers)
+        if self.ca is not None:
+            try:
+                self.ca.read_bytes()
+            except OSError as error:
+                raise InputError(f"cannot read the certificates in {self.ca}: {one_line(error)}") from error
+
+    @property
+    def secure(self) -> bool:
+        return self.tls or self.ca is not None
+
+    def open(self) -> grpc.InferenceServerClient:
+        """Returns a new channel; nothing is sent yet."""
+        ca = None if self.ca is None else str(self.ca)
+        return grpc.InferenceServerClient(self.url, ssl=self.secure, root_certificates=ca)

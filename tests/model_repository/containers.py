@@ -1,0 +1,59 @@
+"""The container's start, with the bundled server in the place of NVIDIA's."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from model_repository.client import Client
+from model_repository.server import TritonServer, free_port
+
+
+@contextmanager
+def container(
+    repository: Path, server: TritonServer, folder: Path, options: Sequence[str] = (), **connection: Any
+) -> Iterator[tuple[str, str]]:
+    """A running container; yields its HTTP and gRPC addresses.
+
+    Args:
+        server: any server of ours, which has prepared the bundled one.
+        folder: has the control key, in "key".
+        options: further options of `tritonserver`.
+        connection: of the client that waits until the model draws.
+    """
+    executable, ports = Path(server._command[0]), (free_port(), free_port())
+    own = [option for option in server._command if option.startswith("--backend-directory")]
+    own += [f"--{name}-address=127.0.0.1" for name in ("http", "grpc", "metrics")]
+    own += [f"--http-port={ports[0]}", f"--grpc-port={ports[1]}", f"--metrics-port={free_port()}"]
+    variables = {"LATTE_FLOW_CONTROL_KEY": str(folder / "key"), "LATTE_FLOW_MODELS": str(repository)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "model_repository.container", *own, *options],
+        env=server._environment | variables | {"PATH": f"{executable.parent}:{os.environ['PATH']}"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        client = Client(f"127.0.0.1:{ports[1]}", retries=0, **connection)
+        give_up = time.monotonic() + 60
+        while not client.is_alive(5):
+            assert process.poll() is None
+            assert time.monotonic() < give_up
+            time.sleep(0.1)
+        yield f"127.0.0.1:{ports[0]}", client.url
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
