@@ -1,11 +1,11 @@
-"""INT8 for the CPU: dynamic quantisation of an engine's matrix products, chosen by their effect on accuracy.
+"""INT8 for the CPU: the matrix products of an engine in 8 bits, chosen by their effect on what the engine is for.
 
-A product of activations with a weight becomes `DynamicQuantizeLinear` (activations to 8 bits, with a range found at
-run time) and `MatMulInteger` (8-bit weights, with a scale for each output). ONNX Runtime fuses the two.
+What counts of an expert is the guided velocity, v_u + s·(v_c − v_u), in which errors of both rows add up s-fold; of the
+VLM, the keys and values of new tokens and the logits; of the vision tower, the embeddings.
 
-To choose the products, each one is quantised alone on the tensors of real runs, and the error of the engine's
-outputs is measured. Then the products that save most for their error are quantised together, as many as keep the
-engine's error within a limit.
+To choose the products, each is quantised by itself on the tensors of real runs. Then the products are taken in the
+order of squared error per weight, each that keeps the error of all taken products within a limit. The reported error
+is measured on other runs: other prompts, seeds and times. `export.integer_products` has the arithmetic.
 """
 
 from __future__ import annotations
@@ -13,36 +13,76 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
-from onnx_ir.tape import Tape
 from pydantic import BaseModel, ConfigDict, Field
 
 from export.engines import GRAPH_FILE, load_engine, save_engine
+from export.integer_products import SWITCHES, products_of, quantize_graph, weight_bits
 from runtime.backends import Backend, open_backend, to_host
 from runtime.backends.observed import ObservedBackend, ObservedRun
+from runtime.flow_time import ExpertSchedule, initial_latents
 from runtime.machine import products_saturate
 from runtime.manifest import EngineEntry, EngineRole, Manifest, Quantization, file_entry, load_manifest, save_manifest
 from runtime.pipeline import LatteFlowPipeline
 
 QUANTIZED_ROLES: tuple[EngineRole, ...] = ("vision_encoder", "vlm", "expert")
 """Engines that spend their time in matrix products. The autoencoder's convolutions are slower in 8 bits."""
-PROMPTS = (
-    "a small red circle in the center on a white background",
-    "a large green star above a small blue square on a grey background",
-    "a photo of a cat on a sofa",
-    "an oil painting of mountains at dawn, with a lake in front",
+RUNS_PER_EXPERT = 4
+GUIDANCE_SCALES = (1.0, 3.0, 5.0)
+"""Scales at which the error of a velocity is measured; the largest error counts."""
+ANSWER_TOKENS = 2
+
+Feed = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """What the engines are run on: images, and questions about the first two of them."""
+
+    prompts: tuple[str, ...]
+    guidance_scales: tuple[float, ...]
+    """One for each prompt."""
+    question: str
+    first_seed: int
+    offset: float
+    """Place of the times within their steps, from 0 to 1."""
+
+    def times(self, schedule: ExpertSchedule) -> list[float]:
+        """Returns a time grid with as many steps in every expert group, however short its interval is."""
+        intervals = [schedule.interval(group) for group in range(schedule.num_groups)]
+        places = [(step + self.offset) / RUNS_PER_EXPERT for step in range(RUNS_PER_EXPERT)]
+        inside = {start + (end - start) * place for start, end in intervals for place in places}
+        return sorted({0.0, *inside, 1.0})
+
+
+TO_CHOOSE = CalibrationSet(
+    (
+        "a small red circle in the center on a white background",
+        "a large green star above a small blue square on a grey background",
+        "a photo of a cat on a sofa",
+        "an oil painting of mountains at dawn, with a lake in front",
+    ),
+    (1.5, 3.0, 5.0, 5.0),
+    "describe the image",
+    first_seed=0,
+    offset=0.0,
 )
-QUESTION = "describe the image"
-STEPS = 16
-ANSWER_TOKENS = 4
-RUNS = 4
-"""Runs of each engine whose tensors are used to measure errors."""
-SWITCHES = "switches"
+"""Runs on which the products are chosen."""
+TO_REPORT = CalibrationSet(
+    (
+        "a large blue triangle at the top left on a black background",
+        "a small yellow ring to the left of a large red cross on a beige background",
+        "a street in the rain at night",
+        "a watercolour of two boats",
+    ),
+    (3.0, 5.0, 5.0, 1.5),
+    "what colour is the background?",
+    first_seed=1000,
+    offset=0.5,
+)
+"""Runs on which the error is reported."""
 
 
 class QuantizationSettings(BaseModel):
@@ -50,31 +90,13 @@ class QuantizationSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_error: float = Field(default=0.05, ge=0, description="largest relative error of an engine's outputs")
+    max_error: float = Field(default=0.05, ge=0, description="largest relative error of what an engine is for")
     reduce_range: bool | None = Field(default=None, description="7 bits for weights; None: if this CPU needs it")
 
 
 @dataclass(frozen=True)
-class Product:
-    """A matrix product with a weight `[outputs, inputs]`."""
-
-    node: ir.Node
-    weight: ir.Value
-
-    @property
-    def name(self) -> str:
-        return str(self.weight.name)
-
-    @property
-    def size(self) -> int:
-        """Number of weights, which is the number of multiplications per row of activations."""
-        rows, columns = (int(size) for size in self.weight.shape or ())
-        return rows * columns
-
-
-@dataclass(frozen=True)
 class Sensitivity:
-    """The error of the engine's outputs when one product is quantised alone."""
+    """The error of an engine when one product is quantised by itself."""
 
     name: str
     size: int
@@ -82,25 +104,30 @@ class Sensitivity:
 
 
 class RunRecorder(ObservedBackend):
-    """A backend that keeps the inputs of the first runs of every engine."""
+    """A backend that keeps the inputs of every run of the engines that can be quantised."""
 
     def __init__(self, backend: Backend) -> None:
         super().__init__(backend)
-        self.feeds: dict[str, list[dict[str, np.ndarray]]] = {}
+        self.feeds: dict[str, list[Feed]] = {}
 
     def observe(self, run: ObservedRun) -> None:
-        kept = self.feeds.setdefault(run.entry.name, [])
-        if len(kept) < RUNS:
-            kept.append({name: to_host(value) for name, value in run.feed.items()})
+        if run.entry.role in QUANTIZED_ROLES:
+            feed = {name: to_host(value) for name, value in run.feed.items()}
+            self.feeds.setdefault(run.entry.name, []).append(feed)
 
 
-def record_runs(bundle: Path, prompts: Sequence[str] = PROMPTS) -> dict[str, list[dict[str, np.ndarray]]]:
-    """Returns the inputs of a bundle's engines while they draw the prompts and describe two of the images."""
+def record_runs(bundle: Path, calibration: CalibrationSet) -> dict[str, list[Feed]]:
+    """Returns the inputs of a bundle's engines while they draw and answer; every engine runs."""
     recorder = RunRecorder(open_backend("cpu"))
+    count = len(calibration.prompts)
     # One engine at a time: a model that is large enough to need INT8 hardly fits into memory in fp32.
     with LatteFlowPipeline(bundle, load_manifest(bundle), recorder, low_memory=True) as pipe:
-        images = pipe(list(prompts), num_inference_steps=STEPS, seed=0).images
-        pipe.ask(images[:2], [QUESTION] * len(images[:2]), max_new_tokens=ANSWER_TOKENS)
+        geometry = pipe.manifest.geometry
+        seeds = [calibration.first_seed + image for image in range(count)]
+        noise = initial_latents(seeds, (geometry.latent_channels, *geometry.latent_size))
+        sampler = pipe.sampler(calibration.prompts, [""] * count, calibration.guidance_scales)
+        images = pipe.decode(sampler.run(noise, calibration.times(pipe.manifest.schedule)))
+        pipe.ask(list(images[:2]), [calibration.question] * 2, max_new_tokens=ANSWER_TOKENS)
     return recorder.feeds
 
 
@@ -113,12 +140,12 @@ def quantize_bundle(
         on_engine: called with the name of each engine before it is quantised.
     """
     manifest = load_manifest(bundle)
-    feeds = record_runs(bundle)
+    seen, unseen = (record_runs(bundle, calibration) for calibration in (TO_CHOOSE, TO_REPORT))
     engines = []
     for entry in manifest.engines:
         if entry.role in QUANTIZED_ROLES:
             on_engine(entry.name)
-            entry = quantize_engine(bundle, entry, feeds[entry.name], settings)
+            entry = quantize_engine(bundle, entry, seen[entry.name], unseen[entry.name], settings)
         engines.append(entry)
     manifest = manifest.model_copy(update={"precision": "int8", "engines": tuple(engines)})
     save_manifest(manifest, bundle)
@@ -128,29 +155,30 @@ def quantize_bundle(
 def quantize_engine(
     bundle: Path,
     entry: EngineEntry,
-    feeds: Sequence[Mapping[str, np.ndarray]],
+    seen: Sequence[Feed],
+    unseen: Sequence[Feed],
     settings: QuantizationSettings,
 ) -> EngineEntry:
     """Replaces an fp32 engine's files with those of its INT8 form; returns its entry.
 
     Args:
-        feeds: inputs of the runs that are used to measure errors.
+        seen: inputs of the runs on which the products are chosen.
+        unseen: inputs of the runs on which the error is reported.
     """
     reduce_range = products_saturate() if settings.reduce_range is None else settings.reduce_range
     bits = weight_bits(reduce_range)
-    folder = bundle / entry.name
     with tempfile.TemporaryDirectory(dir=bundle) as temporary:  # as large as the engine, so not in the system's folder
-        measured = _SwitchableEngine(load_engine(folder), Path(temporary), entry, bits, feeds)
-        sensitivities = measured.sensitivities()
-        chosen, error = measured.choose(sensitivities, settings.max_error)
+        engine = _SwitchableEngine(bundle, entry, Path(temporary), bits)
+        chosen = engine.choose(seen, settings.max_error)
+        error = engine.error(unseen, chosen, engine.references(unseen))
     rewritten = rewrite_engine(bundle, entry, bundle, chosen, bits)
     return rewritten.model_copy(
         update={
             "quantization": Quantization(
                 reduced_range=reduce_range,
                 error=error,
-                quantized=tuple(s.name for s in sensitivities if s.name in chosen),
-                kept=tuple(s.name for s in sensitivities if s.name not in chosen),
+                quantized=tuple(name for name in engine.products if name in chosen),
+                kept=tuple(name for name in engine.products if name not in chosen),
             ),
         }
     )
@@ -171,149 +199,82 @@ def rewrite_engine(
     return entry.model_copy(update={"precision": "int8", "files": entries})
 
 
-def weight_bits(reduce_range: bool) -> int:
-    """Returns the number of bits of a quantised weight."""
-    return 7 if reduce_range else 8
-
-
 class _SwitchableEngine:
     """An engine that computes every product both ways, and an input that selects one of the two for each."""
 
-    def __init__(
-        self,
-        graph: ir.Model,
-        folder: Path,
-        entry: EngineEntry,
-        bits: int,
-        feeds: Sequence[Mapping[str, np.ndarray]],
-    ) -> None:
+    def __init__(self, bundle: Path, entry: EngineEntry, folder: Path, bits: int) -> None:
         import onnxruntime as ort
 
-        products = list(products_of(graph))
-        self._names = [product.name for product in products]
-        self._sizes = [product.size for product in products]
-        switches = ir.val(SWITCHES, ir.DataType.BOOL, [len(products)])
-        graph.graph.inputs.append(switches)
-        quantize_graph(graph, set(self._names), bits, switches)
+        graph = load_engine(bundle / entry.name)
+        self.products = {product.name: product.size for product in products_of(graph)}
+        """Number of weights of every product, by the name of its weight."""
+        quantize_graph(graph, set(self.products), bits, switchable=True)
         save_engine(graph, folder)
         options = ort.SessionOptions()
         options.log_severity_level = 3
         self._session = ort.InferenceSession(str(folder / GRAPH_FILE), options, providers=["CPUExecutionProvider"])
-        self._outputs = [spec.name for spec in entry.outputs]
-        self._feeds = feeds
-        self._references = [self._run(feed, set()) for feed in feeds]
+        self._entry = entry
 
-    def _run(self, feed: Mapping[str, np.ndarray], quantized: set[str]) -> list[np.ndarray]:
-        switches = np.array([name in quantized for name in self._names])
-        outputs: list[np.ndarray] = self._session.run(self._outputs, {**feed, SWITCHES: switches})
-        return outputs
+    def references(self, feeds: Sequence[Feed]) -> list[list[np.ndarray]]:
+        """Returns what counts of the outputs of the fp32 engine, for every run."""
+        return [self._run(feed, set()) for feed in feeds]
 
-    def error(self, quantized: set[str]) -> float:
-        """Returns the largest relative error of any output in any run."""
+    def error(self, feeds: Sequence[Feed], quantized: set[str], references: Sequence[Sequence[np.ndarray]]) -> float:
+        """Returns the largest relative error of anything that counts, in any run."""
         return max(
-            float(np.linalg.norm(value - reference)) / max(float(np.linalg.norm(reference)), 1e-12)
-            for feed, references in zip(self._feeds, self._references, strict=True)
-            for value, reference in zip(self._run(feed, quantized), references, strict=True)
-            if reference.size
+            relative_error(value, reference)
+            for feed, expected in zip(feeds, references, strict=True)
+            for value, reference in zip(self._run(feed, quantized), expected, strict=True)
         )
 
-    def sensitivities(self) -> list[Sensitivity]:
-        """Measures every product alone."""
-        return [
-            Sensitivity(name, size, self.error({name})) for name, size in zip(self._names, self._sizes, strict=True)
-        ]
+    def choose(self, feeds: Sequence[Feed], max_error: float) -> set[str]:
+        """Chooses products that together stay within `max_error`, those first that save most for their error.
 
-    def choose(self, sensitivities: Sequence[Sensitivity], max_error: float) -> tuple[set[str], float]:
-        """Chooses the products that save most for their error; returns them and their error together.
-
-        Errors of products are nearly independent, so their squares add up; that gives the order. How many products
-        stay within `max_error` together is measured.
+        Errors of products are nearly independent, so their squares add up; that gives the order. Whether a product
+        still fits is measured.
         """
-        ranked = sorted(sensitivities, key=lambda s: s.error**2 / s.size)
-        low, high, error = 0, len(ranked), 0.0
-        while low < high:
-            middle = (low + high + 1) // 2
-            found = self.error({s.name for s in ranked[:middle]})
-            if found <= max_error:
-                low, error = middle, found
-            else:
-                high = middle - 1
-        return {s.name for s in ranked[:low]}, error
+        references = self.references(feeds)
+        if self.error(feeds, set(self.products), references) <= max_error:
+            return set(self.products)
+        sensitivities = [
+            Sensitivity(name, size, self.error(feeds, {name}, references)) for name, size in self.products.items()
+        ]
+        chosen: set[str] = set()
+        for product in sorted(sensitivities, key=lambda s: s.error**2 / s.size):
+            if product.error <= max_error and self.error(feeds, chosen | {product.name}, references) <= max_error:
+                chosen.add(product.name)
+        return chosen
+
+    def _run(self, feed: Feed, quantized: set[str]) -> list[np.ndarray]:
+        names = [spec.name for spec in self._entry.outputs]
+        switches = np.array([name in quantized for name in self.products])
+        outputs = self._session.run(names, {**feed, SWITCHES: switches})
+        return list(what_counts(self._entry.role, feed, dict(zip(names, outputs, strict=True))))
 
 
-def products_of(graph: ir.Model) -> Iterator[Product]:
-    """Yields every product of activations with a weight, `x Wᵀ` or `x Wᵀ + b`."""
-    for node in graph.graph:
-        if node.op_type == "MatMul":
-            transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
-            weight = transpose.inputs[0] if transpose is not None and transpose.op_type == "Transpose" else None
-        elif node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1:
-            weight = node.inputs[1]
-        else:
-            continue
-        if weight is not None and weight.is_initializer() and weight.shape is not None and len(weight.shape) == 2:
-            yield Product(node, weight)
+def what_counts(role: EngineRole, feed: Feed, outputs: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:
+    """Yields the tensors by which an engine's accuracy is judged.
+
+    Args:
+        feed: inputs of the run. An expert's rows are the conditional rows of all images, then their unconditional rows.
+    """
+    if role == "expert":
+        conditional, unconditional = np.split(outputs["velocity"], 2)
+        for scale in GUIDANCE_SCALES:
+            yield unconditional + np.float32(scale) * (conditional - unconditional)
+    elif role == "vlm":
+        tokens = feed["input_ids"].shape[1]
+        is_token = feed["attention_mask"][:, -tokens:]  # [B, S]; the past is the same, and padding is never read
+        yield outputs["logits"]
+        for name, kv in outputs.items():
+            if name.startswith("kv_"):
+                new = np.moveaxis(kv[..., -tokens:, :], (2, 4), (0, 1))[is_token]  # [tokens, M, 2, Hkv, D]
+                yield from (new[:, :, part] for part in range(2))  # keys are larger than values
+    else:
+        yield from outputs.values()
 
 
-def quantize_graph(model: ir.Model, chosen: set[str], bits: int, switches: ir.Value | None = None) -> None:
-    """Replaces the products of these weights with integer products; with `switches`, keeps both and selects one."""
-    graph = model.graph
-    activations: dict[ir.Value, Sequence[ir.Value]] = {}
-    for index, (node, weight) in enumerate([(p.node, p.weight) for p in products_of(model)]):
-        if weight.name not in chosen:
-            continue
-        x, old = node.inputs[0], node.outputs[0]
-        assert x is not None
-        tape = Tape()
-        if x not in activations:  # queries, keys and values are of the same activations
-            activations[x] = tape.op_multi_out("DynamicQuantizeLinear", [x], num_outputs=3)
-        quantized, scale, zero_point = activations[x]
-        levels, scales = _quantized_weight(graph, weight, bits)
-        total = tape.op("MatMulInteger", [quantized, levels, zero_point])
-        result = tape.op("Mul", [tape.op("Cast", [total], {"to": ir.DataType.FLOAT}), tape.op("Mul", [scale, scales])])
-        if node.op_type == "Gemm" and len(node.inputs) > 2:
-            result = tape.op("Add", [result, node.inputs[2]])
-        if switches is not None:
-            number = tape.initializer(ir.tensor(np.array(index)), f"{SWITCHES}.{index}")
-            graph.register_initializer(number)
-            result = tape.op("Where", [tape.op("Gather", [switches, number]), result, old])
-        result.dtype, result.shape = old.dtype, old.shape
-        name, old.name = old.name, f"{old.name}.fp32"  # it may be an output, whose name is the engine's
-        result.name = name
-        ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
-        if switches is not None:
-            selection = result.producer()
-            assert selection is not None
-            selection.replace_input_with(2, old)
-        graph.insert_after(node, tape.nodes)
-    RemoveUnusedNodesPass()(model)
-
-
-def _quantized_weight(graph: ir.Graph, weight: ir.Value, bits: int) -> tuple[ir.Value, ir.Value]:
-    """Returns the initializers of a weight `[N, K]`: its levels `[K, N]` int8, and its scales `[N]` fp32."""
-    rows, columns = (int(size) for size in weight.shape or ())
-    values = [
-        ir.Value(name=f"{weight.name}.levels", type=ir.TensorType(ir.DataType.INT8), shape=ir.Shape([columns, rows])),
-        ir.Value(name=f"{weight.name}.scales", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([rows])),
-    ]
-    for value, part in zip(values, (_levels, _scales), strict=True):
-        if value.name not in graph.initializers:
-            assert weight.const_value is not None
-            assert value.dtype is not None
-            assert value.shape is not None
-            value.const_value = ir.LazyTensor(
-                partial(part, weight.const_value, bits, value.name), value.dtype, value.shape, name=value.name
-            )
-            graph.register_initializer(value)
-    return graph.initializers[str(values[0].name)], graph.initializers[str(values[1].name)]
-
-
-def _scales(weight: ir.TensorProtocol, bits: int, name: str) -> ir.TensorProtocol:
-    largest = np.abs(weight.numpy()).max(axis=1)
-    limit = 2 ** (bits - 1) - 1
-    return ir.tensor(np.where(largest > 0, largest / limit, 1).astype(np.float32), name=name)
-
-
-def _levels(weight: ir.TensorProtocol, bits: int, name: str) -> ir.TensorProtocol:
-    scales = _scales(weight, bits, name).numpy()
-    return ir.tensor(np.ascontiguousarray(np.rint(weight.numpy() / scales[:, None]).astype(np.int8).T), name=name)
+def relative_error(value: np.ndarray, reference: np.ndarray) -> float:
+    """Returns ‖value − reference‖ / ‖reference‖; infinite if it is no number."""
+    error = float(np.linalg.norm(value - reference)) / max(float(np.linalg.norm(reference)), 1e-12)
+    return error if np.isfinite(error) else float("inf")

@@ -7,7 +7,7 @@ layers. The authors published no code: this is an independent implementation, an
 a docstring states the interpretation.
 
 Shapes: B prompts or images, R rows (a guided image has two), P prefix tokens, H and W height and width in latents,
-N = H*W latent tokens, T = P + N, C latent channels, D head dimension, Hq query heads, Hkv key-value heads,
+N = H*W latent tokens, T = N + P, C latent channels, D head dimension, Hq query heads, Hkv key-value heads,
 G = Hq / Hkv query heads per key-value head. `hidden` is the width of the layers.
 
 The prefix KV cache has one tensor per expert group, `[M, 2, R, Hkv, P, D]`: the rotated keys and the values of the
@@ -175,8 +175,9 @@ class FlowLayer(nn.Module):
         value = self.v_proj(hidden).view(rows, tokens, self.num_kv_heads, self.head_dim).transpose(1, 2)
         # Grouped queries, [R, Hkv, G*N, D], so that keys and values need not be repeated for each query head.
         query = rotate(query, rotary).reshape(rows, self.num_kv_heads, heads_per_kv * tokens, self.head_dim)
-        key = torch.cat([prefix[0], rotate(key, rotary)], dim=2)  # [R, Hkv, T, D]
-        value = torch.cat([prefix[1], value], dim=2)  # [R, Hkv, T, D]
+        # The prefix comes last, so that its padding is at the end, where it does not even change how sums are rounded.
+        key = torch.cat([rotate(key, rotary), prefix[0]], dim=2)  # [R, Hkv, T, D]
+        value = torch.cat([value, prefix[1]], dim=2)  # [R, Hkv, T, D]
         gate = None
         if self.attention_gate is not None:
             # [R, Hq] -> [R, Hkv, G, 1, 1] -> [R, Hkv, G*N, 1]
@@ -284,7 +285,7 @@ class FlowTransformer(nn.Module):
         modulation = self.time_modulation(time).view(rows, 6, -1)  # [R, 6, hidden]
         rotary = self._rotary(prefix_mask, row, column)  # each [R, 1, N, D]
         # [R, T] -> [R, 1, 1, T]
-        mask = torch.cat([prefix_mask, prefix_mask.new_ones(rows, height * width)], dim=1)[:, None, None]
+        mask = torch.cat([prefix_mask.new_ones(rows, height * width), prefix_mask], dim=1)[:, None, None]
         return hidden, time, modulation, rotary, mask
 
     def _rotary(self, prefix_mask: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:

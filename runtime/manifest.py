@@ -99,7 +99,7 @@ class Quantization(_Frozen):
     """How an int8 engine was made from its fp32 form. Matrix products are named by their weights."""
 
     reduced_range: bool = Field(description="whether weights have 7 bits, for CPUs whose 8-bit products saturate")
-    error: float = Field(description="relative error of the engine's outputs on the runs used to choose the products")
+    error: float = Field(description="relative error of what the engine is for, on runs that the choice did not see")
     quantized: tuple[str, ...]
     kept: tuple[str, ...] = Field(description="products left in fp32 because they are too sensitive")
 

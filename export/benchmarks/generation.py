@@ -31,7 +31,8 @@ from export.benchmarks.random_models import PAPER, export_random_expert, export_
 from export.benchmarks.report import Against, AsJson, ProviderName, Publisher, app
 from export.benchmarks.timing import Turns, take_turns
 from export.commands import staged
-from export.quantization import rewrite_engine, weight_bits
+from export.integer_products import weight_bits
+from export.quantization import rewrite_engine
 from latte.checkpoint import load_config, resolve_checkpoint
 from latte.config import LatteFlowConfig
 from latte.model import FlowTransformer
