@@ -20,7 +20,7 @@ from runtime.answers import DEFAULT_MAX_NEW_TOKENS, AnswerSettings
 from runtime.chat import Message, user_message
 from runtime.errors import InputError
 from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_SHIFT, DEFAULT_STEPS
-from runtime.images import png_bytes
+from runtime.images import check_images, png_bytes
 from runtime.serving.requests import GenerationRequest
 
 MODEL = "latte_flow"
@@ -34,7 +34,6 @@ IMAGE_FORMATS: tuple[ImageFormat, ...] = ("raw", "png", "png_base64")
 MAX_TEXT_BYTES = 65_536
 """Limit of a prompt or a question; the model's own limit in tokens is far lower."""
 MAX_IMAGE_BYTES = 20_000_000
-MAX_IMAGES_ASKED = 8
 INVALID, CANCELLED, UNAVAILABLE, INTERNAL = "INVALID_ARG", "CANCELLED", "UNAVAILABLE", "INTERNAL"
 """Triton's codes of errors; each message begins with its code."""
 
@@ -167,8 +166,7 @@ def _draw_request(values: dict[str, Any]) -> DrawRequest:
 def _ask_request(values: dict[str, Any]) -> AskRequest:
     stream = values.pop("stream", False)
     images = [_image(content) for content in values.pop("image", [])]
-    if len(images) > MAX_IMAGES_ASKED:
-        raise InputError(f"a question may be about {MAX_IMAGES_ASKED} images, got {len(images)}")
+    check_images(images)
     message = user_message(images, values.pop("question"))
     return AskRequest((message,), AnswerSettings(**values), stream)
 

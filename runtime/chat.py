@@ -105,13 +105,17 @@ class ChatProcessor:
             InputError: a conversation cannot be read, or is too long for the model.
         """
         images_of = [self._checked_images(conversation) for conversation in conversations]
+        encoded = [self._encode(conversation) for conversation in conversations]
+        for tokens, of_one in zip(encoded, images_of, strict=True):
+            self._check_length(tokens, of_one)
+        # Images are decoded now that all conversations are known to fit.
         images = [image for of_one in images_of for image in of_one]
         patches = self.image_processor(images) if images else None
         grids = list(patches.grids) if patches is not None else []
         rows: list[list[int]] = []
         positions: list[np.ndarray] = []
-        for conversation, of_one in zip(conversations, images_of, strict=True):
-            ids, position = self._with_images(self._encode(conversation), grids[: len(of_one)])
+        for tokens, of_one in zip(encoded, images_of, strict=True):
+            ids, position = self._with_images(tokens, grids[: len(of_one)])
             rows.append(ids)
             positions.append(position)
             grids = grids[len(of_one) :]
@@ -139,6 +143,17 @@ class ChatProcessor:
                 self._refuse_special_tokens("message", part["text"])
         return [part["image"] for part in parts if part["type"] == "image"]
 
+    def _check_length(self, tokens: Sequence[int], images: Sequence[ImageInput]) -> None:
+        """Checks that a conversation with its images, which are not decoded, leaves room for an answer."""
+        of_images = self.image_processor.count_tokens(images) if images else 0
+        count = len(tokens) - len(images) + of_images
+        limit = self._manifest.understanding.max_context_tokens
+        if count >= limit:
+            raise InputError(
+                f"a conversation has {count} tokens, {of_images} of them for {len(images)} images; the model's limit "
+                f"is {limit} with the answer; shorten the text or give fewer or smaller images"
+            )
+
     def _with_images(self, tokens: Sequence[int], grids: Sequence[tuple[int, int]]) -> tuple[list[int], np.ndarray]:
         """Returns token ids with each image token repeated for its image's tokens, and M-RoPE positions `[3, T]`."""
         understanding = self._manifest.understanding
@@ -157,13 +172,6 @@ class ChatProcessor:
                 ids.append(token)
                 positions.append(np.full((3, 1), following))
                 following += 1
-        limit = understanding.max_context_tokens
-        if len(ids) >= limit:
-            of_images = sum(rows * columns for rows, columns in grids)
-            raise InputError(
-                f"a conversation has {len(ids)} tokens, {of_images} of them for {len(grids)} images; the model's limit "
-                f"is {limit} with the answer; shorten the text or give fewer or smaller images"
-            )
         return ids, np.concatenate(positions, axis=1)
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from runtime.errors import BundleError
-from runtime.images import ImageInput, open_image
+from runtime.images import ImageInput, check_images, open_image
 from runtime.manifest import Manifest
 
 PROCESSOR_FILE = "preprocessor_config.json"
@@ -76,6 +76,25 @@ class ProcessorConfig(BaseModel):
     do_rescale: Literal[True] = True
     do_normalize: Literal[True] = True
 
+    @property
+    def most_patches(self) -> int:
+        """Number of patches of the largest image."""
+        return self.size.longest_edge // self.patch_size**2
+
+
+def load_processor_config(path: Path) -> ProcessorConfig:
+    """Reads a `preprocessor_config.json`.
+
+    Raises:
+        BundleError: it is for another kind of processor.
+    """
+    try:
+        return ProcessorConfig.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BundleError(f"{path} is not for a Qwen2-VL image processor: {where}: {first['msg']}") from error
+
 
 class ImageProcessor:
     """Turns images into patches: resizes them to whole tokens, normalises them, and cuts them up."""
@@ -94,13 +113,7 @@ class ImageProcessor:
         Raises:
             BundleError: there is none, or it is for another kind of processor.
         """
-        path = manifest.tokenizer_file(bundle, PROCESSOR_FILE)
-        try:
-            return cls(ProcessorConfig.model_validate_json(path.read_text(encoding="utf-8")))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise BundleError(f"{path} is not for a Qwen2-VL image processor: {where}: {first['msg']}") from error
+        return cls(load_processor_config(manifest.tokenizer_file(bundle, PROCESSOR_FILE)))
 
     def __call__(self, images: Sequence[ImageInput]) -> ImagePatches:
         """Returns the patches of one or more images.
@@ -118,9 +131,17 @@ class ImageProcessor:
             grids=grids,
         )
 
-    def _resized(self, image: Image.Image) -> np.ndarray:
-        """Returns `[height, width, 3]` uint8; both sides are whole tokens, and the area is within the limits."""
-        width, height = image.size
+    def count_tokens(self, images: Sequence[ImageInput]) -> int:
+        """Returns the number of tokens of the images of one question, from their headers: none is decoded.
+
+        Raises:
+            InputError: there are too many, one is not an image, or sizes are beyond the limits.
+        """
+        grids = [self._grid(*size) for size in check_images(images)]
+        return sum(rows * columns for rows, columns in grids)
+
+    def _grid(self, width: int, height: int) -> tuple[int, int]:
+        """Returns the rows and columns of tokens of an image, whose area is then within the limits."""
         side = self._config.patch_size * self._config.merge_size
         size = self._config.size
         rows, columns = round(height / side), round(width / side)
@@ -131,6 +152,12 @@ class ImageProcessor:
         elif area < size.shortest_edge:
             scale = math.sqrt(size.shortest_edge / (height * width))
             rows, columns = (math.ceil(length * scale / side) for length in (height, width))
+        return rows, columns
+
+    def _resized(self, image: Image.Image) -> np.ndarray:
+        """Returns `[height, width, 3]` uint8; both sides are whole tokens."""
+        side = self._config.patch_size * self._config.merge_size
+        rows, columns = self._grid(*image.size)
         return np.asarray(image.resize((columns * side, rows * side), Image.Resampling(self._config.resample)))
 
     def _patches(self, pixels: np.ndarray) -> tuple[np.ndarray, int, int]:

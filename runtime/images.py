@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from runtime.errors import InputError, one_line
@@ -17,7 +18,9 @@ from runtime.errors import InputError, one_line
 ImageInput = str | os.PathLike[str] | Image.Image | np.ndarray
 """An image as a caller may give it: a file, a PIL image, or `[H, W, 3]` uint8."""
 MAX_PIXELS = 64_000_000
-"""Larger images are refused before they are decoded: most of them are decompression bombs."""
+"""Limit of an image, and of all images of a question together; most larger files are decompression bombs."""
+MAX_IMAGES = 8
+"""Number of images of a question."""
 MIN_SIDE = 4
 """In pixels. Anything smaller is a placeholder."""
 MAX_ASPECT_RATIO = 200
@@ -28,30 +31,63 @@ _LINE = 14
 _TILE = 160
 
 
+def check_images(images: Sequence[ImageInput]) -> list[tuple[int, int]]:
+    """Checks the images of one question by their headers, before any is decoded.
+
+    Returns:
+        width and height of each in its file; EXIF data, which may be at the end of a file, can still swap the two.
+
+    Raises:
+        InputError: there are too many, one is not an image, or sizes are beyond the limits.
+    """
+    if len(images) > MAX_IMAGES:
+        raise InputError(f"a question may be about {MAX_IMAGES} images, got {len(images)}; ask about fewer at a time")
+    sizes = []
+    for image in images:
+        with _opened(image) as (opened, name):
+            _check_size(name, *opened.size)
+            sizes.append(opened.size)
+    pixels = sum(width * height for width, height in sizes)
+    if pixels > MAX_PIXELS:
+        raise InputError(
+            f"the {len(images)} images of a question have {pixels} pixels, the limit is {MAX_PIXELS} in all; "
+            "make them smaller"
+        )
+    return sizes
+
+
 def open_image(image: ImageInput) -> Image.Image:
     """Returns an RGB image, turned as its EXIF data say.
 
     Raises:
         InputError: it is not an image, is broken, or has an unusable size.
     """
+    with _opened(image) as (opened, name):
+        _check_size(name, *opened.size)
+        try:
+            opened.load()
+            # Both would copy an image that needs no change, and a photo has hundreds of megabytes.
+            is_turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            turned = ImageOps.exif_transpose(opened) if is_turned else opened
+            return turned if turned.mode == "RGB" else turned.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise InputError(f"{name} cannot be decoded: {one_line(error)}; give a complete image file") from error
+
+
+@contextmanager
+def _opened(image: ImageInput) -> Iterator[tuple[Image.Image, str]]:
+    """Opens an image without decoding it; yields it and its name for messages. Closes it only if it is a file."""
     if isinstance(image, (str, os.PathLike)):
         with _open_file(Path(image)) as file:
-            return _decode(file, str(image))
-    if isinstance(image, np.ndarray):
+            yield file, str(image)
+    elif isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise InputError(f"an image array must be [H, W, 3] uint8, got {image.dtype} {list(image.shape)}")
-        return _decode(Image.fromarray(image), "the image")
-    if isinstance(image, Image.Image):
-        return _decode(image, "the image")
-    raise InputError(f"an image must be a path, a PIL image or an array, got {type(image).__name__}")
-
-
-def _decode(image: Image.Image, name: str) -> Image.Image:
-    _check_size(name, *image.size)
-    try:
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{name} cannot be decoded: {one_line(error)}; give a complete image file") from error
+        yield Image.fromarray(image), "the image"
+    elif isinstance(image, Image.Image):
+        yield image, "the image"
+    else:
+        raise InputError(f"an image must be a path, a PIL image or an array, got {type(image).__name__}")
 
 
 def _open_file(path: Path) -> Image.Image:

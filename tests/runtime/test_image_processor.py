@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngImageFile
 from transformers.image_utils import load_image
 from transformers.vision_utils import get_vision_position_ids
 
 from latte.checkpoint import load_image_processor
 from runtime.errors import InputError
 from runtime.image_processor import ImageProcessor
-from runtime.images import MAX_PIXELS, open_image
+from runtime.images import MAX_IMAGES, MAX_PIXELS, open_image
 from runtime.pipeline import LatteFlowPipeline
 
 RunCommand = Callable[..., tuple[int, str, str]]
@@ -131,3 +132,54 @@ def test_a_bad_image_is_one_clear_line(name: str, tmp_path: Path, bundle: Path, 
     (line,) = error.strip().splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+def flat(path: Path, width: int, height: int) -> Path:
+    """A small file of a large image."""
+    Image.new("1", (width, height)).save(path, "PNG")
+    return path
+
+
+def must_not_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("an image was decoded")
+
+    monkeypatch.setattr(PngImageFile, "load", load)
+
+
+def test_images_that_are_too_large_together_are_refused_by_their_headers(
+    tmp_path: Path, bundle: Path, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight files of 64 million pixels, 1.6 MB in all, took 2.7 GB and 20 seconds."""
+    files = [flat(tmp_path / f"{i}.png", 6000, 5000) for i in range(3)]
+    must_not_decode(monkeypatch)
+    code, _, error = run_command("ask", bundle, *files, "what is it?")
+    assert code == 2
+    assert "the 3 images of a question have 90000000 pixels, the limit is 64000000 in all" in error
+
+
+def test_too_many_images_and_too_many_tokens_are_refused_by_the_headers(
+    tmp_path: Path, bundle: Path, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch, pipe: LatteFlowPipeline
+) -> None:
+    file = flat(tmp_path / "image.png", 640, 640)
+    must_not_decode(monkeypatch)
+    code, _, error = run_command("ask", bundle, *[file] * 9, "what is it?")
+    assert code == 2
+    assert "a question may be about 8 images, got 9" in error
+    tokens = pipe.chat.image_processor.count_tokens([file])
+    images = [file] * min(MAX_IMAGES, 512 // tokens + 1)
+    text = "a red circle " * (512 // 3)
+    code, _, error = run_command("ask", bundle, *images, text)
+    assert code == 2
+    assert f"{tokens * len(images)} of them for {len(images)} images; the model's limit is 512" in error
+
+
+@pytest.mark.parametrize("size", [(30, 20), (90, 40), (640, 480), (5, 900)])
+def test_the_header_says_how_many_tokens_there_will_be(
+    size: tuple[int, int], tmp_path: Path, processor: ImageProcessor
+) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    noise(*size).save(tmp_path / "turned.jpg", exif=exif)
+    images = [noise(*size), tmp_path / "turned.jpg"]
+    assert processor.count_tokens(images) == sum(processor(images).tokens)
