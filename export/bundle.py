@@ -32,7 +32,7 @@ from latte.model import LatteFlow
 from runtime.chat import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from runtime.errors import CheckpointError, InputError
 from runtime.files import check_replaceable, replaced_directory, sha256_of, write_text
-from runtime.image_processor import PROCESSOR_FILE
+from runtime.image_processor import PROCESSOR_FILE, load_processor_config
 from runtime.manifest import (
     FILE_NAME,
     SCHEMA_VERSION,
@@ -105,7 +105,7 @@ def export_bundle(
         # INT8 engines are made from fp32 engines, whose runs show the error.
         written: Precision = "fp32" if precision == "int8" else precision
         store = store or default_store()
-        engines = _export_engines(model, WeightFiles(path), folder, written, opset, fuse, store, on_stage)
+        engines = _export_engines(model, path, folder, written, opset, fuse, store, on_stage)
         _copy_tokenizer_files(model, path, folder)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -146,7 +146,7 @@ def _copy_tokenizer_files(model: LatteFlow, checkpoint: Path, folder: Path) -> N
 
 def _export_engines(
     model: LatteFlow,
-    files: WeightFiles,
+    checkpoint: Path,
     folder: Path,
     precision: Precision,
     opset: int,
@@ -154,7 +154,8 @@ def _export_engines(
     store: GraphStore,
     on_stage: OnStage,
 ) -> list[EngineEntry]:
-    components = components_of(model, precision)
+    files = WeightFiles(checkpoint)
+    components = components_of(model, precision, most_patches_of(checkpoint, model))
     on_stage("make the graphs")
     graphs = make_graphs(components, opset, store)
     entries = []
@@ -176,15 +177,28 @@ def _export_engines(
     return entries
 
 
-def components_of(model: LatteFlow, precision: Precision) -> list[Component]:
-    """Returns the components of a model, in the order of the manifest."""
+def components_of(model: LatteFlow, precision: Precision, most_patches: int) -> list[Component]:
+    """Returns the components of a model, in the order of the manifest.
+
+    Args:
+        most_patches: number of patches of the largest image.
+    """
     return [
-        vision_component(precision, model.vlm.config.vision_config),
+        vision_component(precision, model.vlm.config.vision_config, most_patches),
         language_component(model.config, precision, model.vlm.config),
         expert_component(model.config, precision),
         solver_component(model.config),
         decoder_component(model.config, dict(model.vae.config)),
     ]
+
+
+def most_patches_of(checkpoint: Path, model: LatteFlow) -> int:
+    """Returns the number of patches of the largest image that the processor makes and the context can hold."""
+    config = model.vlm.config
+    most = config.text_config.max_position_embeddings * config.vision_config.spatial_merge_size**2
+    if not (checkpoint / PROCESSOR_FILE).is_file():
+        return most
+    return min(most, load_processor_config(checkpoint / PROCESSOR_FILE).most_patches)
 
 
 def weights_of(

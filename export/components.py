@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -58,12 +59,20 @@ class Assembly(Protocol):
     def input(self, name: str) -> Any:
         """Returns an input of the graph."""
 
-    def call(self, part: str, *inputs: Any, weights: tuple[str, str] = ("", "")) -> tuple[Any, ...]:
+    def call(
+        self,
+        part: str,
+        *inputs: Any,
+        weights: tuple[str, str] = ("", ""),
+        axes: Mapping[str, str] = MappingProxyType({}),
+    ) -> tuple[Any, ...]:
         """Adds a part to the graph; returns its outputs.
 
         Args:
             inputs: values; None for a tensor of zeros, with which everything that it makes zero is left out.
             weights: a prefix of the part's weights, and the prefix that takes its place in the graph.
+            axes: names in the part, and the names that take their place: for axes that are not of the same size in
+                every call.
         """
 
     def select(self, value: Any, index: int) -> Any:
@@ -71,6 +80,12 @@ class Assembly(Protocol):
 
     def stack(self, values: Sequence[Any]) -> Any:
         """Returns the values stacked along a new first axis."""
+
+    def split(self, value: Any, count: int, axis: int) -> list[Any]:
+        """Returns a value in parts along an axis, whose sizes differ by one at most."""
+
+    def concat(self, values: Sequence[Any], axis: int) -> Any:
+        """Returns the values joined along an axis."""
 
     def output(self, name: str, value: Any) -> None:
         """Makes a value an output of the graph."""

@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -268,7 +270,13 @@ class GraphAssembly:
         """Returns an input of the graph."""
         return self._inputs[name]
 
-    def call(self, part: str, *inputs: ir.Value | None, weights: tuple[str, str] = ("", "")) -> tuple[ir.Value, ...]:
+    def call(
+        self,
+        part: str,
+        *inputs: ir.Value | None,
+        weights: tuple[str, str] = ("", ""),
+        axes: Mapping[str, str] = MappingProxyType({}),
+    ) -> tuple[ir.Value, ...]:
         """Copies the nodes of a part, but for those that compute zeros; returns the values of its outputs."""
         graph = self._parts[part].graph
         scope = f"{part}_{self._calls}"
@@ -279,9 +287,10 @@ class GraphAssembly:
         for initializer in graph.initializers.values():
             values[initializer] = self._initializer(initializer, weights)
         for node in graph:
-            size = self._size_of(node, part)
-            if size is not None and size not in self._sizes and node.inputs[0] in zeros:
-                self._sizes[size] = self._size_from(size, graph, inputs)
+            axis = self._size_of(node, part)
+            size = None if axis is None else axes.get(axis, axis)
+            if axis is not None and size is not None and size not in self._sizes and node.inputs[0] in zeros:
+                self._sizes[size] = self._size_from(axis, graph, inputs)
             if size is not None and size in self._sizes:
                 values[node.outputs[0]] = self._sizes[size]
                 continue
@@ -293,7 +302,10 @@ class GraphAssembly:
                 else:
                     raise ValueError(f"{node.op_type} of a tensor of zeros is not known to be zero")
                 continue
-            outputs = [ir.Value(name=f"{scope}/{out.name}", type=out.type, shape=out.shape) for out in node.outputs]
+            outputs = [
+                ir.Value(name=f"{scope}/{out.name}", type=out.type, shape=_renamed(out.shape, axes))
+                for out in node.outputs
+            ]
             values |= dict(zip(node.outputs, outputs, strict=True))
             if size is not None:
                 self._sizes[size] = outputs[0]
@@ -317,6 +329,22 @@ class GraphAssembly:
         """Returns the values stacked along a new first axis."""
         axes = self._constant([0])
         return self._add("Concat", [self._add("Unsqueeze", [value, axes]) for value in values], {"axis": 0})
+
+    def split(self, value: ir.Value, count: int, axis: int) -> list[ir.Value]:
+        """Returns a value in parts along an axis, whose sizes differ by one at most."""
+        if count == 1:
+            return [value]
+        size = self._add("Shape", [value], {"start": axis, "end": axis + 1}, ir.DataType.INT64)
+        bounds = [self._constant([0])]
+        for index in range(1, count):
+            product = self._add("Mul", [size, self._constant([index])])
+            bounds.append(self._add("Div", [product, self._constant([count])]))
+        axes = self._constant([axis])
+        return [self._add("Slice", [value, *ends, axes]) for ends in pairwise([*bounds, size])]
+
+    def concat(self, values: Sequence[ir.Value], axis: int) -> ir.Value:
+        """Returns the values joined along an axis."""
+        return values[0] if len(values) == 1 else self._add("Concat", values, {"axis": axis})
 
     def output(self, name: str, value: ir.Value) -> None:
         """Makes a value an output of the graph."""
@@ -387,12 +415,25 @@ class GraphAssembly:
             )
         return self._initializers[name]
 
-    def _add(self, op_type: str, inputs: Sequence[ir.Value], attributes: Mapping[str, int] | None = None) -> ir.Value:
+    def _add(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        attributes: Mapping[str, int] | None = None,
+        dtype: ir.DataType | None = None,
+    ) -> ir.Value:
         node = ir.node(op_type, inputs, attributes=attributes or {}, name=f"{op_type}_{len(self._nodes)}")
         node.outputs[0].name = f"{node.name}/output"
-        node.outputs[0].dtype = inputs[0].dtype
+        node.outputs[0].dtype = dtype or inputs[0].dtype
         self._nodes.append(node)
         return node.outputs[0]
+
+
+def _renamed(shape: ir.Shape | None, axes: Mapping[str, str]) -> ir.Shape | None:
+    """Returns a shape in which some axes have other names."""
+    if shape is None or not axes:
+        return shape
+    return ir.Shape([axes.get(str(size.value), size) if isinstance(size, ir.SymbolicDim) else size for size in shape])
 
 
 def _declare(value: ir.Value, spec: TensorSpec) -> ir.Value:

@@ -38,6 +38,10 @@ PER_MODEL = {
     "pad_token_id",
 }
 """Settings of transformers' configs that do not change a layer's graph."""
+MOST_SCORES_BYTES = 64 << 20
+"""Memory for the scores of one chunk of the vision tower's queries with all keys."""
+MOST_CHUNKS = 32
+"""A layer's graph grows with each chunk, so scores of gigantic images take more memory than `MOST_SCORES_BYTES`."""
 
 
 # ---- the language model ------------------------------------------------------------------------------
@@ -234,7 +238,7 @@ def _language_end(text_config: Any, precision: str, tied: bool) -> nn.Module:
 
 
 class VisionBegin(nn.Module):
-    """Embeds the patches of several images, and makes the mask that keeps images apart."""
+    """Embeds the patches of several images."""
 
     def __init__(self, tower: nn.Module) -> None:
         super().__init__()
@@ -247,36 +251,50 @@ class VisionBegin(nn.Module):
         patches = pixel_values.flatten(0, 1).to(weight.dtype)  # [patches, features]
         hidden = nn.functional.linear(patches, weight.flatten(1)).float()
         cos, sin = (part.unsqueeze(1) for part in tower.rotary_pos_emb(hidden, position_ids.flatten(0, 1)))
-        image_of = image_ids[:, None].expand(-1, merged).reshape(-1)  # [patches]
-        apart = image_of[:, None] != image_of[None, :]  # [patches, patches]
-        mask = torch.zeros(()).expand(apart.shape).masked_fill(apart, torch.finfo(torch.float32).min)
-        return hidden, cos, sin, mask
+        return hidden, cos, sin, image_ids[:, None].expand(-1, merged).reshape(-1)  # the last is [patches]
 
 
-class VisionLayer(nn.Module):
-    """One block of the vision tower. transformers' own splits by image on the host, which cannot be traced."""
+class VisionQkv(nn.Module):
+    """The beginning of a block of the vision tower: scaled queries, keys and values, `[heads, patches, D]` each."""
 
     def __init__(self, tower: nn.Module) -> None:
         super().__init__()
         self.block = tower.get_submodule("blocks.0")
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         block: Any = self.block
-        dtype = block.attn.qkv.weight.dtype
-        hidden = hidden + self._attend(wide_layer_norm(block.norm1, hidden).to(dtype), cos, sin, mask)
-        mlp: Tensor = block.mlp(wide_layer_norm(block.norm2, hidden).to(dtype))
-        return hidden + mlp
+        attention = block.attn
+        normed = wide_layer_norm(block.norm1, hidden).to(attention.qkv.weight.dtype)
+        qkv = attention.qkv(normed).reshape(hidden.shape[0], 3, attention.num_heads, -1)  # [patches, 3, heads, D]
+        query, key, value = qkv.unbind(1)
+        query, key = (rotate(part, (cos, sin)).transpose(0, 1) for part in (query, key))
+        return query * attention.scaling, key, value.transpose(0, 1)
 
-    def _attend(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        attention: Any = self.block.attn
-        patches = hidden.shape[0]
-        query, key, value = attention.qkv(hidden).reshape(patches, 3, attention.num_heads, -1).unbind(1)
-        query, key = (rotate(part, (cos, sin)).transpose(0, 1) for part in (query, key))  # [heads, patches, D]
-        scores = torch.matmul(query, key.transpose(1, 2)) * attention.scaling  # [heads, patches, patches]
-        weights = (scores.float() + mask).softmax(dim=-1).to(value.dtype)
-        attended = torch.matmul(weights, value.transpose(0, 1)).transpose(0, 1)  # [patches, heads, D]
-        projected: Tensor = attention.proj(attended.reshape(patches, -1))
-        return projected
+
+class VisionAttention(nn.Module):
+    """Attention of some queries to all patches of their own images."""
+
+    def forward(self, query: Tensor, image_of_query: Tensor, key: Tensor, value: Tensor, image_of: Tensor) -> Tensor:
+        scores = attention_scores(query, key)  # [heads, queries, patches]
+        # A mask to add: ONNX Runtime adds in place, and would copy the scores twice in order to replace some.
+        mask = (image_of_query[:, None] != image_of[None, :]) * torch.finfo(torch.float32).min  # [queries, patches]
+        weights = (scores + mask).softmax(dim=-1).to(value.dtype)
+        return torch.matmul(weights, value)  # [heads, queries, D]
+
+
+class VisionFeedForward(nn.Module):
+    """The rest of a block: the projection after attention, and the MLP. The residual stream is fp32."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.block = tower.get_submodule("blocks.0")
+
+    def forward(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        block: Any = self.block
+        # [heads, patches, D] -> [patches, heads * D]
+        hidden = hidden + block.attn.proj(attended.transpose(0, 1).flatten(1))
+        mlp: Tensor = block.mlp(wide_layer_norm(block.norm2, hidden).to(attended.dtype))
+        return hidden + mlp
 
 
 class VisionEnd(nn.Module):
@@ -293,12 +311,19 @@ class VisionEnd(nn.Module):
         return embeds.float()
 
 
-def vision_component(precision: str, vision_config: Any) -> Component:
+def vision_component(precision: str, vision_config: Any, most_patches: int) -> Component:
     """Returns `vision_encoder`. The patches that are merged into one token come one after another.
+
+    The attention of a layer is computed for one chunk of the queries after another, because the scores of all queries
+    of a photo take gigabytes. The chunks are parts of the graph: TensorRT engines with loops cannot be captured in
+    CUDA graphs.
 
     Args:
         vision_config: the VLM's `Qwen2VLVisionConfig`.
+        most_patches: number of patches up to which the memory for scores is limited, see `MOST_SCORES_BYTES`.
     """
+    scores_bytes = 4 * vision_config.num_heads * most_patches**2
+    chunks = min(max(1, -(-scores_bytes // MOST_SCORES_BYTES)), MOST_CHUNKS)
     merged = vision_config.spatial_merge_size**2
     features = vision_config.in_channels * vision_config.temporal_patch_size * vision_config.patch_size**2
     head_dim = vision_config.embed_dim // vision_config.num_heads
@@ -307,47 +332,52 @@ def vision_component(precision: str, vision_config: Any) -> Component:
     image_ids = TensorSpec(name="image_ids", dtype="int64", shape=("image_tokens",))
     embeds = TensorSpec(name="image_embeds", dtype="float32", shape=("image_tokens", vision_config.hidden_size))
     hidden = TensorSpec(name="hidden", dtype="float32", shape=("patches", vision_config.embed_dim))
-    shared = (
+    rotary = (
         TensorSpec(name="cos", dtype="float32", shape=("patches", 1, head_dim)),
         TensorSpec(name="sin", dtype="float32", shape=("patches", 1, head_dim)),
-        TensorSpec(name="mask", dtype="float32", shape=("patches", "patches")),
     )
-    sizes = {"image_tokens": 6, "patches": 6 * merged}
+    image_of = TensorSpec(name="image_of", dtype="int64", shape=("patches",))
+    query, key, value, attended = (
+        TensorSpec(name=name, dtype=ONNX_NAMES[precision], shape=(vision_config.num_heads, "patches", head_dim))
+        for name in ("query", "key", "value", "attended")
+    )
+    # The queries of one chunk.
+    some_query, some_attended = (
+        spec.model_copy(update={"shape": (vision_config.num_heads, "queries", head_dim)}) for spec in (query, attended)
+    )
+    image_of_query = TensorSpec(name="image_of_query", dtype="int64", shape=("queries",))
+    sizes = {"image_tokens": 6, "patches": 6 * merged, "queries": 5}
     settings = _layer_settings(vision_config) | {"precision": precision}
 
+    def part(
+        name: str, kind: Callable[[nn.Module], nn.Module], inputs: tuple[TensorSpec, ...], *outputs: TensorSpec
+    ) -> Part:
+        return Part(name, partial(_vision_part, kind, vision_config, precision), inputs, outputs, sizes, settings)
+
+    attention_inputs = (some_query, image_of_query, key, value, image_of)
     parts = (
-        Part(
-            "begin",
-            partial(_vision_part, VisionBegin, vision_config, precision),
-            (pixel_values, position_ids, image_ids),
-            (hidden, *shared),
-            sizes,
-            settings,
-        ),
-        Part(
-            "layer",
-            partial(_vision_part, VisionLayer, vision_config, precision),
-            (hidden, *shared),
-            (hidden,),
-            sizes,
-            settings,
-        ),
-        Part(
-            "end",
-            partial(_vision_part, VisionEnd, vision_config, precision),
-            (hidden,),
-            (embeds,),
-            sizes,
-            settings,
-        ),
+        part("begin", VisionBegin, (pixel_values, position_ids, image_ids), hidden, *rotary, image_of),
+        part("qkv", VisionQkv, (hidden, *rotary), query, key, value),
+        Part("attention", VisionAttention, attention_inputs, (some_attended,), sizes, {"precision": precision}),
+        part("feed_forward", VisionFeedForward, (hidden, attended), hidden),
+        part("end", VisionEnd, (hidden,), embeds),
     )
 
     def assemble(graph: Assembly) -> None:
-        hidden, *shared = graph.call(
+        hidden, *rotary, image_of = graph.call(
             "begin", graph.input("pixel_values"), graph.input("position_ids"), graph.input("image_ids")
         )
+        images_of_chunks = graph.split(image_of, chunks, axis=0)
         for index in range(vision_config.depth):
-            (hidden,) = graph.call("layer", hidden, *shared, weights=("block.", f"tower.blocks.{index}."))
+            weights = ("block.", f"tower.blocks.{index}.")
+            query, key, value = graph.call("qkv", hidden, *rotary, weights=weights)
+            attended: list[Any] = []
+            for chunk, (part, images) in enumerate(
+                zip(graph.split(query, chunks, axis=1), images_of_chunks, strict=True)
+            ):
+                axes = {"queries": f"queries_{chunk}"}
+                attended += graph.call("attention", part, images, key, value, image_of, axes=axes)
+            (hidden,) = graph.call("feed_forward", hidden, graph.concat(attended, axis=1), weights=weights)
         (embeds,) = graph.call("end", hidden)
         graph.output("image_embeds", embeds)
 
@@ -375,12 +405,11 @@ def wide_softmax_attention(
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention for transformers' layers, with the softmax in fp32 whatever the dtype of the weights.
+    """Attention for transformers' layers, with scores and softmax in fp32 whatever the dtype of the weights.
 
-    Products of queries and keys of a pretrained Qwen2-VL can exceed fp16, so the query is scaled before the product.
-    transformers' own attention also uses `softmax(dtype=torch.float32)`, which the exporter turns into a softmax in
-    half precision followed by a cast. The query heads of a key-value head come one after another, so that keys and
-    values need not be repeated.
+    transformers' own attention uses `softmax(dtype=torch.float32)`, which the exporter turns into a softmax in half
+    precision followed by a cast. The query heads of a key-value head come one after another, so that keys and values
+    need not be repeated.
 
     Args:
         query: `[B, Hq, S, D]`.
@@ -389,10 +418,19 @@ def wide_softmax_attention(
     """
     rows, heads, tokens, head_dim = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, head_dim)  # [B, Hkv, Hq/Hkv·S, D]
-    scores = torch.matmul(grouped * scaling, key.transpose(-1, -2)).float()
+    scores = attention_scores(grouped * scaling, key)
     weights = (scores.reshape(rows, heads, tokens, -1) + attention_mask).softmax(dim=-1).to(value.dtype)
     attended = torch.matmul(weights.reshape(rows, key.shape[1], heads // key.shape[1] * tokens, -1), value)
     return attended.reshape(rows, heads, tokens, head_dim).transpose(1, 2), None
+
+
+def attention_scores(query: Tensor, key: Tensor) -> Tensor:
+    """Returns the products of scaled queries `[…, S, D]` and keys `[…, T, D]` in fp32, `[…, S, T]`.
+
+    Those of a pretrained Qwen2-VL reach 67,614 before they are scaled, beyond fp16, and bf16 would round a score of
+    6,000 by 16. Queries and keys in half precision are exact in TF32, so tensor cores can compute the products.
+    """
+    return torch.matmul(query.float(), key.float().transpose(-1, -2))
 
 
 WIDE_SOFTMAX = "latte_flow_wide_softmax"

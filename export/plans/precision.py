@@ -8,6 +8,8 @@ inspector after it, if there is a driver. docs/precision.md explains why the par
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from runtime.manifest import Precision
@@ -15,7 +17,11 @@ from runtime.manifest import Precision
 TRT_TYPES: dict[Precision, str] = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
 FLOATING = {"FLOAT", "HALF", "BF16"}
 PRODUCTS = {"MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION"}
-"""Layers that take most of the time; they must have the requested precision."""
+"""Layers that take most of the time; they must have the requested precision, except for scores of attention."""
+ON_THE_WAY = {"CAST", "CONCATENATION", "ELEMENTWISE", "IDENTITY", "SELECT", "SHUFFLE", "SLICE"}
+"""Layers between a product of queries and keys and the softmax: scale, mask, sum, change of shape."""
+READS_SIZES = {"SHAPE"}
+"""Layers that do not read the values of their input."""
 WIDE = {"SOFTMAX", "REDUCE", "NORMALIZATION"}
 """Layers that must stay in fp32: attention softmax, and the means of the norms."""
 WIDE_UNARY = {"EXP", "LOG", "SQRT", "RECIP", "SIN", "COS"}
@@ -23,21 +29,23 @@ WIDE_UNARY = {"EXP", "LOG", "SQRT", "RECIP", "SIN", "COS"}
 INSPECTOR_TYPES = {"FP32": "FLOAT", "FP16": "HALF", "BF16": "BF16", "Float": "FLOAT", "Half": "HALF"}
 
 
-def wrong_layers(network: Any, trt: Any, precision: Precision) -> list[str]:
+def wrong_layers(network: Any, trt: Any, precision: Precision, *, any_scores: bool = False) -> list[str]:
     """Describes each layer that does not have the right type, one line per layer.
 
     Args:
         network: a strongly typed `INetworkDefinition`.
         trt: its module, `tensorrt` or `tensorrt_rtx`.
+        any_scores: accept scores of attention in half precision too.
     """
     wrong = []
+    scores = score_layers(network)
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         kind = layer.type.name
-        tensors = [layer.get_input(i) for i in range(layer.num_inputs)]
-        tensors += [layer.get_output(i) for i in range(layer.num_outputs)]
-        types = {tensor.dtype.name for tensor in tensors if tensor is not None} & FLOATING
-        expected = _expected(layer, kind, trt, precision)
+        types = {tensor.dtype.name for tensor in (*_inputs(layer), *_outputs(layer))} & FLOATING
+        if any_scores and layer.name in scores:
+            continue
+        expected = _expected(layer, kind, trt, precision, scores)
         if expected is not None and types and types != {expected}:
             wrong.append(f"{kind} {layer.name} is {'/'.join(sorted(types))}, not {expected}")
         elif expected is None and types - {"FLOAT", TRT_TYPES[precision]}:
@@ -45,10 +53,36 @@ def wrong_layers(network: Any, trt: Any, precision: Precision) -> list[str]:
     return wrong
 
 
-def _expected(layer: Any, kind: str, trt: Any, precision: Precision) -> str | None:
+def score_layers(network: Any) -> set[str]:
+    """Returns the names of the products whose result is the scores of an attention.
+
+    Scores go to a softmax through layers of `ON_THE_WAY` only, and nowhere else. Casts are among those, so that scores
+    in half precision are recognised, and refused, although they are cast before the softmax.
+    """
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    readers: dict[str, list[int]] = {}
+    for index, layer in enumerate(layers):
+        for tensor in _inputs(layer):
+            readers.setdefault(tensor.name, []).append(index)
+
+    def leads_on(index: int) -> bool:
+        kind = layers[index].type.name
+        return kind == "SOFTMAX" or (kind in ON_THE_WAY and leads[index])
+
+    # Whether the results of a layer become scores of a softmax. A layer reads only what earlier layers wrote.
+    leads: dict[int, bool] = {}
+    for index, layer in reversed(list(enumerate(layers))):
+        written = [tensor.name for tensor in _outputs(layer) if tensor.dtype.name in FLOATING]
+        after = [reader for name in written for reader in readers.get(name, [])]
+        after = [reader for reader in after if layers[reader].type.name not in READS_SIZES]
+        leads[index] = bool(after) and all(leads_on(reader) for reader in after)
+    return {layer.name for index, layer in enumerate(layers) if layer.type.name == "MATRIX_MULTIPLY" and leads[index]}
+
+
+def _expected(layer: Any, kind: str, trt: Any, precision: Precision, scores: AbstractSet[str]) -> str | None:
     """Returns the floating type that a layer must have; None if the graph may choose."""
     if kind in PRODUCTS:
-        return "FLOAT" if kind == "MATRIX_MULTIPLY" and _is_outer_product(layer) else TRT_TYPES[precision]
+        return "FLOAT" if layer.name in scores else TRT_TYPES[precision]
     if kind in WIDE:
         return "FLOAT"
     if kind == "UNARY":
@@ -58,13 +92,21 @@ def _expected(layer: Any, kind: str, trt: Any, precision: Precision) -> str | No
     return None
 
 
-def _is_outer_product(layer: Any) -> bool:
-    """Returns whether a product has only one term, as that of positions and rotary frequencies, always in fp32."""
-    return bool(layer.get_input(0).shape[-1] == 1)
+def _inputs(layer: Any) -> list[Any]:
+    return [tensor for i in range(layer.num_inputs) if (tensor := layer.get_input(i)) is not None]
 
 
-def wrong_built_layers(inspected: str, precision: Precision) -> list[str]:
-    """Describes each matrix product of a built engine that does not have the right type, from its inspector's JSON."""
+def _outputs(layer: Any) -> list[Any]:
+    return [tensor for i in range(layer.num_outputs) if (tensor := layer.get_output(i)) is not None]
+
+
+def wrong_built_layers(inspected: str, precision: Precision, scores: AbstractSet[str]) -> list[str]:
+    """Describes each matrix product of a built engine that does not have the right type, from its inspector's JSON.
+
+    Args:
+        scores: names of the network's products that must be fp32, see `score_layers`. The inspector writes the names
+            of the network's layers into the name or the metadata of the layers that it made of them.
+    """
     wrong = []
     for layer in json.loads(inspected)["Layers"]:
         kind = str(layer.get("LayerType", "")).lower()
@@ -72,6 +114,9 @@ def wrong_built_layers(inspected: str, precision: Precision) -> list[str]:
             continue
         formats = [str(tensor.get("Format/Datatype", "")) for tensor in layer.get("Inputs", [])]
         types = {name for text in formats for word, name in INSPECTOR_TYPES.items() if word in text}
+        origin = re.split(r"[^\w./]+", f"{layer.get('Name', '')} {layer.get('Metadata', '')}")
+        if types == {"FLOAT"} and not scores.isdisjoint(origin):
+            continue
         if types and TRT_TYPES[precision] not in types:
             wrong.append(f"{layer['LayerType']} {layer['Name']} is {'/'.join(sorted(types))}")
     return wrong

@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from export.plans.precision import wrong_built_layers, wrong_layers
+from export.plans.precision import score_layers, wrong_built_layers, wrong_layers
 from runtime.manifest import PlanProvider, Precision
 from runtime.plans import TENSORRT
 
@@ -65,16 +65,19 @@ def build(job: BuildJob) -> None:
     started = time.monotonic()
     builder, network, parser = network_from_onnx_path(str(job.graph))
     _fix_static_shapes(network, job.profiles)
-    wrong = wrong_layers(network, trt, job.precision)
+    # The flow layers compute their scores in half precision still.
+    is_expert = job.graph.parent.name.startswith("expert_")
+    wrong = wrong_layers(network, trt, job.precision, any_scores=is_expert)
     if wrong:
         send("wrong", layers=wrong)
         return
+    scores = score_layers(network)
     config = _config(trt, job, _progress_monitor(trt))
     cache = str(job.timing_cache) if job.timing_cache else None
     plan = engine_bytes_from_network((builder, network, parser), config=config, save_timing_cache=cache)
     job.plan.write_bytes(memoryview(plan))
     inspected = _inspect(trt, job.plan)
-    if inspected is not None and (wrong := wrong_built_layers(inspected, job.precision)):
+    if inspected is not None and (wrong := wrong_built_layers(inspected, job.precision, scores)):
         send("wrong", layers=wrong)
         return
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -131,18 +134,20 @@ def _config(trt: Any, job: BuildJob, monitor: Any) -> Any:
     if job.hardware_compatibility != "none":
         level = job.hardware_compatibility.replace("-", "_").upper()
         options["hardware_compatibility_level"] = getattr(trt.HardwareCompatibilityLevel, level)
+    # fp32 products of a half-precision engine are scores of attention, whose inputs are exact in TF32.
+    tf32 = job.precision != "fp32"
     if job.provider == "tensorrt":
-        return CreateConfig(**options)
+        return CreateConfig(**options, tf32=tf32)
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
     current = "current" in job.compute_capabilities
     numbers = [tuple(map(int, name.split("."))) for name in job.compute_capabilities if name != "current"]
     config = CreateConfigRTX(**options, use_gpu=current, compute_capabilities=numbers or None)
 
-    def without_tf32(_: Any, __: Any, config: Any) -> None:
-        config.clear_flag(trt.BuilderFlag.TF32)
+    def set_tf32(_: Any, __: Any, config: Any) -> None:
+        (config.set_flag if tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
 
-    return PostprocessConfig(config, without_tf32)
+    return PostprocessConfig(config, set_tf32)
 
 
 def _progress_monitor(trt: Any) -> Any:

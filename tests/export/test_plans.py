@@ -9,11 +9,15 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
+from torch import Tensor
 
 from export.benchmarks.random_models import PAPER, export_random_expert
 from export.bundle import export_bundle
 from export.plans.build import BuildOptions, build_plans
+from export.plans.precision import score_layers, wrong_built_layers, wrong_layers
 from export.plans.profiles import AxisChoices, parse_choices, profiles_of
+from export.plans.worker import _module
 from latte.checkpoint import save_checkpoint
 from latte.shapes.vlm import small_image_processor
 from runtime.errors import BundleError, EngineError, InputError
@@ -139,6 +143,69 @@ def test_one_product_in_another_type_fails_the_build(plans: Path) -> None:
     change_engine(plans, "expert_0", lambda engine: engine)
     with pytest.raises(EngineError, match=r"expert_0 is not in fp32 in \d+ layers, first CAST .* is FLOAT/HALF in"):
         build_plans(plans, RTX)
+
+
+class AttentionInTypes(torch.nn.Module):
+    """Scores with a scale, a mask and the scores of a layer before, as in the flow layers, in types to choose."""
+
+    def __init__(self, scores: torch.dtype, gate: torch.dtype = torch.float16) -> None:
+        super().__init__()
+        self.scores, self.gate = scores, gate
+        self.to_gate = torch.nn.Linear(8, 1, bias=False, dtype=gate)
+
+    def forward(self, query: Tensor, key: Tensor, time: Tensor, previous: Tensor, hidden: Tensor) -> Tensor:
+        gate = torch.tanh(self.to_gate(time.to(self.gate))).float()
+        context = torch.matmul(query.to(self.scores), hidden.to(self.scores).transpose(0, 1)).float()
+        scores = torch.matmul(query.to(self.scores), key.to(self.scores).transpose(0, 1)).float() + gate * previous
+        weights = torch.cat([context, scores], dim=-1).softmax(dim=-1).to(query.dtype)
+        return torch.matmul(weights, torch.cat([hidden, key]))
+
+
+@pytest.mark.parametrize(
+    ("scores", "gate", "wrong"),
+    [
+        (torch.float32, torch.float16, []),
+        (torch.float16, torch.float16, ["HALF, not FLOAT", "HALF, not FLOAT"]),
+        (torch.float32, torch.float32, ["FLOAT, not HALF"]),
+    ],
+)
+def test_scores_must_be_fp32_and_other_products_half(
+    scores: torch.dtype, gate: torch.dtype, wrong: list[str], tmp_path: Path
+) -> None:
+    """Scores in half precision are infinite for keys of a pretrained model; a cast after the product hides nothing."""
+    from export.graphs import quiet_exporter
+
+    query, key, time, hidden = (torch.ones(size, 8, dtype=torch.float16) for size in (3, 4, 3, 2))
+    with quiet_exporter():
+        torch.onnx.export(
+            AttentionInTypes(scores, gate).eval(),
+            (query, key, time, torch.ones(3, 4), hidden),
+            tmp_path / "model.onnx",
+            dynamo=True,
+            verbose=False,
+            opset_version=18,
+        )
+    trt = _module("tensorrt-rtx")
+    from polygraphy.backend.trt import network_from_onnx_path
+
+    _, network, _ = network_from_onnx_path(str(tmp_path / "model.onnx"))
+    assert len(score_layers(network)) == 2
+    found = wrong_layers(network, trt, "fp16")
+    assert [line.partition(" is ")[2] for line in found] == wrong
+
+
+def test_an_inspected_product_may_be_fp32_if_it_is_of_scores() -> None:
+    def layer(name: str, metadata: str, dtype: str) -> dict[str, object]:
+        inputs = [{"Name": "x", "Format/Datatype": f"Row major linear {dtype}"}]
+        return {"LayerType": "gemm", "Name": name, "Metadata": metadata, "Inputs": inputs}
+
+    layers = [
+        layer("layer_1/node_matmul_myl0_3", "[ONNX Layer: layer_1/node_matmul]", "FP32"),
+        layer("layer_1/node_matmul_1_myl0_4", "[ONNX Layer: layer_1/node_matmul_1]", "FP32"),
+        layer("layer_1/node_linear_myl0_5", "[ONNX Layer: layer_1/node_linear]", "FP16"),
+    ]
+    wrong = wrong_built_layers(json.dumps({"Layers": layers}), "fp16", {"layer_1/node_matmul"})
+    assert wrong == ["gemm layer_1/node_matmul_1_myl0_4 is FLOAT"]
 
 
 # ---- rebuilt when, and only when ---------------------------------------------------------------------

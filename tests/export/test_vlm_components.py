@@ -6,16 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from export.graph_store import GraphStore
-from export.graphs import make_graphs
+from export import vlm_components
+from export.benchmarks.random_models import _random_weights
+from export.engines import bind
+from export.graph_store import GraphStore, default_store
+from export.graphs import make_graphs, quiet_exporter
 from export.verify import relative_error
-from export.vlm_components import language_component, vision_component, wide_softmax_attention
+from export.vlm_components import (
+    VisionAttention,
+    language_component,
+    vision_component,
+    wide_softmax_attention,
+)
 from latte.checkpoint import assemble, load_checkpoint, load_image_processor
 from latte.model import LatteFlow
 from latte.shapes.vlm import SPECIAL_TOKENS, train_tokenizer
@@ -136,7 +145,7 @@ def test_names_and_shapes_fit_qwen2_vl_2b() -> None:
         model = assemble(vlm, tiny_autoencoder(), None, num_groups=4, latent_size=(8, 8))
     components = [
         language_component(model.config, "fp16", config),
-        vision_component("fp16", config.vision_config),
+        vision_component("fp16", config.vision_config, most_patches=4 * 1280),
     ]
     graphs = make_graphs(components, 18, GraphStore(None))
     sources = {"language_model.": vlm.model.language_model, "tower.": vlm.model.visual}
@@ -168,13 +177,88 @@ def test_a_wrong_weight_of_the_tower_is_found(bundle_copy: Path, checkpoint: Pat
     assert "first at rung engine: vision_encoder" in error
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_attention_with_products_beyond_fp16_is_finite(dtype: torch.dtype) -> None:
-    """Queries and keys as large as a pretrained Qwen2-VL's: their products are beyond 65,504 before they are scaled."""
+def large_queries_and_keys(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Queries and keys as large as a pretrained Qwen2-VL's: `[2, 5, 128]`, with products of 67,614."""
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn((1, heads, 5, 128), generator=generator).to(dtype) for heads in (4, 2, 2))
-    query, key = 60 * query, 60 * key
-    assert torch.matmul(query.float(), key.float().repeat_interleave(2, 1).transpose(-1, -2)).abs().max() > 65_504
-    mask = torch.zeros(1, 1, 5, 5)
-    attended, _ = wide_softmax_attention(torch.nn.Identity(), query, key, value, mask, scaling=128**-0.5)
-    assert torch.isfinite(attended).all()
+    query, key, value = (torch.randn((2, 5, 128), generator=generator) for _ in range(3))
+    scale = (67_614 / torch.matmul(query, key.transpose(-1, -2)).abs().max()) ** 0.5
+    query, key = scale * query, scale * key
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def exact_attention(scaled_query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> np.ndarray:
+    """Attention in float64 of queries that are scaled already."""
+    query, key, value = (tensor.double() for tensor in (scaled_query, key, value))
+    attended = torch.matmul(torch.matmul(query, key.transpose(-1, -2)).softmax(-1), value)
+    return np.asarray(attended.numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_attention_with_products_beyond_fp16_is_right(dtype: torch.dtype) -> None:
+    """Scores in half precision would be infinite, or off by up to 16. ONNX Runtime's CPU has no bf16: this is torch."""
+    query, key, value = large_queries_and_keys(dtype)
+    scaled = query * 128**-0.5
+    expected = exact_attention(scaled, key, value)
+    of_text, _ = wide_softmax_attention(
+        torch.nn.Identity(), query[None], key[None], value[None], torch.zeros(1, 1, 5, 5), scaling=128**-0.5
+    )
+    image_of = torch.zeros(5, dtype=torch.int64)
+    of_vision = VisionAttention()(scaled, image_of, key, value, image_of)
+    for attended in (of_text[0].transpose(0, 1), of_vision):
+        assert np.abs(attended.double().numpy() - expected).max() < 4 * torch.finfo(dtype).eps
+
+
+class AttentionOfText(torch.nn.Module):
+    """`wide_softmax_attention` as a graph."""
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(1, 1, 5, 5)
+        attended, _ = wide_softmax_attention(self, query[None], key[None], value[None], mask, scaling=128**-0.5)
+        return attended[0].transpose(0, 1)
+
+
+def test_graphs_with_products_beyond_fp16_are_right(tmp_path: Path) -> None:
+    import onnxruntime
+
+    query, key, value = large_queries_and_keys(torch.float16)
+    scaled = query * 128**-0.5
+    image_of = torch.zeros(5, dtype=torch.int64)
+    graphs: dict[str, tuple[torch.nn.Module, tuple[torch.Tensor, ...]]] = {
+        "text": (AttentionOfText(), (query, key, value)),
+        "vision": (VisionAttention(), (scaled, image_of, key, value, image_of)),
+    }
+    for name, (module, inputs) in graphs.items():
+        path = tmp_path / f"{name}.onnx"
+        with quiet_exporter():
+            torch.onnx.export(module.eval(), inputs, path, dynamo=True, verbose=False, opset_version=18)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        feed = {spec.name: tensor.numpy() for spec, tensor in zip(session.get_inputs(), inputs, strict=True)}
+        (attended,) = session.run(None, feed)
+        assert np.abs(attended - exact_attention(scaled, key, value)).max() < 4e-3
+
+
+def test_the_vision_tower_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven chunks of few patches: some are of different size, and for the smallest image some are empty."""
+    import onnxruntime
+
+    config = Qwen2VLConfig(
+        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2}
+    ).vision_config
+    outputs: dict[int, list[np.ndarray]] = {}
+    for chunks in (1, 7):
+        monkeypatch.setattr(vlm_components, "MOST_SCORES_BYTES", 4 * 2 * 100**2 // chunks + 1)
+        component = vision_component("fp32", config, most_patches=100)
+        (graph,) = make_graphs([component], 18, default_store())
+        assert sum(node.op_type == "Softmax" for node in graph.graph) == 2 * chunks
+        bound = bind(graph, _random_weights(graph, component))
+        session = onnxruntime.InferenceSession(ir.to_proto(bound).SerializeToString())
+        for tokens in (1, 6, 11):
+            generator = np.random.default_rng(tokens)
+            feed = {
+                "pixel_values": generator.standard_normal((tokens, 4, 1176)).astype(np.float32),
+                "position_ids": generator.integers(0, 9, (tokens, 4, 2)),
+                "image_ids": np.arange(tokens, dtype=np.int64) // 4,
+            }
+            outputs.setdefault(tokens, []).append(session.run(None, feed)[0])
+    for whole, in_chunks in outputs.values():
+        assert np.abs(whole - in_chunks).max() < 1e-5 * np.abs(whole).max()
