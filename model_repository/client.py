@@ -40,6 +40,8 @@ GRACE_SECONDS = 10.0
 QUIET_SECONDS = 5.0
 """After so long without a response the client asks whether the model still answers."""
 PING_SECONDS = 10.0
+REPLACED_SECONDS = 30.0
+"""How long a request waits for a model that is being replaced, before it is sent again."""
 NOT_SERVING = ("Request for unknown model", "Stub process", "Server is stopping", "Model is not ready")
 """Begin Triton's messages while a model is being replaced or restarted."""
 
@@ -155,12 +157,14 @@ class Client:
             try:
                 yield from self._stream_once(inputs, give_up)
                 return
-            except (QueueFullError, DrainingError, _NotServingError):
+            except (QueueFullError, DrainingError, _NotServingError) as error:
                 # At random, so that clients that were refused together do not come back together.
                 pause = FIRST_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1.5)
                 if attempt == self._retries or time.monotonic() + pause > give_up:
                     raise
                 time.sleep(pause)
+                if isinstance(error, _NotServingError):
+                    self._wait_until_ready(give_up)
 
     def _stream_once(self, inputs: dict[str, Any], give_up: float, *, watch: bool = True) -> Iterator[Response]:
         """Sends a request once.
@@ -206,6 +210,23 @@ class Client:
             client.stop_stream(cancel_requests=not finished)
             client.close()
 
+    def _wait_until_ready(self, give_up: float) -> None:
+        """Waits a while for a model that is being replaced or restarted."""
+        give_up = min(give_up, time.monotonic() + REPLACED_SECONDS)
+        while time.monotonic() < give_up and not self._is_ready(PING_SECONDS):
+            time.sleep(POLL_SECONDS)
+
+    def _is_ready(self, timeout: float) -> bool:
+        """Returns whether the server calls the model ready; streams that come before it is can end server 2.51."""
+        client = self._connection.open()
+        try:
+            headers = dict(self._connection.headers)
+            return bool(client.is_model_ready(MODEL, headers=headers, client_timeout=max(timeout, 0.001)))
+        except InferenceServerException:
+            return False
+        finally:
+            client.close()
+
     def _ping(self, seconds: float) -> None:
         """Checks that the model's process answers.
 
@@ -221,14 +242,25 @@ class Client:
         except ServiceError as error:
             raise ServiceError(f"{self.url} does not answer any more, and the request is lost: {error}") from error
 
+    def answers(self, timeout: float = PING_SECONDS) -> bool:
+        """Returns whether the model's process answers within so many seconds. It takes no place in the queue."""
+        try:
+            self._ping(timeout)
+        except ServiceError:
+            return False
+        return True
+
     def is_alive(self, timeout: float = 10.0) -> bool:
         """Returns whether the model draws an image within so many seconds. A server's own report is not enough.
 
         A full queue counts as alive.
         """
+        give_up = time.monotonic() + timeout
         inputs = {"prompt": "", "num_inference_steps": 1, "guidance_scale": 1.0, "deadline": timeout}
         try:
-            for _ in self._stream_once(inputs, time.monotonic() + timeout, watch=False):
+            if not self._is_ready(timeout):
+                return False
+            for _ in self._stream_once(inputs, give_up, watch=False):
                 pass
         except QueueFullError:
             return True

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +15,7 @@ import typer
 from model_repository.layout import write_repository
 from model_repository.schema import Layout, Platform
 from model_repository.server import TritonServer
+from model_repository.supervisor import Supervisor
 from runtime.backends import PROVIDERS
 from runtime.console import parse_pairs, stderr
 from runtime.errors import InputError, ServiceError
@@ -59,29 +63,47 @@ def serve(
         Path | None, typer.Option(help="File with the control key; a new key is made if there is none.")
     ] = None,
 ) -> None:
-    """Serve a bundle on this machine with the bundled Triton server. On Ctrl-C, requests in flight finish.
+    """Serve a bundle on this machine with the bundled Triton server.
+
+    A server that dies is started again. On Ctrl-C or SIGTERM, requests in flight finish; a second one stops at once.
 
     \b
     Examples:
       latte-flow serve bundle
       latte-flow serve bundle --http-port 0 --grpc-port 0 --metrics-port 0
     """
-    with tempfile.TemporaryDirectory(prefix="latte-flow-models-") as folder:
+    with _ends_by_interrupt(), tempfile.TemporaryDirectory(prefix="latte-flow-models-") as folder:
         models = Path(folder) / "models"
         write_repository(bundle, models, layout=layout, provider=provider, execution_environment=Path(sys.prefix))
         server = TritonServer(models, http_port, grpc_port, metrics_port, control_key=control_key)
         try:
-            with stderr.status("start the server"):
-                server.wait_until_ready()
-            typer.echo(f"http    http://{server.http_url}/v2/models/latte_flow/generate")
-            typer.echo(f"grpc    {server.grpc_url}")
-            typer.echo(f"metrics {server.metrics_url}")
-            typer.echo(f"models  {models}")
-            typer.echo(f"log     {server.log_file}")
-            typer.echo(f"key     {server.control_key}")
-            code = server.process.wait()
-            raise ServiceError(f"the Triton server ended by itself with code {code}")
-        except KeyboardInterrupt:
-            stderr.print("waiting for requests in flight …")
+            try:
+                with stderr.status("start the server"):
+                    server.wait_until_ready()
+                typer.echo(f"http    http://{server.http_url}/v2/models/latte_flow/generate")
+                typer.echo(f"grpc    {server.grpc_url}")
+                typer.echo(f"metrics {server.metrics_url}")
+                typer.echo(f"models  {models}")
+                typer.echo(f"log     {server.log_file}")
+                typer.echo(f"key     {server.control_key}")
+                Supervisor(server, lambda line: stderr.print(line, markup=False)).run()
+            except KeyboardInterrupt:
+                stderr.print("waiting for requests in flight; interrupt again to stop at once")
+                if not server.drain():
+                    raise ServiceError("some requests in flight were not finished") from None
         finally:
-            server.drain()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # what follows is short, and leaves nothing behind
+            server.close(0)
+
+
+@contextmanager
+def _ends_by_interrupt() -> Iterator[None]:
+    """Lets SIGTERM do in the block what Ctrl-C does."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

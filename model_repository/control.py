@@ -29,6 +29,7 @@ FORWARDED_HEADER = "x-client-id"
 DRAIN_SECONDS = 60
 """How long requests in flight may take to finish when a service ends. The server's exit timeout is the same."""
 LOAD_SECONDS = 600.0
+ANSWER_SECONDS = 5.0
 POLL_SECONDS = 0.05
 MIN_KEY_CHARACTERS = 16
 
@@ -97,19 +98,19 @@ class Control:
         """Lets the model refuse new requests and finish those in flight; returns before they are finished."""
         self._post(f"/v2/repository/models/{model}/unload", seconds)
 
+    def is_ready(self, model: str = MODEL, seconds: float = ANSWER_SECONDS) -> bool:
+        """Returns whether the server calls a model ready; a server that does not answer calls none so."""
+        try:
+            index: list[dict[str, str]] = self._post("/v2/repository/index", seconds)
+        except ServiceError:
+            return False
+        return any(entry["name"] == model and entry.get("state") == "READY" for entry in index)
+
     def is_unloaded(self, model: str = MODEL, seconds: float = DRAIN_SECONDS) -> bool:
         """Returns whether the model has finished all its requests and is gone."""
         index: list[dict[str, str]] = self._post("/v2/repository/index", seconds)
         entries = [entry for entry in index if entry["name"] == model and "state" in entry]
         return all(entry.get("reason") == "unloaded" for entry in entries)
-
-    def is_reachable(self, seconds: float = 1.0) -> bool:
-        """Returns whether the server answers."""
-        try:
-            self.is_unloaded(seconds=seconds)
-        except ServiceError:
-            return False
-        return True
 
     def drain(self, seconds: float = DRAIN_SECONDS) -> bool:
         """Unloads the model and waits until its requests are finished; returns whether they are.

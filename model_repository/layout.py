@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,9 @@ def write_repository(
 ) -> None:
     """Writes the repository of a bundle; it appears at `out` complete or not at all.
 
+    An existing repository keeps its folder, so that a server that has it mounted sees the new models. Each of them
+    appears complete or not at all, the model `latte_flow` last.
+
     Args:
         layout: "in-process" for all engines in the process of the model `latte_flow`, "per-engine" for a model each.
         platform: runs the engines in the layout per-engine.
@@ -64,14 +68,25 @@ def write_repository(
         raise InputError(f"the bundle has no engine {unknown[0]!r} to place on a GPU")
     check_replaceable(out, f"{MODEL}/{CONFIG_FILE}", "model repository", force=force)
     environment = {} if execution_environment is None else {"EXECUTION_ENV_PATH": str(execution_environment.absolute())}
-    with replaced_directory(out) as folder:
-        version = _write_model(folder / MODEL, service_config(provider, layout, limits or Limits(), environment), MODEL)
+    old_models = {path.parent.name for path in out.glob(f"*/{CONFIG_FILE}")}
+    new_models = {MODEL}
+    with ExitStack() as stack:
+        folder = None if old_models else stack.enter_context(replaced_directory(out))
+
+        def folder_of(model: str) -> Path:
+            new_models.add(model)
+            return folder / model if folder else stack.enter_context(replaced_directory(out / model))
+
+        service = service_config(provider, layout, limits or Limits(), environment)
+        version = _write_model(folder_of(MODEL), service, MODEL)
         copy_bundle(bundle, manifest, version / "bundle")
         for engine in manifest.engines if layout == "per-engine" else ():
             parameters = {"provider": provider} | environment if platform == "python" else {}
             config = engine_config(engine, platform, (placement or {}).get(engine.name), parameters)
-            version = _write_model(folder / config.name, config, "engine" if platform == "python" else None)
+            version = _write_model(folder_of(config.name), config, "engine" if platform == "python" else None)
             _write_engine(bundle, engine, version, platform)
+    for model in old_models - new_models:
+        shutil.rmtree(out / model)
 
 
 def _write_model(folder: Path, config: Any, source: str | None) -> Path:

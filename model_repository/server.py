@@ -67,7 +67,8 @@ class TritonServer:
             MissingExtraError: the bundled server is not installed.
         """
         self._reachable = LOOPBACK if host in ("0.0.0.0", "::") else host
-        self._ports = [port or free_port() for port in (http_port, grpc_port, metrics_port)]
+        asked = (http_port, grpc_port, metrics_port)
+        self._ports = [port or free for port, free in zip(asked, free_ports(len(asked)), strict=True)]
         self._folder = tempfile.TemporaryDirectory(prefix="latte-flow-triton-")
         folder = Path(self._folder.name)
         self.log_file = folder / "log.txt" if log_file is None else log_file
@@ -120,8 +121,8 @@ class TritonServer:
         while time.monotonic() < give_up:
             if self.process.poll() is not None:
                 raise ServiceError(f"the Triton server ended with code {self.process.returncode}: {self._last_lines()}")
-            # Triton opens its HTTP port after the one for gRPC.
-            if Client(self.grpc_url, retries=0).is_alive(PROBE_SECONDS) and self.control.is_reachable():
+            # Triton opens its HTTP port last, and dies now and then of a stream that comes before.
+            if self.control.is_ready() and Client(self.grpc_url, retries=0).is_alive(PROBE_SECONDS):
                 return
             time.sleep(0.1)
         raise ServiceError(f"the Triton server did not answer within {START_SECONDS:g} s: {self._last_lines()}")
@@ -131,10 +132,18 @@ class TritonServer:
         found = {}
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # a process may end while it is looked at
-                command = (entry / "cmdline").read_bytes().split(b"\0")  # empty for one that ended
+                command = (entry / "cmdline").read_bytes().split(b"\0")
                 if command[0].endswith(STUB) and os.getpgid(int(entry.name)) == self.process.pid:
                     found[int(entry.name)] = Path(command[1].decode()).parents[1].name
         return found
+
+    @staticmethod
+    def lives(stub: int) -> bool:
+        """Returns whether a process that `stubs` named still runs."""
+        try:
+            return bool(Path(f"/proc/{stub}/cmdline").read_bytes())  # empty for one that ended and is not collected yet
+        except OSError:
+            return False
 
     def restart(self) -> None:
         """Ends the server at once, so that requests in flight fail, and starts it again on the same ports.
@@ -147,9 +156,9 @@ class TritonServer:
 
     def drain(self) -> bool:
         """Refuses new requests, lets those in flight finish, and ends the server; returns whether they finished."""
-        finished = False
+        finished = True
         if self.process.poll() is None:
-            with contextlib.suppress(ServiceError):
+            with contextlib.suppress(ServiceError):  # a server that does not answer cannot be drained
                 finished = self.control.drain()
         self.close(EXIT_SECONDS if finished else 0)
         return finished
@@ -193,10 +202,16 @@ class TritonServer:
 
 def free_port() -> int:
     """Returns a port that is not in use."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return free_ports(1)[0]
+
+
+def free_ports(count: int) -> list[int]:
+    """Returns different ports that are not in use."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((LOOPBACK, 0))
+        return [probe.getsockname()[1] for probe in probes]
 
 
 def _prepare(folder: Path) -> tuple[Path, Path]:

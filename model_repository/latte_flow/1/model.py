@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -201,6 +202,8 @@ class TritonSender:
 
     def __init__(self, sender: Any) -> None:
         self._sender = sender
+        self._lock = threading.Lock()
+        self._is_open = True
 
     def send(self, outputs: Mapping[str, str | int | np.ndarray], *, last: bool = False) -> None:
         """Sends one response; text and numbers become tensors with one value."""
@@ -231,7 +234,10 @@ class TritonSender:
 
     def is_cancelled(self) -> bool:
         """Returns whether the client has cancelled; a round trip to the server."""
-        return bool(self._sender.is_cancelled())
+        with self._lock:  # asking after the last response, or during it, ends the server
+            return self._is_open and bool(self._sender.is_cancelled())
 
     def _send(self, response: Any, last: bool) -> None:
-        self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0)
+        with self._lock:
+            self._is_open = not last
+            self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0)

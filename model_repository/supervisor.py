@@ -1,0 +1,92 @@
+"""Keeps a server alive: notices when it, or the process of one of its models, has died, and starts it again."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from model_repository.client import Client
+from model_repository.server import TritonServer
+from runtime.errors import ServiceError
+
+LOOK_SECONDS = 0.5
+PING_EVERY_SECONDS = 10.0
+PING_SECONDS = 20.0
+MAX_RESTARTS = 5
+RESTARTS_SECONDS = 300.0
+"""More restarts within so many seconds are given up: a restart does not cure what is wrong."""
+
+
+class Supervisor:
+    """Watches one server.
+
+    Triton calls itself ready when the process of a model is dead, and never answers that process's requests, even when
+    the model is loaded again. So the whole server is restarted, and the requests in flight fail at once.
+
+    Example:
+        >>> Supervisor(server, print).run()
+    """
+
+    def __init__(self, server: TritonServer, report: Callable[[str], None]) -> None:
+        """Begins to watch a server that is ready.
+
+        Args:
+            report: called with one line for each restart.
+        """
+        self._server = server
+        self._report = report
+        self._client = Client(server.grpc_url, retries=0)
+        self._restarts: deque[float] = deque(maxlen=MAX_RESTARTS + 1)
+        self._stubs: set[int] = set()
+        self._models: set[str] = set()
+        self._pinged = 0.0
+        self._remember()
+
+    def run(self) -> None:
+        """Watches until an exception, for example `KeyboardInterrupt`, ends it.
+
+        Raises:
+            ServiceError: the server dies again and again, or does not start again.
+        """
+        while True:
+            time.sleep(LOOK_SECONDS)
+            if (fault := self.fault()) is not None:
+                self._restart(fault)
+
+    def fault(self) -> str | None:
+        """Returns what is wrong with the server, or None."""
+        if (code := self._server.process.poll()) is not None:
+            return f"the Triton server ended with code {code}"
+        if not all(map(self._server.lives, self._stubs)):
+            stubs = self._server.stubs()
+            # A process that ended may have belonged to a model that was replaced or unloaded.
+            for model in self._models - set(stubs.values()):
+                if self._server.control.is_ready(model):
+                    return f"the process of the model {model} ended"
+            self._stubs = set(stubs)
+        if time.monotonic() - self._pinged > PING_EVERY_SECONDS:
+            self._pinged = time.monotonic()
+            if not self._client.answers(PING_SECONDS):
+                return f"the model did not answer within {PING_SECONDS:g} s"
+        return None
+
+    def _restart(self, fault: str) -> None:
+        while True:
+            self._restarts.append(time.monotonic())
+            if len(self._restarts) > MAX_RESTARTS and self._restarts[-1] - self._restarts[0] < RESTARTS_SECONDS:
+                raise ServiceError(f"{fault}; given up after {MAX_RESTARTS} restarts in {RESTARTS_SECONDS:g} s")
+            self._report(f"{fault}; starting the server again")
+            self._server.restart()
+            try:
+                self._server.wait_until_ready()
+            except ServiceError as error:  # clients that do not wait for it can end a server that starts
+                fault = str(error)
+            else:
+                self._remember()
+                return
+
+    def _remember(self) -> None:
+        stubs = self._server.stubs()
+        self._stubs, self._models = set(stubs), set(stubs.values())
+        self._pinged = time.monotonic()

@@ -1,0 +1,160 @@
+"""`latte-flow serve` as it is operated: revived, drained, interrupted twice, given a new bundle."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from model_repository.client import Client
+from model_repository.layout import write_repository
+from model_repository.server import TritonServer
+from model_repository.supervisor import Supervisor
+from runtime.errors import InputError, ServiceError
+from runtime.serving.requests import Limits
+from tests.model_repository.test_service import interruptible, stubs_of, wait_for
+
+RunCommand = Callable[..., tuple[int, str, str]]
+LONG = {"prompt": "a", "num_inference_steps": 200, "num_images": 4, "progress": True}
+ENDLESS = {"prompt": "a", "num_inference_steps": 200, "num_images": 16, "progress": True}
+
+
+@contextmanager
+def served(bundle: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
+    """A running `latte-flow serve` and the names and addresses that it printed."""
+    command: list[str | Path] = [sys.executable, "-m", "runtime.cli", "serve", bundle, *options]
+    command += [word for name in ("http", "grpc", "metrics") for word in (f"--{name}-port", "0")]
+    process = interruptible(command)
+    assert process.stdout is not None
+    try:
+        lines = [process.stdout.readline().split() for _ in range(6)]
+        assert [] not in lines, process.communicate()[1]
+        yield process, {line[0]: line[1] for line in lines}
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def left_behind(process: subprocess.Popen[str], printed: dict[str, str]) -> list[str]:
+    """What a service that ended has left."""
+    files = [str(path) for path in Path("/dev/shm").glob(f"latte-flow-{process.pid}-*")]
+    files += [printed[name] for name in ("models", "log", "key") if Path(printed[name]).exists()]
+    servers = subprocess.run(["pgrep", "-f", printed["models"]], capture_output=True, text=True, check=False).stdout
+    return files + servers.split()
+
+
+def test_a_terminated_service_drains_and_leaves_nothing(bundle: Path) -> None:
+    with served(bundle) as (process, printed):
+        assert sorted(printed) == ["grpc", "http", "key", "log", "metrics", "models"]
+        assert (Path(printed["models"]) / "latte_flow" / "config.pbtxt").is_file()
+        assert "Started GRPCInferenceService" in Path(printed["log"]).read_text()
+        assert Path(printed["key"]).stat().st_mode & 0o777 == 0o600
+        stream = Client(printed["grpc"]).stream(**LONG)
+        next(stream)
+        process.send_signal(signal.SIGTERM)
+        assert [response.event for response in stream][-1] == "done"
+        assert process.wait(30) == 0
+    assert left_behind(process, printed) == []
+
+
+def test_a_killed_model_is_revived_and_a_second_signal_cleans_up_at_once(bundle: Path) -> None:
+    with served(bundle) as (process, printed):
+        client = Client(printed["grpc"])
+        drawn = client.generate("a red star", num_inference_steps=3)
+        stream = client.stream(**ENDLESS)
+        next(stream)
+        (stub,) = subprocess.run(
+            ["pgrep", "-f", f"stub {printed['models']}"], capture_output=True, text=True, check=True
+        ).stdout.split()
+        begin = time.monotonic()
+        os.kill(int(stub), signal.SIGKILL)
+        with pytest.raises(ServiceError):
+            list(stream)
+        assert time.monotonic() - begin < 5
+        wait_for(lambda: client.is_alive(5), 30)
+        assert client.generate("a red star", num_inference_steps=3)[0].tobytes() == drawn[0].tobytes()
+
+        stream = client.stream(**ENDLESS)
+        next(stream)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 130
+        with pytest.raises(ServiceError):
+            list(stream)
+        assert process.stderr is not None
+        told = process.stderr.read()
+        assert "ended; starting the server again" in told
+        assert "Traceback" not in told
+    assert left_behind(process, printed) == []
+
+
+def test_a_server_that_dies_again_and_again_is_given_up(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model_repository.supervisor.MAX_RESTARTS", 1)
+    told: list[str] = []
+    with TritonServer(repository) as server:
+        supervisor = Supervisor(server, told.append)
+        supervisor._restarts = type(supervisor._restarts)(maxlen=2)
+        assert supervisor.fault() is None
+        (stub,) = stubs_of(server)
+        os.kill(stub, signal.SIGKILL)
+        wait_for(lambda: not server.lives(stub))
+        assert supervisor.fault() in (
+            "the process of the model latte_flow ended",
+            "the Triton server ended with code -11",
+        )
+        supervisor._restart("a fault")
+        assert supervisor.fault() is None
+        with pytest.raises(ServiceError, match="a fault; given up after 1 restarts in 300 s"):
+            supervisor._restart("a fault")
+        # A model that was unloaded on purpose, or replaced, has not died.
+        server.control.load()
+        assert supervisor.fault() is None
+        server.control.drain()
+        wait_for(lambda: not stubs_of(server))
+        assert supervisor.fault() is None
+    assert told == ["a fault; starting the server again"]
+
+
+def test_a_new_repository_reaches_a_server_that_has_the_folder_mounted(
+    bundle: Path, tmp_path: Path, run_command: RunCommand
+) -> None:
+    """A mount follows the folder, not its name; so does the path of an open folder, by which this server reads it."""
+    models = tmp_path / "models"
+    write_repository(bundle, models, execution_environment=Path(sys.prefix))
+    mount = os.open(models, os.O_RDONLY)
+    try:
+        with TritonServer(Path(f"/proc/{os.getpid()}/fd/{mount}")) as server:
+            client = Client(server.grpc_url)
+            write_repository(
+                bundle, models, limits=Limits(max_steps=7), execution_environment=Path(sys.prefix), force=True
+            )
+            stream = client.stream(**LONG)
+            next(stream)
+            code, _, error = run_command("control", "reload", "--key", server.control_key, "--url", server.http_url)
+            assert code == 0, error
+            with pytest.raises(InputError, match="num_inference_steps must be from 1 to 7"):
+                client.generate("a", num_inference_steps=8)
+            assert [response.event for response in stream][-1] == "done"
+    finally:
+        os.close(mount)
+    assert [path.name for path in models.iterdir()] == ["latte_flow"]
+
+
+def test_models_that_the_new_repository_lacks_are_gone(bundle: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    write_repository(bundle, models, layout="per-engine")
+    (models / "notes.txt").write_text("mine")
+    folder = models.stat().st_ino
+    assert len(list(models.glob("*/config.pbtxt"))) > 5
+    write_repository(bundle, models, force=True)
+    assert models.stat().st_ino == folder
+    assert sorted(path.name for path in models.iterdir()) == ["latte_flow", "notes.txt"]
