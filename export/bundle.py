@@ -27,7 +27,7 @@ from export.quantization import QuantizationSettings, quantize_bundle
 from export.verify import verify_bundle
 from export.vlm_components import language_component, vision_component
 from export.weights import WeightFiles
-from latte.checkpoint import TORCH_DTYPES, load_checkpoint, load_outline, resolve_checkpoint
+from latte.checkpoint import TORCH_DTYPES, check_trained, load_checkpoint, load_outline, resolve_checkpoint
 from latte.model import LatteFlow
 from runtime.chat import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from runtime.errors import CheckpointError, InputError
@@ -100,6 +100,8 @@ def export_bundle(
     path = resolve_checkpoint(checkpoint)
     # The export itself reads weights one at a time; only the verification needs a whole model.
     reference = load_checkpoint(path) if verify else None
+    if reference is not None:
+        check_trained(reference, checkpoint)
     model = load_outline(path)
     with replaced_directory(bundle) as folder:
         # INT8 engines are made from fp32 engines, whose runs show the error.

@@ -38,6 +38,8 @@ SHIPPED = {"shapes": Path(__file__).parent / "checkpoints" / "shapes"}
 """Checkpoints in this package, by name. A name is accepted wherever a path is."""
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """The PyTorch dtype of each precision."""
+CLASS_OF_VAE = ("_class_name", "AutoencoderDC")
+"""What diffusers writes into the config of the only autoencoder that is supported."""
 
 VLM_FROM_FLOW = {
     "input_layernorm.weight": "input_layernorm.weight",
@@ -127,9 +129,8 @@ def load_outline(name_or_path: str | Path) -> LatteFlow:
     """
     path = resolve_checkpoint(name_or_path)
     config = load_config(path)
-    for part, kind in (("vlm", "Qwen2VLForConditionalGeneration"), ("vae", "AutoencoderDC")):
-        if not (path / part / "config.json").is_file():
-            raise CheckpointError(f"{path / part} contains no config.json; expected a {kind} as its library saves it")
+    _check_kind(Qwen2VLForConditionalGeneration, path / "vlm")
+    _check_kind(AutoencoderDC, path / "vae")
     with init_empty_weights(include_buffers=False), quiet_libraries():
         vlm_config = Qwen2VLConfig.from_pretrained(path / "vlm", local_files_only=True)
         vlm = Qwen2VLForConditionalGeneration._from_config(vlm_config, attn_implementation="eager")
@@ -183,12 +184,23 @@ def load_image_processor(path: Path) -> Qwen2VLImageProcessorPil:
     return Qwen2VLImageProcessorPil.from_pretrained(path, local_files_only=True)
 
 
-def _from_pretrained(kind: Any, path: Path, dtype: torch.dtype, **options: Any) -> Any:
+def _check_kind(kind: Any, path: Path) -> None:
+    """Checks that a folder's config describes the expected class."""
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} contains no config.json; expected a {kind.__name__} as its library saves it")
-    declared = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    if declared.get("_class_name", declared.get("model_type")) not in ("AutoencoderDC", "qwen2_vl"):
-        raise CheckpointError(f"{path / 'config.json'} does not describe a {kind.__name__}")
+    name, expected = ("model_type", "qwen2_vl") if kind is Qwen2VLForConditionalGeneration else CLASS_OF_VAE
+    try:
+        declared = json.loads((path / "config.json").read_text(encoding="utf-8")).get(name)
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path / 'config.json'} is not a config: {one_line(error)}") from error
+    if declared != expected:
+        raise CheckpointError(
+            f"{path / 'config.json'} does not describe a {kind.__name__}: {name} is {declared!r}, expected {expected!r}"
+        )
+
+
+def _from_pretrained(kind: Any, path: Path, dtype: torch.dtype, **options: Any) -> Any:
+    _check_kind(kind, path)
     for index in path.glob("*.index.json"):
         names = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
         if escaping := sorted(name for name in names if Path(name).name != name):
@@ -256,6 +268,53 @@ def _check_geometry(config: LatteFlowConfig, vlm: Qwen2VLForConditionalGeneratio
     ]
     if problems:
         raise CheckpointError("the parts of the checkpoint do not fit together: " + "; ".join(problems))
+
+
+def check_autoencoder(vae: AutoencoderDC, latent_size: tuple[int, int], name: str | Path) -> None:
+    """Decodes latents of zeros once.
+
+    Args:
+        latent_size: height and width in latents.
+        name: what to call the autoencoder in an error.
+
+    Raises:
+        CheckpointError: the autoencoder cannot decode them, or not to RGB images of `vae_scale_factor` pixels a latent.
+    """
+    channels, factor = vae.config.latent_channels, vae_scale_factor(vae)
+    latents = torch.zeros((1, channels, *latent_size), dtype=vae.dtype)
+    expected = (1, 3, *(factor * size for size in latent_size))
+    try:
+        with torch.no_grad():
+            image = vae.decode(latents).sample
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise CheckpointError(
+            f"{name} cannot decode latents of shape {tuple(latents.shape)}: {one_line(error)}; "
+            "give an AutoencoderDC whose decoder fits its config"
+        ) from error
+    if tuple(image.shape) != expected:
+        raise CheckpointError(
+            f"{name} decodes latents of shape {tuple(latents.shape)} to {tuple(image.shape)}, expected {expected}; "
+            "give an AutoencoderDC whose encoder and decoder have the same factor, for RGB images"
+        )
+    if not torch.isfinite(image).all():
+        raise CheckpointError(f"{name} decodes latents of zeros to pixels that are not finite; its weights are broken")
+    if not vae.config.scaling_factor:
+        raise CheckpointError(f"{name} has no scaling_factor in its config.json; set the standard deviation's inverse")
+
+
+def is_untrained(flow: FlowTransformer) -> bool:
+    """Returns whether the velocity of some expert group is zero whatever its input, as `init` leaves it."""
+    projections = (flow.get_submodule(f"heads.{group}.proj") for group in range(len(flow.heads)))
+    return any(not any(parameter.any() for parameter in projection.parameters()) for projection in projections)
+
+
+def check_trained(model: LatteFlow, name: str | Path) -> None:
+    """Raises `CheckpointError` if a checkpoint, called `name`, still has the velocity heads that `init` makes."""
+    if is_untrained(model.flow):
+        raise CheckpointError(
+            f"{name} is untrained: a velocity head is zero, as `latte-flow init` leaves it, so nothing can be drawn; "
+            "train its flow layers first"
+        )
 
 
 def vae_scale_factor(vae: AutoencoderDC) -> int:
@@ -372,8 +431,15 @@ def save_part(module: Any, path: Path, *processors: Any) -> None:
 
 
 def _as(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    # Diffusers' own `to` would warn about its list of modules to keep in fp32, which is empty here.
-    return nn.Module.to(copy.deepcopy(module), dtype)
+    """Returns a module with floating tensors of a dtype: itself, or a copy in which no other tensor is copied."""
+    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
+    if all(tensor.dtype == dtype for tensor in module.parameters()):
+        return module
+    # `deepcopy` takes these instead of copying the originals, and keeps tied parameters tied.
+    cast: dict[int, Any] = {id(tensor): tensor.detach().to(dtype) for tensor in tensors}
+    for parameter in module.parameters():
+        cast[id(parameter)] = nn.Parameter(cast[id(parameter)], requires_grad=False)
+    return copy.deepcopy(module, cast)
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from rich.table import Table
 from latte.checkpoint import (
     TORCH_DTYPES,
     assemble,
+    cast_parameters,
+    check_autoencoder,
     load_checkpoint,
     load_image_processor,
     load_tokenizer,
@@ -67,15 +69,22 @@ def init(
     if (out / "config.json").exists() and not force:
         raise InputError(f"{out} already contains a checkpoint; pass --force to replace it")
     autoencoder = load_vae(vae)
+    latent_size = _latent_size(autoencoder, height, width)
+    check_autoencoder(autoencoder, latent_size, vae)
+    # The VLM is loaded as it will be written, and the flow layers are cast one tensor at a time: fp32 copies of a large
+    # model would not fit into memory.
+    dtype_on_disk = TORCH_DTYPES[precision]
+    image_processor = load_image_processor(vlm)
     model = assemble(
-        load_vlm(vlm),
+        load_vlm(vlm, dtype_on_disk),
         autoencoder,
         load_tokenizer(vlm),
         num_groups=groups,
         variant=variant,
-        latent_size=_latent_size(autoencoder, height, width),
+        latent_size=latent_size,
     )
-    save_checkpoint(model, load_image_processor(vlm), out, TORCH_DTYPES[precision])
+    cast_parameters(model.flow, dtype_on_disk)
+    save_checkpoint(model, image_processor, out, dtype_on_disk)
     typer.echo(str(out))
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from runtime.flow_time import ExpertSchedule
+
+_Section = Annotated[int, Field(ge=0)]
+_Side = Annotated[int, Field(ge=1)]
 
 
 class LatteFlowConfig(BaseModel):
@@ -33,10 +36,10 @@ class LatteFlowConfig(BaseModel):
     num_key_value_heads: int = Field(ge=1)
     rms_norm_eps: float = Field(gt=0)
     rope_theta: float = Field(gt=0)
-    mrope_section: tuple[int, int, int]
+    mrope_section: tuple[_Section, _Section, _Section]
 
     latent_channels: int = Field(ge=1)
-    latent_size: tuple[int, int] = Field(description="default height and width in latents")
+    latent_size: tuple[_Side, _Side] = Field(description="default height and width in latents")
     vae_scale_factor: int = Field(ge=1, description="pixels per latent, in each direction")
     latents_mean: tuple[float, ...] = Field(description="per channel; latents = (encoded - mean) / std")
     latents_std: tuple[float, ...]

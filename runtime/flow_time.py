@@ -117,6 +117,15 @@ def check_finite(latents: np.ndarray) -> None:
         )
 
 
+def check_moved(noise: np.ndarray, latents: np.ndarray) -> None:
+    """Raises `EngineError` if sampling left the noise as it was, as the velocity of untrained experts does."""
+    if np.array_equal(noise, latents):
+        raise EngineError(
+            "the experts predict no velocity, so the images are still noise: the bundle's checkpoint is untrained; "
+            "train its flow layers and export it again"
+        )
+
+
 def initial_latents(seeds: Sequence[int], shape: tuple[int, int, int]) -> np.ndarray:
     """Draws x₀ ~ N(0, I) for every seed with NumPy's Philox: `[len(seeds), C, H, W]` float32.
 

@@ -25,6 +25,7 @@ from runtime.flow_time import (
     DEFAULT_STEPS,
     check_finite,
     check_guidance_scale,
+    check_moved,
     check_seeds,
     initial_latents,
     time_grid,
@@ -158,6 +159,7 @@ class LatteFlowPipeline:
         final = sampler.run(noise, times, on_step)
         on_host = to_host(final)
         check_finite(on_host)
+        check_moved(noise, on_host)
         clock.lap("sample")
         images: Any = on_host if output_type == "latent" else self.decode(final)
         if output_type == "pil":

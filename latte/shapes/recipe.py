@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from transformers import Qwen2VLForConditionalGeneration
 
 from latte.checkpoint import (
     assemble,
@@ -63,8 +64,9 @@ def run_stage(
         name: one of `STAGES`.
         run_dir: the run's folder.
         dtype: dtype of the weights in the checkpoint that the last stage writes.
-        start_from: a checkpoint of the same geometry, whose weights the stage starts from instead of its usual ones;
-            the vlm stage then does not read `vlm-vision/`. A resumed stage continues from its own state.
+        start_from: a checkpoint of the same geometry, whose weights the stage starts from instead of its usual ones,
+            with its tokenizer and image processor. The vlm stage starts from `vlm-vision/` if the run's vision stage
+            started from the same checkpoint. A resumed stage continues from its own state.
 
     Raises:
         InputError: an earlier stage has not run yet.
@@ -82,17 +84,28 @@ def _autoencoder(run_dir: Path, settings: TrainSettings, _: torch.dtype, start_f
 
 
 def _vision(run_dir: Path, settings: TrainSettings, _: torch.dtype, start_from: Path | None) -> None:
-    tokenizer, image_processor = train_tokenizer(), small_image_processor()
-    vlm = small_vlm(tokenizer) if start_from is None else load_vlm(start_from / "vlm")
+    if start_from is None:
+        tokenizer, image_processor = train_tokenizer(), small_image_processor()
+        vlm = small_vlm(tokenizer)
+    else:  # a new tokenizer would have other tokens than the VLM's vocabulary
+        tokenizer, image_processor = load_tokenizer(start_from), load_image_processor(start_from)
+        vlm = load_vlm(start_from / "vlm")
     stage = VisionStage(vlm, image_processor, settings.batch_size, settings.device)
     train(stage, settings, run_dir / "training")
     save_part(vlm.cpu(), run_dir / "vlm-vision", tokenizer, image_processor)
 
 
 def _vlm(run_dir: Path, settings: TrainSettings, _: torch.dtype, start_from: Path | None) -> None:
-    source = _part(run_dir, "vlm-vision", "vision") if start_from is None else start_from / "vlm"
-    processors = source if start_from is None else start_from
+    if start_from is None or (run_dir / "vlm-vision").is_dir():
+        processors = source = _part(run_dir, "vlm-vision", "vision")
+    else:
+        processors, source = start_from, start_from / "vlm"
     vlm, tokenizer, image_processor = load_vlm(source), load_tokenizer(processors), load_image_processor(processors)
+    if start_from is not None and processors != start_from and not _same_language_model(vlm, start_from):
+        raise InputError(
+            f"{source} did not start from {start_from}; leave out --start-from to go on with it, or remove it to start "
+            "from there"
+        )
     stage = VlmStage(vlm, ConversationEncoder(tokenizer, image_processor), settings.batch_size, settings.device)
     train(stage, settings, run_dir / "training")
     save_part(vlm.cpu(), run_dir / "vlm", tokenizer, image_processor)
@@ -120,6 +133,13 @@ def _flow(run_dir: Path, settings: TrainSettings, dtype: torch.dtype, start_from
 
 
 _STAGE_FUNCTIONS = {"autoencoder": _autoencoder, "vision": _vision, "vlm": _vlm, "flow": _flow}
+
+
+def _same_language_model(vlm: Qwen2VLForConditionalGeneration, checkpoint: Path) -> bool:
+    """Returns whether a VLM has the language model of a checkpoint, which the vision stage does not train."""
+    parameters = dict(vlm.model.language_model.named_parameters())
+    others = dict(load_vlm(checkpoint / "vlm").model.language_model.named_parameters())
+    return parameters.keys() == others.keys() and all(torch.equal(parameters[name], others[name]) for name in others)
 
 
 def _part(run_dir: Path, part: str, stage: str) -> Path:

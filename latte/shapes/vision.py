@@ -39,14 +39,18 @@ def token_labels(scene: Scene) -> np.ndarray:
 
     A label of 0 means "no shape", except in the background's column. A token that covers several shapes is labelled
     with the one of which it covers the largest share.
+
+    Raises:
+        ValueError: the scene leaves something open, so that its image is not known.
     """
-    assert scene.background is not None
+    if scene.background is None:
+        raise ValueError(f"a scene to label needs a background, got {scene}")
     labels = np.zeros((TOKENS_PER_SIDE**2, len(HEADS)), np.int64)
     labels[:, 4] = list(BACKGROUNDS).index(scene.background)
     best = np.full(TOKENS_PER_SIDE**2, VISIBLE_SHARE)
     for shape in scene.shapes:
-        assert shape.size is not None
-        assert shape.cell is not None
+        if shape.size is None or shape.cell is None:
+            raise ValueError(f"a shape to label needs a size and a cell, got {shape}")
         mask = coverage(shape.kind, RADII[shape.size], shape.centre)
         side = mask.shape[0] // TOKENS_PER_SIDE
         share = mask.reshape(TOKENS_PER_SIDE, side, TOKENS_PER_SIDE, side).sum(axis=(1, 3)).reshape(-1) / mask.sum()

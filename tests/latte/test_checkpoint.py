@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderDC
 from safetensors.torch import load_file, save_file
 
-from latte.checkpoint import SHIPPED, load_checkpoint, save_checkpoint
+from latte.checkpoint import SHIPPED, _as, load_checkpoint, load_outline, save_checkpoint
 from latte.shapes.vlm import small_image_processor
 from runtime.errors import CheckpointError
 from tests.tiny import save_tiny, tiny_autoencoder, tiny_vlm
@@ -112,6 +115,8 @@ def test_a_checkpoint_written_halfway_is_never_loaded(
         ({"num_hidden_layers": 6}, "num_hidden_layers is 6 in config.json, 4 in vlm/ or vae/"),
         ({"schedule": {"boundaries": [0.0, 0.5]}}, "boundaries must rise"),
         ({"surprise": 1}, "surprise"),
+        ({"latent_size": [0, 8]}, "latent_size.0: Input should be greater than or equal to 1"),
+        ({"mrope_section": [6, -1, -1]}, "mrope_section.1: Input should be greater than or equal to 0"),
     ],
 )
 def test_a_config_that_does_not_fit_is_explained(broken: Path, change: dict[str, object], message: str) -> None:
@@ -157,3 +162,78 @@ def test_init_makes_a_checkpoint_of_a_qwen2_vl_and_a_dc_ae(
     code, _, error = run_command(*arguments, "--groups", 3, "--force")
     assert code == 2
     assert "4 layers cannot be split into 3" in error
+    code, _, error = run_command("export", tmp_path / "made", tmp_path / "bundle")
+    assert code != 0
+    assert "made is untrained: a velocity head is zero" in error.strip().splitlines()[-1]
+    code, _, error = run_command("export", tmp_path / "made", tmp_path / "bundle", "--no-verify")
+    assert code == 0, error
+    code, _, error = run_command("generate", tmp_path / "bundle", "a red circle", "-o", tmp_path / "images")
+    assert code != 0
+    assert "the bundle's checkpoint is untrained" in error.strip().splitlines()[-1]
+    assert not list(tmp_path.glob("images/*.png"))
+
+
+def shallow_encoder(config: dict[str, Any]) -> None:
+    """An encoder with one stage fewer than the decoder."""
+    for name in ("block_types", "block_out_channels", "layers_per_block", "qkv_multiscales"):
+        config[f"encoder_{name}"] = config[f"encoder_{name}"][1:]
+
+
+BROKEN_AUTOENCODERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "another factor": (shallow_encoder, r"decodes latents of shape \(1, 4, 16, 16\) to \(1, 3, 64, 64\), expected"),
+    "grey images": (lambda config: config.update(in_channels=1), r"to \(1, 1, 32, 32\), expected \(1, 3, 32, 32\)"),
+    "no scaling factor": (lambda config: config.update(scaling_factor=0.0), "has no scaling_factor"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_AUTOENCODERS)
+def test_init_refuses_an_autoencoder_that_cannot_decode(
+    name: str, tmp_path: Path, run_command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """The export failed with a traceback, or not at all."""
+    change, message = BROKEN_AUTOENCODERS[name]
+    config = dict(tiny_autoencoder().config)
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    change(config)
+    AutoencoderDC(**config).save_pretrained(tmp_path / "dc-ae")
+    sizes = ("--height", 32, "--width", 32)
+    code, _, error = run_command(
+        "init", tmp_path / "made", "--vlm", tmp_path / "nothing", "--vae", tmp_path / "dc-ae", *sizes
+    )
+    assert code != 0
+    (line,) = error.strip().splitlines()
+    assert re.search(message, line), line
+    assert not (tmp_path / "made").exists()
+
+
+def test_init_refuses_an_autoencoder_whose_weights_are_not_numbers(
+    tmp_path: Path, run_command: Callable[..., tuple[int, str, str]]
+) -> None:
+    autoencoder = tiny_autoencoder()
+    with torch.no_grad():
+        next(autoencoder.decoder.parameters()).fill_(torch.nan)
+    autoencoder.save_pretrained(tmp_path / "dc-ae")
+    arguments = ("--vlm", tmp_path / "nothing", "--vae", tmp_path / "dc-ae")
+    code, _, error = run_command("init", tmp_path / "made", *arguments, "--height", 32, "--width", 32)
+    assert code != 0
+    assert "to pixels that are not finite" in error
+
+
+def test_a_part_of_another_class_is_refused(broken: Path) -> None:
+    config = json.loads((broken / "vae" / "config.json").read_text())
+    (broken / "vae" / "config.json").write_text(json.dumps(config | {"_class_name": "qwen2_vl"}))
+    for load in (load_checkpoint, load_outline):
+        with pytest.raises(CheckpointError, match="_class_name is 'qwen2_vl', expected 'AutoencoderDC'"):
+            load(broken)
+    (broken / "vae" / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="is not a config"):
+        load_checkpoint(broken)
+
+
+def test_saving_in_another_dtype_copies_no_tensor_but_those_it_casts(checkpoint: Path) -> None:
+    vlm = load_checkpoint(checkpoint).vlm
+    half = _as(vlm, torch.float16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
+    assert half.get_output_embeddings().weight is half.get_input_embeddings().weight
+    assert {parameter.dtype for parameter in vlm.parameters()} == {torch.float32}
+    assert _as(half, torch.float16) is half

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from latte.checkpoint import load_checkpoint
+from latte.checkpoint import SHIPPED, load_checkpoint, load_image_processor, load_tokenizer, load_vlm, save_part
 from latte.shapes.autoencoder import AutoencoderStage, small_autoencoder
 from latte.shapes.flow import FlowStage, share_of_other
 from latte.shapes.recipe import run_stage
@@ -235,6 +235,31 @@ def test_the_stages_make_a_checkpoint_that_draws(tmp_path: Path) -> None:
     for part in ("flow", "vlm", "vae"):
         pairs = zip(getattr(checkpoint, part).parameters(), getattr(same, part).parameters(), strict=True)
         assert all(torch.allclose(before, after, atol=1e-6) for before, after in pairs)
+
+
+def test_the_vlm_stage_goes_on_from_a_vision_stage_with_the_same_start(tmp_path: Path) -> None:
+    """The VLM's training ignored the vision stage of its run, whose tokenizer was new."""
+    start = SHIPPED["shapes"]
+    run_stage("vision", tmp_path, settings(1, learning_rate=1e-2, ema_decay=0.0), start_from=start)
+    assert load_tokenizer(tmp_path / "vlm-vision").get_vocab() == load_tokenizer(start).get_vocab()
+    run_stage("vlm", tmp_path, settings(1, learning_rate=1e-12, ema_decay=0.0), start_from=start)
+    towers = [load_vlm(path).model.visual.state_dict() for path in (tmp_path / "vlm", tmp_path / "vlm-vision")]
+    assert all(torch.allclose(towers[0][name], towers[1][name], atol=1e-6) for name in towers[1])
+    before = load_vlm(start / "vlm").model.visual.state_dict()
+    assert not all(torch.allclose(before[name], towers[1][name], atol=1e-4) for name in before)
+
+    vlm = load_vlm(tmp_path / "vlm-vision")
+    vlm.model.language_model.norm.weight.data += 1
+    save_part(vlm, tmp_path / "vlm-vision", load_tokenizer(start), load_image_processor(start))
+    with pytest.raises(InputError, match=r"vlm-vision did not start from .*; leave out --start-from to go on with it"):
+        run_stage("vlm", tmp_path, settings(1), start_from=start)
+
+
+def test_a_scene_that_leaves_something_open_has_no_labels() -> None:
+    with pytest.raises(ValueError, match="needs a background"):
+        token_labels(Scene((Shape("star", "red", "large", "top left"),), None))
+    with pytest.raises(ValueError, match="needs a size and a cell"):
+        token_labels(Scene((Shape("star", "red", None, "top left"),), "white"))
 
 
 def test_a_stage_says_which_one_must_come_before(tmp_path: Path) -> None:
