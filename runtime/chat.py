@@ -10,6 +10,7 @@ A message is a dict in the Hugging Face chat format: a role, and content that is
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -64,6 +65,9 @@ class ChatProcessor:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
             raise BundleError(f"{path} is not a tokenizer: {one_line(error)}") from error
+        added = self.tokenizer.get_added_tokens_decoder()
+        named = {self.tokenizer.token_to_id(text): text for text in manifest.prompt.special_tokens}
+        self._special = named | {index: token.content for index, token in added.items() if token.special}
         has_config = any(entry.path == TOKENIZER_CONFIG_FILE for entry in manifest.tokenizer_files)
         self._variables = _template_variables(
             manifest.tokenizer_file(bundle, TOKENIZER_CONFIG_FILE) if has_config else None
@@ -127,13 +131,34 @@ class ChatProcessor:
         return ChatInputs(input_ids, mask, position_ids, following, patches)
 
     def _encode(self, conversation: Sequence[Message]) -> list[int]:
-        """Renders the chat template and tokenises the result."""
+        """Renders the chat template and tokenises the result.
+
+        Raises:
+            InputError: the template refuses the conversation, or its texts give a special token.
+        """
+        ids = self._render(conversation)
+        # A token can come of several parts, or of what the template or the tokenizer makes of a text. So the special
+        # tokens must be those of the same conversation with other words.
+        found = self._special_counts(ids)
+        expected = self._special_counts(self._render(_in_other_words(conversation)))
+        if found != expected:
+            ((token, _), *_) = ((found - expected) or (expected - found)).items()
+            raise InputError(
+                f"the texts of a message must not give the model's special token {self._special[token]} together; "
+                "change them"
+            )
+        return ids
+
+    def _render(self, conversation: Sequence[Message]) -> list[int]:
         try:
             text = self._template.render(messages=conversation, add_generation_prompt=True, **self._variables)
         except TemplateError as error:
             raise InputError(f"the model's chat template refuses the conversation: {one_line(error)}") from error
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def _special_counts(self, ids: Sequence[int]) -> Counter[int]:
+        return Counter(token for token in ids if token in self._special)
 
     def _checked_images(self, conversation: Sequence[Message]) -> list[ImageInput]:
         """Checks the form and the texts of a conversation; returns its images."""
@@ -183,9 +208,25 @@ class ChatProcessor:
         return ids, mask
 
     def _refuse_special_tokens(self, noun: str, text: str) -> None:
-        for token in self._manifest.prompt.special_tokens:
+        for token in self._special.values():
             if token in text:
                 raise InputError(f"a {noun} must not contain the model's special token {token}; remove it")
+
+
+def _in_other_words(conversation: Sequence[Message]) -> list[Message]:
+    """Returns a conversation of the same form, each of whose texts is one letter, or empty as before."""
+
+    def letter(text: str) -> str:
+        return "a" if text.strip() else ""
+
+    def other(part: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**part, "text": letter(part["text"])} if part["type"] == "text" else part
+
+    return [
+        {**message, "content": letter(content) if isinstance(content, str) else [other(part) for part in content]}
+        for message in conversation
+        for content in (message["content"],)
+    ]
 
 
 def compile_template(source: str) -> Template:

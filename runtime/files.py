@@ -40,10 +40,13 @@ def make_writable_folder(path: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Gives a file another name, as a hard link where the file system allows and as a copy elsewhere."""
+    """Gives a file another name, as a hard link where the file system allows and as a copy elsewhere.
+
+    A symbolic link is followed: a relative one would point to nothing from another folder.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)
     except OSError:
         shutil.copyfile(source, target)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import model_repository.layout
 from model_repository.layout import write_repository
 from model_repository.schema import INPUTS, OUTPUTS
 from runtime.errors import BundleError, InputError
-from runtime.manifest import load_manifest
+from runtime.manifest import check_file, load_manifest
 
 RunCommand = Callable[..., tuple[int, str, str]]
 
@@ -108,3 +110,21 @@ def test_what_is_in_the_way_stays(bundle: Path, tmp_path: Path, run_command: Run
     with pytest.raises(BundleError):
         write_repository(tmp_path, tmp_path / "others")
     assert not (tmp_path / "others").exists()
+
+
+def test_a_bundle_of_symbolic_links_is_copied_whole(bundle: Path, tmp_path: Path) -> None:
+    """The Hugging Face cache is made so: snapshots of relative links into blobs. A link to a link once was copied."""
+    snapshot, blobs = tmp_path / "models--a" / "snapshots" / "1", tmp_path / "models--a" / "blobs"
+    blobs.mkdir(parents=True)
+    for number, file in enumerate(sorted(path for path in bundle.rglob("*") if path.is_file())):
+        link = snapshot / file.relative_to(bundle)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, blobs / str(number))
+        link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
+    for layout in ("in-process", "per-engine"):
+        write_repository(snapshot, tmp_path / layout, layout=layout)
+    shutil.rmtree(tmp_path / "models--a")
+    assert not [path for path in tmp_path.rglob("*") if path.is_symlink()]
+    for entry in load_manifest(bundle).files():
+        check_file(tmp_path / "in-process" / "latte_flow" / "1" / "bundle", entry)
+    assert (tmp_path / "per-engine" / "latte_flow_expert_0" / "1" / "model.onnx").stat().st_size > 0
