@@ -26,8 +26,17 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from model_repository.connection import Connection
-from model_repository.schema import CANCELLED, INPUTS, INVALID, MODEL, NUMPY_DTYPES, UNAVAILABLE
-from runtime.errors import DRAINING, CancelledError, DrainingError, InputError, QueueFullError, ServiceError, one_line
+from model_repository.schema import CANCELLED, DEADLINE, INPUTS, INVALID, MODEL, NUMPY_DTYPES, UNAVAILABLE
+from runtime.errors import (
+    DRAINING,
+    CancelledError,
+    DeadlineError,
+    DrainingError,
+    InputError,
+    QueueFullError,
+    ServiceError,
+    one_line,
+)
 from runtime.images import png_bytes
 
 _FIELDS = {field.name: field for field in INPUTS}
@@ -228,17 +237,14 @@ class Client:
             client.close()
 
     def _ping(self, seconds: float) -> None:
-        """Checks that the model's process answers.
+        """Checks that the model's process answers and its engines move.
 
         Raises:
-            ServiceError: it does not.
+            ServiceError: they do not.
         """
         try:
-            # A request for nothing: it takes no place in the queue, and its refusal comes from the model itself.
-            for _ in self._stream_once({"seed": 0}, time.monotonic() + seconds, watch=False):
+            for _ in self._stream_once({"heartbeat": True}, time.monotonic() + seconds, watch=False):
                 pass
-        except InputError:
-            return
         except ServiceError as error:
             raise ServiceError(f"{self.url} does not answer any more, and the request is lost: {error}") from error
 
@@ -285,6 +291,8 @@ class Client:
         code, colon, message = whole.partition(": ")
         if code == INVALID or (not colon and "inference input" in code):
             return InputError(message or code)
+        if code == DEADLINE:
+            return DeadlineError(message)
         if code == CANCELLED:
             return CancelledError(message)
         if code == UNAVAILABLE and DRAINING in message:

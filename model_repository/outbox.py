@@ -19,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
-from model_repository.schema import DrawRequest, ImageFormat, encode_image, write_images
+from model_repository.schema import AskRequest, DrawRequest, ImageFormat, encode_image, write_images
 from runtime.errors import one_line
 from runtime.serving.requests import Event, Handle
 from runtime.serving.worker import OnDeath, start_thread
@@ -57,15 +57,19 @@ class _Part:
 class Delivery:
     """The responses to one request, in the order of its events. `receive` is the request's listener."""
 
-    def __init__(self, outbox: Outbox, sender: Sender, image_format: ImageFormat, progress: bool) -> None:
+    def __init__(self, outbox: Outbox, sender: Sender, wanted: DrawRequest | AskRequest) -> None:
         self.sender = sender
         self.handle: Handle | None = None
         self.parts: deque[_Part] = deque()
         self.images: dict[int, np.ndarray | bytes] = {}
+        self.texts: list[str] = []
         self.is_open = True
-        self.image_format = image_format
+        self.lock = threading.Lock()
+        """Held while the server is asked about the request and while it is told the end; asking later crashes it."""
+        self.image_format: ImageFormat = wanted.image_format if isinstance(wanted, DrawRequest) else "raw"
+        self.streams = isinstance(wanted, AskRequest) and wanted.stream
         self._outbox = outbox
-        self._progress = progress
+        self._progress = isinstance(wanted, DrawRequest) and wanted.progress
 
     def receive(self, handle: Handle | None, event: Event) -> None:
         """Takes an event. Returns at once."""
@@ -100,18 +104,23 @@ class Outbox:
         self._sending = start_thread("sending", self._send_what_is_ready, on_death)
         self._watching = start_thread("watching", self._watch, on_death)
 
-    def open(self, sender: Sender, wanted: DrawRequest | None) -> Delivery:
-        """Registers a request before it is submitted, so that no event can come too early.
-
-        Args:
-            wanted: how to send images; None for a request without any.
-        """
-        image_format = "raw" if wanted is None else wanted.image_format
-        delivery = Delivery(self, sender, image_format, wanted is not None and wanted.progress)
+    def open(self, sender: Sender, wanted: DrawRequest | AskRequest) -> Delivery:
+        """Registers a request before it is submitted, so that no event can come too early."""
+        delivery = Delivery(self, sender, wanted)
         with self._changed:
             self._open.add(delivery)
         self._in_turn.append(delivery)
         return delivery
+
+    def attach(self, delivery: Delivery, handle: Handle) -> None:
+        """Says which request a delivery is of, so that it can be cancelled.
+
+        A delivery that is closed already takes none: the two would keep each other in memory, and with them the
+        sender, without which the server does not unload the model.
+        """
+        with self._changed:
+            if delivery.is_open:
+                delivery.handle = handle
 
     @property
     def open_requests(self) -> int:
@@ -141,13 +150,18 @@ class Outbox:
 
     def _send_what_is_ready(self) -> None:
         while (delivery := self._ready.get()) is not None:
-            try:
-                parts = delivery.parts
-                while delivery.is_open and parts and (parts[0].file is None or parts[0].file.done()):
-                    self._send(delivery, parts.popleft())
-            except Exception as error:
-                _LOG.error("a response could not be sent: %s", one_line(error), exc_info=error)
-                self._give_up(delivery, error)
+            self._send_parts(delivery)
+            # The server keeps a request, and its model, as long as its sender is referenced.
+            del delivery
+
+    def _send_parts(self, delivery: Delivery) -> None:
+        try:
+            parts = delivery.parts
+            while delivery.is_open and parts and (parts[0].file is None or parts[0].file.done()):
+                self._send(delivery, parts.popleft())
+        except Exception as error:
+            _LOG.error("a response could not be sent: %s", one_line(error), exc_info=error)
+            self._give_up(delivery, error)
 
     def _send(self, delivery: Delivery, part: _Part) -> None:
         event, sender = part.event, delivery.sender
@@ -159,39 +173,52 @@ class Outbox:
             sender.send({"event": "preview", "image_index": event.image, "step": event.step, name: value})
         elif event.kind == "progress":
             sender.send({"event": "progress", "image_index": event.image, "step": event.step})
+        elif event.kind == "text":
+            delivery.texts.append(event.text)
+            if delivery.streams:
+                sender.send({"event": "text", "text": event.text})
         elif event.kind == "done":
-            name, value = write_images([delivery.images[index] for index in sorted(delivery.images)])
-            sender.send({"event": "done", name: value}, last=True)
-            self._close(delivery)
+            if delivery.images:
+                name, value = write_images([delivery.images[index] for index in sorted(delivery.images)])
+            else:
+                name, value = "text", np.array(["".join(delivery.texts).encode()], dtype=np.object_)
+            with delivery.lock:
+                sender.send({"event": "done", name: value}, last=True)
+                self._close(delivery)
         elif event.kind == "failed":
-            sender.fail(event.error or RuntimeError("failed without a reason"))
-            self._close(delivery)
+            with delivery.lock:
+                sender.fail(event.error or RuntimeError("failed without a reason"))
+                self._close(delivery)
 
     def _give_up(self, delivery: Delivery, error: Exception) -> None:
         """Ends a request whose responses cannot be sent; the others go on."""
-        if delivery.handle is not None:
-            delivery.handle.cancel()
-        try:
-            if delivery.is_open:
-                delivery.sender.fail(error)
-        except Exception as again:
-            _LOG.error("nor could its error: %s", one_line(again))
-        self._close(delivery)
+        if (handle := delivery.handle) is not None:
+            handle.cancel()
+        with delivery.lock:
+            try:
+                if delivery.is_open:
+                    delivery.sender.fail(error)
+            except Exception as again:
+                _LOG.error("nor could its error: %s", one_line(again))
+            self._close(delivery)
 
     def _close(self, delivery: Delivery) -> None:
-        delivery.is_open = False
-        delivery.parts.clear()
-        delivery.images.clear()
         with self._changed:
+            delivery.is_open = False
+            delivery.handle = None  # which has the delivery as its listener; see `attach`
             self._open.discard(delivery)
             self._changed.notify_all()
+        delivery.parts.clear()
+        delivery.images.clear()
 
     def _watch(self) -> None:
         reported = time.monotonic()
         while not self._stop.wait(WATCH_SECONDS):
             share = 1 + int(len(self._in_turn) * WATCH_SECONDS / CANCEL_SECONDS)
-            for _ in range(min(share, len(self._in_turn))):
-                self._look_for_cancellation(self._in_turn.popleft())
+            for _ in range(len(self._in_turn)):
+                share -= self._look_for_cancellation(self._in_turn.popleft())
+                if share <= 0:
+                    break
             if time.monotonic() - reported > REPORT_SECONDS:
                 reported = time.monotonic()
                 try:
@@ -199,14 +226,19 @@ class Outbox:
                 except Exception as error:
                     _LOG.error("the metrics could not be updated: %s", one_line(error), exc_info=error)
 
-    def _look_for_cancellation(self, delivery: Delivery) -> None:
-        if not delivery.is_open:
-            return
+    def _look_for_cancellation(self, delivery: Delivery) -> bool:
+        """Passes a cancellation on; returns False if nobody had to be asked."""
         try:
-            if delivery.handle is not None and delivery.sender.is_cancelled():
-                delivery.handle.cancel()
-                return
+            with delivery.lock:
+                if not delivery.is_open:
+                    return False
+                handle = delivery.handle
+                cancelled = handle is not None and delivery.sender.is_cancelled()
         except Exception as error:
             _LOG.error("cannot ask whether a request was cancelled: %s", one_line(error))
-            return
-        self._in_turn.append(delivery)
+            return True
+        if handle is not None and cancelled:
+            handle.cancel()
+        else:
+            self._in_turn.append(delivery)
+        return True

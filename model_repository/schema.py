@@ -1,7 +1,7 @@
 """Requests to the model `latte_flow`, and its responses: one table for configuration, model and client.
 
 The names are those of diffusers' pipelines, so that a JSON body for Triton's `generate` endpoint reads like a call.
-Every input has one value unless its dims say otherwise. A request has a `prompt` or a `question`.
+Every input has one value unless its dims say otherwise. A request has a `prompt`, a `question` or a `heartbeat`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import numpy as np
 from PIL import Image
 
 from runtime.answers import DEFAULT_MAX_NEW_TOKENS, AnswerSettings
-from runtime.chat import Message, user_message
+from runtime.chat import user_message
 from runtime.errors import InputError
 from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_SHIFT, DEFAULT_STEPS
 from runtime.images import check_images, png_bytes
-from runtime.serving.requests import GenerationRequest
+from runtime.serving.requests import AnswerRequest, GenerationRequest
 
 MODEL = "latte_flow"
 ENGINE_FILE = "engine.json"
 """The entry of an engine in the manifest, in its model's folder."""
 Layout = Literal["in-process", "per-engine"]
 Platform = Literal["python", "onnxruntime", "tensorrt"]
-RequestKind = Literal["prompt", "question"]
+RequestKind = Literal["prompt", "question", "heartbeat"]
 ImageFormat = Literal["raw", "png", "png_base64"]
 IMAGE_FORMATS: tuple[ImageFormat, ...] = ("raw", "png", "png_base64")
 MAX_TEXT_BYTES = 65_536
@@ -36,6 +36,10 @@ MAX_TEXT_BYTES = 65_536
 MAX_IMAGE_BYTES = 20_000_000
 INVALID, CANCELLED, UNAVAILABLE, INTERNAL = "INVALID_ARG", "CANCELLED", "UNAVAILABLE", "INTERNAL"
 """Triton's codes of errors; each message begins with its code."""
+DEADLINE = "DEADLINE_EXCEEDED"
+"""Begins the message of a request that was too late. Triton has no such code, so its code is `UNAVAILABLE`."""
+CLIENT_HEADER = "x-client-id"
+"""A header that the server forwards as a request's parameter. It says who asks, and goes before `client_id`."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,16 @@ INPUTS = (
     Field("image_format", "BYTES", (1,), "raw (the default), png, or png_base64 for JSON", DRAW),
     Field("progress", "BOOL", (1,), "send a response after every step", DRAW),
     Field("preview_every", "INT32", (1,), "number of steps between decoded previews", DRAW),
-    Field("priority", "INT32", (1,), "-2 to 2; requests with a higher priority are served first", DRAW),
-    Field("deadline", "FP32", (1,), "seconds after which the request fails", DRAW),
+    Field("priority", "INT32", (1,), "-2 to 2; requests with a higher priority are served first", (*DRAW, *ASK)),
+    Field("deadline", "FP32", (1,), "seconds after which the request fails", (*DRAW, *ASK)),
+    Field("client_id", "BYTES", (1,), "who asks; a client's requests share its quota", (*DRAW, *ASK)),
     Field("question", "BYTES", (1,), "what to answer", ASK),
     Field("image", "BYTES", (-1,), "images that the question is about: PNG or JPEG files, or their base64", ASK),
     Field("max_new_tokens", "INT32", (1,), f"largest number of tokens, default {DEFAULT_MAX_NEW_TOKENS}", ASK),
     Field("temperature", "FP32", (1,), "default 0, which takes the most likely token", ASK),
     Field("top_p", "FP32", (1,), "sample from the most likely tokens with this probability", ASK),
     Field("stream", "BOOL", (1,), "send the answer piece by piece", ASK),
+    Field("heartbeat", "BOOL", (1,), "ask only whether the service works; answered at once", ("heartbeat",)),
 )
 OUTPUTS = (
     Field("event", "BYTES", (1,), "progress, preview, text, and last done"),
@@ -83,6 +89,8 @@ OUTPUTS = (
     Field("png", "BYTES", (-1,), "images as PNG files or their base64"),
     Field("text", "BYTES", (1,), "a piece of an answer; the whole answer in done"),
 )
+COMMON = ("priority", "deadline", "client_id")
+"""Inputs of every request that waits in a queue."""
 _BY_NAME = {field.name: field for field in INPUTS}
 NUMPY_DTYPES = {
     "BYTES": np.object_,
@@ -107,9 +115,13 @@ class DrawRequest:
 class AskRequest:
     """A question about images, and how to send the answer."""
 
-    conversation: tuple[Message, ...]
-    settings: AnswerSettings
+    answer: AnswerRequest
     stream: bool
+
+
+@dataclass(frozen=True)
+class HeartbeatRequest:
+    """A request that waits in no queue."""
 
 
 def engine_model(engine: str) -> str:
@@ -117,22 +129,34 @@ def engine_model(engine: str) -> str:
     return f"{MODEL}_{engine}"
 
 
-def read_request(tensors: Mapping[str, np.ndarray]) -> DrawRequest | AskRequest:
+def read_request(
+    tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any] = {}, request_id: str = ""
+) -> DrawRequest | AskRequest | HeartbeatRequest:
     """Makes a request of its input tensors.
 
+    Args:
+        parameters: of the request; a header that says who asks is one of them.
+        request_id: the client's name for the request.
+
     Raises:
-        InputError: an input is unknown or wrong, or there is not exactly one of prompt and question.
+        InputError: an input is unknown or wrong, or there is not exactly one of prompt, question and heartbeat.
     """
     values = {name: _value(name, array) for name, array in tensors.items()}
-    if ("prompt" in values) == ("question" in values):
+    kinds: list[RequestKind] = [kind for kind in ("prompt", "question", "heartbeat") if kind in values]
+    if len(kinds) != 1:
         raise InputError("a request needs either a prompt, to draw, or a question, to be answered")
-    kind: RequestKind = "prompt" if "prompt" in values else "question"
+    (kind,) = kinds
     fitting = {field.name for field in INPUTS if kind in field.requests}
     if strange := sorted(set(values) - fitting):
         raise InputError(
             f"a request with a {kind} takes no {', '.join(strange)}; it takes {', '.join(sorted(fitting))}"
         )
-    return _draw_request(values) if kind == "prompt" else _ask_request(values)
+    if kind == "heartbeat":
+        return HeartbeatRequest()
+    common = {"request_id": request_id} | {name: values.pop(name) for name in COMMON if name in values}
+    if CLIENT_HEADER in parameters:
+        common["client_id"] = str(parameters[CLIENT_HEADER])
+    return _draw_request(values, common) if kind == "prompt" else _ask_request(values, common)
 
 
 def _value(name: str, array: np.ndarray) -> Any:
@@ -155,20 +179,20 @@ def _value(name: str, array: np.ndarray) -> Any:
         raise InputError(f"{name} is not UTF-8 text") from error
 
 
-def _draw_request(values: dict[str, Any]) -> DrawRequest:
+def _draw_request(values: dict[str, Any], common: dict[str, Any]) -> DrawRequest:
     image_format = values.pop("image_format", "raw")
     if image_format not in IMAGE_FORMATS:
         raise InputError(f"image_format must be one of {', '.join(IMAGE_FORMATS)}, got {image_format!r}")
     progress = values.pop("progress", False)
-    return DrawRequest(GenerationRequest(**values), image_format, progress)
+    return DrawRequest(GenerationRequest(**values, **common), image_format, progress)
 
 
-def _ask_request(values: dict[str, Any]) -> AskRequest:
+def _ask_request(values: dict[str, Any], common: dict[str, Any]) -> AskRequest:
     stream = values.pop("stream", False)
     images = [_image(content) for content in values.pop("image", [])]
     check_images(images)
     message = user_message(images, values.pop("question"))
-    return AskRequest((message,), AnswerSettings(**values), stream)
+    return AskRequest(AnswerRequest((message,), AnswerSettings(**values), **common), stream)
 
 
 def _image(content: bytes | str) -> Image.Image:

@@ -1,12 +1,12 @@
 """Answers about images: the images go through `vision_encoder`, the conversation through `vlm`, token by token.
 
-Between tokens the keys and values stay where the engine left them; only the logits of the last token come to the
-host, where a token is chosen.
+Between tokens the keys and values stay where the engine left them, as long as the same answers are written; only the
+logits of the last token come to the host, where a token is chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,10 +15,11 @@ from tokenizers.decoders import DecodeStream
 
 from runtime.backends import Session, Value, to_host
 from runtime.chat import ChatInputs, ChatProcessor, Message
-from runtime.errors import InputError
+from runtime.errors import EngineError, InputError
 from runtime.image_processor import ImagePatches
-from runtime.language import LanguageModel
+from runtime.language import LanguageModel, LanguageOutput
 from runtime.manifest import Understanding
+from runtime.rows import PrefixRow, pad_rows, row_of
 
 DEFAULT_MAX_NEW_TOKENS = 128
 PATCHES_PER_RUN = 4096
@@ -56,14 +57,56 @@ class AnswerSettings:
             raise InputError("a stop text is empty; leave it out")
 
 
-class Answerer:
-    """Answers conversations with a bundle's engines."""
+@dataclass(eq=False)
+class Answer:
+    """An answer that is being written."""
 
-    def __init__(self, engines: Mapping[str, Session], chat: ChatProcessor, understanding: Understanding) -> None:
+    settings: AnswerSettings
+    generator: np.random.Generator
+    writer: _Writer
+    position: int
+    """M-RoPE position of the next token."""
+    left: int
+    """Number of tokens that may still come."""
+    kv: PrefixRow | None = None
+    """Keys and values of its tokens so far, on the host; stale while it is in the batch on the device."""
+    token: int = 0
+    """Its last token, whose keys and values the next run makes."""
+    ended: bool = False
+
+    def add(self, logits: np.ndarray, end_tokens: Sequence[int]) -> str:
+        """Chooses the next token from its logits, `[vocabulary]` float32; returns the text that is certain now."""
+        self.token = choose_token(logits, self.generator, self.settings)
+        self.left -= 1
+        is_end = self.token in end_tokens
+        piece = "" if is_end else self.writer.add(self.token)
+        self.ended = is_end or self.writer.stopped or self.left == 0
+        return piece + self.writer.finish() if self.ended else piece
+
+
+class Answerer:
+    """Answers conversations with a bundle's engines.
+
+    Answers that are written at the same time share the runs of `vlm`, and may begin and end at different times.
+    """
+
+    def __init__(
+        self,
+        engines: Mapping[str, Session],
+        chat: ChatProcessor,
+        understanding: Understanding,
+        language: LanguageModel | None = None,
+    ) -> None:
         self._engines = engines
         self.chat = chat
         self._understanding = understanding
-        self.language = LanguageModel(engines)
+        self.language = language or LanguageModel(engines)
+        self.language.keepers.add(self)
+        self._batch: tuple[Answer, ...] = ()
+        self._past: tuple[Value, ...] = ()
+        """Keys and values of the batch on the device, one tensor per expert group, `[M, 2, B, Hkv, T, D]`."""
+        self._mask = np.zeros((0, 0), bool)
+        """Which of them belong to an answer, `[B, T]`."""
 
     def answer(self, conversations: Sequence[Sequence[Message]], settings: AnswerSettings) -> list[str]:
         """Returns the answer to each conversation."""
@@ -74,26 +117,79 @@ class Answerer:
 
     def stream(self, conversations: Sequence[Sequence[Message]], settings: AnswerSettings) -> Iterator[list[str]]:
         """Yields the new text of every answer after each token; "" where there is none."""
-        inputs = self.chat.encode_conversations(conversations)
-        writers = [_Writer(self.chat.tokenizer, settings.stop) for _ in conversations]
-        done = np.zeros(len(conversations), bool)
-        for tokens in self.tokens(inputs, settings):
-            pieces = [""] * len(conversations)
-            for row in np.flatnonzero(~done):
-                if tokens[row] in self._understanding.eos_token_ids:
-                    done[row] = True
-                else:
-                    pieces[row] = writers[row].add(int(tokens[row]))
-                    done[row] = writers[row].stopped
-            yield pieces
-            if done.all():
-                break
-        yield [writer.finish() for writer in writers]
+        answers, pieces = self.begin(self.chat.encode_conversations(conversations), settings)
+        yield pieces
+        while going := [answer for answer in answers if not answer.ended]:
+            texts = dict(zip(map(id, going), self.write(going), strict=True))
+            yield [texts.get(id(answer), "") for answer in answers]
+
+    def begin(
+        self, inputs: ChatInputs, settings: AnswerSettings, between_runs: Callable[[], None] = lambda: None
+    ) -> tuple[list[Answer], list[str]]:
+        """Reads conversations and chooses the first token of each answer; returns the answers and their texts so far.
+
+        Args:
+            between_runs: called between runs of engines; what it raises ends the call.
+        """
+        embeds = None if inputs.images is None else self.encode_images(inputs.images, between_runs)
+        between_runs()
+        mask = inputs.attention_mask
+        self.save_outputs()
+        output = self.language.forward(inputs.input_ids, mask, inputs.position_ids, embeds, keeper=self)
+        left = min(settings.max_new_tokens, self._understanding.max_context_tokens - mask.shape[1])
+        answers = [
+            Answer(
+                settings,
+                np.random.default_rng([settings.seed + row]),
+                _Writer(self.chat.tokenizer, settings.stop),
+                int(inputs.next_position[row]),
+                left,
+            )
+            for row in range(len(mask))
+        ]
+        self._batch, self._past, self._mask = tuple(answers), output.kv, mask
+        return answers, self._add_tokens(answers, _finite_logits(output))
+
+    def write(self, answers: Sequence[Answer]) -> list[str]:
+        """Adds a token to every answer, in one run; returns the new text of each.
+
+        The answers of the last call stay on the device; if others are given, keys and values go through the host.
+        """
+        if tuple(answers) != self._batch:
+            self._arrange(answers)
+        mask = np.concatenate([self._mask, np.ones((len(answers), 1), bool)], axis=1)  # [B, T + 1]
+        ids = np.array([[answer.token] for answer in answers], np.int64)
+        positions = np.array([[answer.position] for answer in answers], np.int64)
+        positions = np.broadcast_to(positions, (3, len(answers), 1))
+        output = self.language.forward(ids, mask, positions, past=self._past, keeper=self)
+        logits = _finite_logits(output)  # before anything changes, so that a failed call can be made again
+        self._past, self._mask = output.kv, mask
+        for answer in answers:
+            answer.position += 1
+        return self._add_tokens(answers, logits)
+
+    def _add_tokens(self, answers: Sequence[Answer], logits: np.ndarray) -> list[str]:
+        end_tokens = self._understanding.eos_token_ids
+        return [answer.add(row, end_tokens) for answer, row in zip(answers, logits, strict=True)]
+
+    def _arrange(self, answers: Sequence[Answer]) -> None:
+        """Makes these answers the batch."""
+        self.save_outputs()
+        kv, self._mask = pad_rows([answer.kv for answer in answers if answer.kv is not None])
+        self._batch, self._past = tuple(answers), tuple(kv)
+
+    def save_outputs(self) -> None:
+        """Copies keys and values of the batch to the host, where the run of another batch cannot overwrite them."""
+        groups = [] if all(answer.ended for answer in self._batch) else [to_host(group) for group in self._past]
+        for row, answer in enumerate(self._batch):
+            if not answer.ended:
+                answer.kv = row_of(groups, row, self._mask[row])
+        self._batch, self._past = (), ()
 
     def tokens(self, inputs: ChatInputs, settings: AnswerSettings) -> Iterator[np.ndarray]:
         """Yields the next token of every row, `[B]` int64, until `max_new_tokens` or the model's limit.
 
-        Rows continue past their end tokens: the caller decides when all have ended.
+        Rows continue past their end tokens: the caller decides when all have ended. Nothing else may run meanwhile.
         """
         rows, length = inputs.input_ids.shape
         generators = [np.random.default_rng([settings.seed + row]) for row in range(rows)]
@@ -112,10 +208,11 @@ class Answerer:
                 positions = np.broadcast_to((inputs.next_position + index)[None, :, None], (3, rows, 1))
                 output = self.language.forward(chosen[:, None], mask, positions, past=output.kv)
 
-    def encode_images(self, images: ImagePatches) -> Value:
+    def encode_images(self, images: ImagePatches, between_runs: Callable[[], None] = lambda: None) -> Value:
         """Returns the embeddings of all image tokens, `[T, hidden]` float32; large images are encoded one by one."""
         embeds: list[Value] = []
         for part in _in_runs(images):
+            between_runs()
             feed = {
                 "pixel_values": part.pixel_values,
                 "position_ids": part.position_ids,
@@ -123,6 +220,13 @@ class Answerer:
             }
             embeds.append(self._engines["vision_encoder"].run(feed)["image_embeds"])
         return embeds[0] if len(embeds) == 1 else np.concatenate([to_host(embed) for embed in embeds])
+
+
+def _finite_logits(output: LanguageOutput) -> np.ndarray:
+    logits = output.logits.numpy()
+    if not np.isfinite(logits).all():
+        raise EngineError("the logits of an answer are not finite numbers; try an fp32 bundle")
+    return logits
 
 
 def _in_runs(images: ImagePatches) -> Iterator[ImagePatches]:

@@ -71,7 +71,7 @@ class LatteFlowPipeline:
         self.backend = backend
         self.engines = EngineSet(bundle, manifest, backend, low_memory=low_memory)
         self.chat = ChatProcessor(bundle, manifest)
-        self._language = LanguageModel(self.engines)
+        self._language = LanguageModel(self.engines, recycles_outputs=backend.recycles_outputs)
         self._negative_prefixes: OrderedDict[str, PrefixRow] = OrderedDict()
 
     @classmethod
@@ -222,7 +222,7 @@ class LatteFlowPipeline:
     @cached_property
     def answerer(self) -> Answerer:
         """The part that answers questions; made when the first question comes."""
-        return Answerer(self.engines, self.chat, self.manifest.understanding)
+        return Answerer(self.engines, self.chat, self.manifest.understanding, self._language)
 
     def sampler(
         self, prompts: Sequence[str], negative_prompts: Sequence[str], guidance_scales: Sequence[float]

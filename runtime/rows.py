@@ -76,7 +76,7 @@ def arrange_rows(
         unconditional: one for each guided image, in order.
         guidance_scales: one for each image.
     """
-    kv, mask = _pad([*conditional, *unconditional])
+    kv, mask = pad_rows([*conditional, *unconditional])
     return GuidedBatch(
         prefix_kv=tuple(backend.upload(group) for group in kv),
         prefix_mask=backend.upload(mask),
@@ -86,7 +86,7 @@ def arrange_rows(
     )
 
 
-def _pad(rows: Sequence[PrefixRow]) -> tuple[list[np.ndarray], np.ndarray]:
+def pad_rows(rows: Sequence[PrefixRow]) -> tuple[list[np.ndarray], np.ndarray]:
     """Returns one array per expert group, `[M, 2, R, Hkv, P, D]`, padded on the right with zeros, and `[R, P]` bool."""
     width = max(row.length for row in rows)
     mask = np.zeros((len(rows), width), bool)
@@ -99,3 +99,8 @@ def _pad(rows: Sequence[PrefixRow]) -> tuple[list[np.ndarray], np.ndarray]:
         for group, kv in zip(groups, row.kv, strict=True):
             group[:, :, i, :, : row.length] = kv
     return groups, mask
+
+
+def row_of(groups: Sequence[np.ndarray], row: int, mask: np.ndarray) -> PrefixRow:
+    """Returns one row of a batch, `[M, 2, R, Hkv, T, D]` per expert group, without what its mask `[T]` hides."""
+    return PrefixRow(tuple(group[:, :, row][:, :, :, mask] for group in groups))

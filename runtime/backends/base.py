@@ -73,6 +73,8 @@ class Backend(ABC):
     """Loads engines for one provider."""
 
     name: str
+    recycles_outputs: bool = False
+    """Whether an output is overwritten by its engine's second next run, so that whoever keeps it must copy it."""
 
     @abstractmethod
     def load(self, bundle: Path, entry: EngineEntry) -> Session:

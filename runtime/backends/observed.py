@@ -29,6 +29,7 @@ class ObservedBackend(Backend):
 
     def __init__(self, backend: Backend) -> None:
         self.name = backend.name
+        self.recycles_outputs = backend.recycles_outputs
         self._backend = backend
 
     def load(self, bundle: Path, entry: EngineEntry) -> Session:

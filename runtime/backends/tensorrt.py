@@ -31,6 +31,8 @@ GRAPHS_KEPT = 64
 class TrtBackend(Backend):
     """Engines as TensorRT plans on one GPU."""
 
+    recycles_outputs = True
+
     def __init__(self, name: PlanProvider, trt: Any, cuda: Cuda, *, graphs: bool) -> None:
         self.name = name
         self.trt = trt

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
 
+from runtime.answers import Answer
+from runtime.chat import ChatInputs
 from runtime.flow_time import ExpertSchedule
 from runtime.rows import PrefixRow, is_guided
-from runtime.serving.requests import GenerationRequest, Handle
+from runtime.serving.requests import AnswerRequest, AnyRequest, GenerationRequest, Handle
 
-Station = Literal["encode", "decode"] | int
-"""Where a job waits: a number is an expert group."""
+Station = Literal["encode", "decode", "prefill", "write"] | int
+"""Where a job waits. A number is an expert group; "prefill" reads a question, "write" adds a token to answers."""
 
 
 @dataclass(frozen=True)
@@ -26,28 +28,40 @@ class EncodedPrompt:
 
 @dataclass(eq=False)
 class Job:
-    """One image that is being made."""
+    """A unit of work: an image or an answer."""
 
     number: int
     """A number that no other job of the scheduler has."""
     handle: Handle
-    image: int
-    latents: np.ndarray
-    """x at `times[index]`, `[C, H, W]` float32."""
-    times: list[float]
     expires: float
     """On the scheduler's clock."""
     arrived: float
     """On the scheduler's clock."""
+    sharers: int = field(default=1, kw_only=True)
+    """Number of jobs that share one weight: those of its client, or of its request if the client has no id."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows that it has in a batch."""
+        return 1
+
+    def station(self, schedule: ExpertSchedule) -> Station | None:
+        """Returns where it waits; None while it cannot be run."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
+class ImageJob(Job):
+    """One image that is being made."""
+
+    request: GenerationRequest
+    image: int
+    latents: np.ndarray
+    """x at `times[index]`, `[C, H, W]` float32."""
+    times: list[float]
     index: int = 0
     """Number of steps that it has finished."""
     encoded: EncodedPrompt | None = None
-    sharers: int = 1
-    """Number of jobs that share one weight: those of its client, or of its request if the client has no name."""
-
-    @property
-    def request(self) -> GenerationRequest:
-        return self.handle.request
 
     @property
     def is_guided(self) -> bool:
@@ -69,6 +83,24 @@ class Job:
         return "decode" if self.index + 1 == len(self.times) else schedule.group_of(self.t)
 
 
+@dataclass(eq=False)
+class AnswerJob(Job):
+    """One answer that is being written."""
+
+    request: AnswerRequest
+    inputs: ChatInputs | None = None
+    """The question, once its images are decoded and its text is tokenised."""
+    answer: Answer | None = None
+    error: Exception | None = None
+    """Why the question could not be read."""
+
+    def station(self, schedule: ExpertSchedule) -> Station | None:
+        """Returns where it waits; None while its question is being read."""
+        if self.answer is not None:
+            return "write"
+        return None if self.inputs is None else "prefill"
+
+
 class Stations(Protocol):
     """The work that the scheduler distributes. A batch that raises may be tried again in parts."""
 
@@ -78,14 +110,23 @@ class Stations(Protocol):
     def max_rows(self, station: Station) -> int | None:
         """Returns how many rows a run of the station can have; None if the engines set no limit."""
 
-    def check(self, request: GenerationRequest) -> None:
+    def check(self, request: AnyRequest) -> None:
         """Raises `InputError` for a prompt that cannot be encoded, before the request is queued."""
 
-    def encode(self, jobs: Sequence[Job]) -> list[EncodedPrompt]:
+    def encode(self, jobs: Sequence[ImageJob]) -> list[EncodedPrompt]:
         """Returns the encoded prompts of every job."""
 
-    def step(self, group: int, jobs: Sequence[Job]) -> list[np.ndarray]:
+    def step(self, group: int, jobs: Sequence[ImageJob]) -> list[np.ndarray]:
         """Returns the latents of every job after its next step, from `times[index]` to `times[index + 1]`."""
 
     def decode(self, latents: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Returns the pixels of every image, `[height, width, 3]` uint8."""
+
+    def read(self, request: AnswerRequest) -> ChatInputs:
+        """Decodes the images of a question and tokenises it. Needs no engine; called from threads of its own."""
+
+    def prefill(self, job: AnswerJob) -> tuple[Answer, str]:
+        """Begins an answer; returns it with its first text. Raises `CancelledError` as soon as the job is cancelled."""
+
+    def write(self, jobs: Sequence[AnswerJob]) -> list[str]:
+        """Adds a token to every answer; returns the new text of each."""

@@ -25,12 +25,12 @@ class SchedulingPolicy(Protocol):
     def choose(self, waiting: dict[Station, list[Job]], now: float, max_rows: MaxRows) -> tuple[Station, list[Job]]:
         """Returns the station that runs next and its batch: at least one job, and several only within `max_rows`."""
 
-    def observe(self, rows: int, seconds: float) -> None:
-        """Learns how long a run of an expert took."""
+    def observe(self, station: Station, rows: int, seconds: float) -> None:
+        """Learns how long a run of an expert, of "prefill" or of "write" took."""
 
 
 class RunCost:
-    """The cost of a run of an expert, `fixed + rows * each`: a least-squares line through the latest runs."""
+    """The cost of a run, `fixed + rows * each`: a least-squares line through the latest runs."""
 
     MEMORY = 0.99
     """Weight of a run relative to the next one."""
@@ -38,16 +38,23 @@ class RunCost:
     def __init__(self) -> None:
         self._sums = np.zeros(5)
 
+    @property
+    def is_known(self) -> bool:
+        """Whether a run was observed."""
+        return bool(self._sums[0])
+
     def observe(self, rows: int, seconds: float) -> None:
         """Adds a run."""
         self._sums = self.MEMORY * self._sums + (1, rows, rows * rows, seconds, rows * seconds)
 
     def __call__(self, rows: int) -> float:
-        """Returns seconds; until two sizes were observed, a number proportional to `1 + rows`."""
+        """Returns seconds; until two sizes were observed, they are proportional to `1 + rows`."""
         runs, of_rows, of_squares, of_seconds, of_products = self._sums
+        if not runs:
+            return 1.0 + rows
         spread = runs * of_squares - of_rows**2
         if spread <= 1e-6 * runs * of_squares:
-            return 1.0 + rows
+            return float(of_seconds * (1.0 + rows) / (runs + of_rows)) or 1.0
         each = max(0.0, (runs * of_products - of_rows * of_seconds) / spread)
         fixed = max(0.0, (of_seconds - each * of_rows) / runs)
         return float(fixed + each * rows) or 1.0
@@ -66,28 +73,34 @@ class CostAwarePolicy:
     """
 
     def __init__(self) -> None:
-        self._cost = RunCost()
+        self._costs = {kind: RunCost() for kind in ("expert", "prefill", "write")}
 
     def choose(self, waiting: dict[Station, list[Job]], now: float, max_rows: MaxRows) -> tuple[Station, list[Job]]:
         """Returns the station whose batch has the greatest weight for its cost, and that batch."""
         best: tuple[float, Station, list[Job]] | None = None
         for station, jobs in waiting.items():
             weight, batch = self._batch(jobs, now, max_rows(station))
-            relief = weight / self._cost(sum(job.rows for job in batch))
+            relief = weight / self._seconds(station, sum(job.rows for job in batch))
             if best is None or relief > best[0]:
                 best = (relief, station, batch)
         assert best is not None
         return best[1:]
 
-    def observe(self, rows: int, seconds: float) -> None:
-        """Learns how long a run of an expert took."""
-        self._cost.observe(rows, seconds)
+    def observe(self, station: Station, rows: int, seconds: float) -> None:
+        """Learns how long a run of an expert, of "prefill" or of "write" took."""
+        self._costs[_kind(station)].observe(rows, seconds)
+
+    def _seconds(self, station: Station, rows: int) -> float:
+        """Returns the expected time of a run; a kind that never ran is taken for the dearest that did."""
+        own = self._costs[_kind(station)]
+        known = [own] if own.is_known else [cost for cost in self._costs.values() if cost.is_known]
+        return max(cost(rows) for cost in known or [own])
 
     def weight(self, job: Job, now: float) -> float:
         """Returns a job's weight."""
         age = now - job.arrived + SHORTEST_AGE
         hurry = 1 + 1 / max(job.expires - now, NEAREST_DEADLINE)
-        return float(2.0**job.request.priority * hurry * age / job.sharers)
+        return float(2.0**job.handle.request.priority * hurry * age / job.sharers)
 
     def _batch(self, jobs: list[Job], now: float, max_rows: int) -> tuple[float, list[Job]]:
         """Returns the jobs with the greatest weights that fit together, and the sum of their weights."""
@@ -124,5 +137,10 @@ class WholeRequestPolicy:
         station = max(ours, key=lambda name: len(ours[name]))
         return station, ours[station]
 
-    def observe(self, rows: int, seconds: float) -> None:
+    def observe(self, station: Station, rows: int, seconds: float) -> None:
         """Ignores costs."""
+
+
+def _kind(station: Station) -> str:
+    """Returns whose costs a station has. Prompts and images are encoded and decoded rarely, and count as experts."""
+    return station if station == "prefill" or station == "write" else "expert"

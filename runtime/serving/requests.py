@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from queue import SimpleQueue
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 
+from runtime.answers import AnswerSettings
+from runtime.chat import Message
 from runtime.errors import InputError, one_line
 from runtime.flow_time import (
     DEFAULT_GUIDANCE_SCALE,
@@ -21,6 +23,7 @@ from runtime.flow_time import (
 )
 
 Listener = Callable[["Handle", "Event"], None]
+RequestKind = Literal["draw", "ask"]
 PRIORITIES = range(-2, 3)
 _LOG = logging.getLogger("latte_flow")
 
@@ -35,11 +38,28 @@ class Limits:
     """Images in the scheduler, waiting or running. More are refused rather than delayed without end."""
     max_rows_per_tick: int = 32
     """Rows in an expert's batch; a guided image has two. Plans may set a lower limit."""
+    max_images_per_client: int = 1024
+    """Images of one client in the scheduler. Set it below `max_queued_images` where clients have ids."""
+    max_queued_questions: int = 256
+    """Questions in the scheduler, waiting or being answered."""
+    max_questions_per_client: int = 256
+    max_new_tokens: int = 1024
+    """Tokens of an answer."""
+    max_answers_at_once: int = 8
+    """Answers that are written together. Plans may set a lower limit."""
+    max_tick_seconds: int = 120
+    """A tick that takes longer makes the heartbeat fail."""
+    priority_clients: str = "*"
+    """Ids of the clients that may set a priority, separated by commas; "*" for everyone, "" for nobody."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if isinstance(value, int) and value < 1:
                 raise InputError(f"the limit {name} must be at least 1, got {value}")
+
+    def may_set_priority(self, client_id: str) -> bool:
+        """Returns whether a client may set a priority."""
+        return self.priority_clients == "*" or client_id in filter(None, self.priority_clients.split(","))
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> Self:
@@ -49,18 +69,45 @@ class Limits:
             InputError: a value is not a number, or is out of range.
         """
         values: dict[str, int | str] = {}
-        for field in fields(cls):
-            text = parameters.get(field.name)
+        for limit in fields(cls):
+            text = parameters.get(limit.name)
             if text is None:
                 continue
-            if isinstance(field.default, int) and not text.isdecimal():
-                raise InputError(f"the limit {field.name} must be a whole number, got {text!r}")
-            values[field.name] = int(text) if isinstance(field.default, int) else text
+            if isinstance(limit.default, int) and not text.isdecimal():
+                raise InputError(f"the limit {limit.name} must be a whole number, got {text!r}")
+            values[limit.name] = int(text) if isinstance(limit.default, int) else text
         return cls(**values)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServiceRequest:
+    """What every request may say.
+
+    Args:
+        priority: −2 to 2; requests with a higher priority are served first.
+        deadline: seconds from the submission after which the request fails; None for no deadline.
+        client_id: who asks; a client's requests share its quota and its weight. Requests without one are alone.
+        request_id: the request's name in the log.
+    """
+
+    priority: int = 0
+    deadline: float | None = None
+    client_id: str = ""
+    request_id: str = ""
+
+    def check(self, limits: Limits) -> None:
+        """Raises `InputError` for a value that cannot work or exceeds a limit."""
+        if self.priority not in PRIORITIES:
+            raise InputError(f"priority must be from {PRIORITIES[0]} to {PRIORITIES[-1]}, got {self.priority}")
+        if self.priority and not limits.may_set_priority(self.client_id):
+            who = f"client {self.client_id!r}" if self.client_id else "a client without an id"
+            raise InputError(f"{who} may not set a priority here; leave it out")
+        if self.deadline is not None and not (np.isfinite(self.deadline) and self.deadline > 0):
+            raise InputError(f"deadline must be a positive number of seconds, got {self.deadline}")
+
+
 @dataclass(frozen=True)
-class GenerationRequest:
+class GenerationRequest(ServiceRequest):
     """A request for images of one prompt.
 
     Args:
@@ -72,10 +119,9 @@ class GenerationRequest:
         seed: image i is drawn from seed + i.
         num_images: number of images.
         preview_every: number of steps between decoded previews; 0 sends none.
-        priority: −2 to 2; requests with a higher priority are served first.
-        deadline: seconds from the submission after which the request fails; None for no deadline.
     """
 
+    kind: ClassVar[RequestKind] = "draw"
     prompt: str
     negative_prompt: str = ""
     num_inference_steps: int = DEFAULT_STEPS
@@ -84,38 +130,63 @@ class GenerationRequest:
     seed: int = 0
     num_images: int = 1
     preview_every: int = 0
-    priority: int = 0
-    deadline: float | None = None
+
+    @property
+    def num_jobs(self) -> int:
+        """Number of units of work."""
+        return self.num_images
 
     def check(self, limits: Limits) -> None:
         """Raises `InputError` for a value that cannot work or exceeds a limit."""
-        for name, value, largest in (
-            ("num_inference_steps", self.num_inference_steps, limits.max_steps),
-            ("num_images", self.num_images, limits.max_images_per_request),
-        ):
-            if not 1 <= value <= largest:
-                raise InputError(f"{name} must be from 1 to {largest}, got {value}")
+        super().check(limits)
+        _check_range("num_inference_steps", self.num_inference_steps, limits.max_steps)
+        _check_range("num_images", self.num_images, limits.max_images_per_request)
         check_guidance_scale(self.guidance_scale)
         check_seeds((self.seed, self.seed + self.num_images - 1))
         if self.preview_every < 0:
             raise InputError(f"preview_every must be 0 or more steps, got {self.preview_every}")
-        if self.priority not in PRIORITIES:
-            raise InputError(f"priority must be from {PRIORITIES[0]} to {PRIORITIES[-1]}, got {self.priority}")
-        if self.deadline is not None and not (np.isfinite(self.deadline) and self.deadline > 0):
-            raise InputError(f"deadline must be a positive number of seconds, got {self.deadline}")
+
+
+@dataclass(frozen=True)
+class AnswerRequest(ServiceRequest):
+    """A request for an answer to a conversation, in the Hugging Face chat format."""
+
+    kind: ClassVar[RequestKind] = "ask"
+    conversation: tuple[Message, ...]
+    settings: AnswerSettings = field(default_factory=AnswerSettings)
+
+    @property
+    def num_jobs(self) -> int:
+        """Number of units of work."""
+        return 1
+
+    def check(self, limits: Limits) -> None:
+        """Raises `InputError` for a value that cannot work or exceeds a limit."""
+        super().check(limits)
+        _check_range("max_new_tokens", self.settings.max_new_tokens, limits.max_new_tokens)
+
+
+AnyRequest = GenerationRequest | AnswerRequest
+
+
+def _check_range(name: str, value: int, largest: int) -> None:
+    if not 1 <= value <= largest:
+        raise InputError(f"{name} must be from 1 to {largest}, got {value}")
 
 
 @dataclass(frozen=True)
 class Event:
-    """Progress of an image, a preview, a finished image, or the end of a request."""
+    """Progress of an image, a preview, a finished image, a piece of an answer, or the end of a request."""
 
-    kind: Literal["progress", "preview", "image", "done", "failed"]
+    kind: Literal["progress", "preview", "image", "text", "done", "failed"]
     image: int = 0
     """Index of the image in the request."""
     step: int = 0
     """Number of steps that the image has finished."""
     pixels: np.ndarray | None = None
     """`[height, width, 3]` uint8, for "preview" and "image"."""
+    text: str = ""
+    """The new text, for "text"."""
     error: Exception | None = None
     """The reason, for "failed"."""
 
@@ -123,7 +194,7 @@ class Event:
 class Handle:
     """A submitted request, from its owner's side. Safe to use from any thread."""
 
-    def __init__(self, request: GenerationRequest, listener: Listener | None = None) -> None:
+    def __init__(self, request: AnyRequest, listener: Listener | None = None) -> None:
         self.request = request
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._listener = listener
@@ -159,6 +230,19 @@ class Handle:
             yield event
             if event.kind in ("done", "failed"):
                 return
+
+    def answer(self, timeout: float | None = None) -> str:
+        """Waits for the answer to a question.
+
+        Raises:
+            LatteFlowError: the request failed, was cancelled, or missed its deadline.
+        """
+        pieces = []
+        for event in self.events(timeout):
+            if event.kind == "failed" and event.error is not None:
+                raise event.error
+            pieces.append(event.text)
+        return "".join(pieces)
 
     def result(self, timeout: float | None = None) -> list[np.ndarray]:
         """Waits for the images, `[height, width, 3]` uint8 each.

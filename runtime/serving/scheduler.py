@@ -3,7 +3,8 @@
 Each image is a job that passes through stations: its prompt is encoded, expert groups take it step by step along
 its own time grid, and it is decoded. A tick runs one station for the jobs that wait there, so requests join and
 leave between steps, whatever their number of steps, guidance or prompt. An image does not depend on the other images
-in its batches.
+in its batches. Answers are jobs too: a question is read ("prefill"), then its answer is written token by token,
+together with others. So one thread runs all engines, and drawing and answering cannot disturb each other.
 
 The scheduler knows no engine: it drives `Stations`, which `runtime.serving.stations` implements over a pipeline and
 the tests implement with a script. The caller supplies the clock, and calls `tick`; `Worker` does so from a thread.
@@ -17,7 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -28,61 +29,61 @@ from runtime.errors import (
     DeadlineError,
     DrainingError,
     EngineError,
+    LatteFlowError,
     QueueFullError,
     ServiceError,
     one_line,
 )
 from runtime.flow_time import check_finite, initial_latents, time_grid
-from runtime.serving.jobs import EncodedPrompt, Job, Station, Stations
+from runtime.serving.jobs import AnswerJob, ImageJob, Job, Station, Stations
 from runtime.serving.policy import CostAwarePolicy, SchedulingPolicy
-from runtime.serving.requests import Event, GenerationRequest, Handle, Limits, Listener
+from runtime.serving.requests import AnswerRequest, AnyRequest, Event, Handle, Limits, Listener, RequestKind
+from runtime.serving.statistics import OpenRequest, Outcome, RequestRecord, Statistics, name_of
 
 Clock = Callable[[], float]
+OnEnd = Callable[["RequestRecord"], None]
 _LOG = logging.getLogger("latte_flow")
-
-
-@dataclass
-class Statistics:
-    """Counts since the start, for metrics."""
-
-    submitted: int = 0
-    finished: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    rejected: int = 0
-    expired: int = 0
-    steps_of_group: Counter[int] = field(default_factory=Counter)
-    """Number of image steps that each expert has run."""
-    batch_sizes: Counter[int] = field(default_factory=Counter)
-    """Number of expert runs by the number of images in the batch."""
-    step_seconds: float = 0.0
-    """Time spent in experts."""
-    queue_seconds: float = 0.0
-    """Time that images waited for their first station."""
-    last_image_time: float = 0.0
-    """Unix time when the last image was drawn."""
+READERS = 2
+"""Threads that decode the images of questions, so that no engine waits for them."""
 
 
 class Scheduler:
-    """Holds the jobs and runs ticks. Any thread may call any method, but only one at a time may call `tick`."""
+    """Holds the jobs and runs ticks. Any thread may call any method, but only one at a time may call `tick`.
+
+    Args:
+        clock: seconds, from any start.
+        on_end: called with a record of each request that ends, refused ones too.
+        readers: decodes the images of questions; by default two threads.
+    """
 
     def __init__(
-        self, stations: Stations, clock: Clock, limits: Limits | None = None, policy: SchedulingPolicy | None = None
+        self,
+        stations: Stations,
+        clock: Clock,
+        limits: Limits | None = None,
+        policy: SchedulingPolicy | None = None,
+        on_end: OnEnd = lambda record: None,
+        readers: Executor | None = None,
     ) -> None:
         self.limits = limits or Limits()
         self.statistics = Statistics()
         self._stations = stations
         self._clock = clock
         self._policy = policy or CostAwarePolicy()
+        self._on_end = on_end
+        self._readers = readers or ThreadPoolExecutor(READERS, thread_name_prefix="reader")
         self._numbers = itertools.count()
-        self._open: dict[Handle, list[Job]] = {}
-        """Requests that have not been told their end, with the jobs that are left of each."""
-        self._pending = 0
+        self._open: dict[Handle, OpenRequest] = {}
+        """Requests that have not been told their end."""
+        self._pending: Counter[RequestKind] = Counter()
+        """Jobs by kind of request."""
+        self._of_client: Counter[tuple[RequestKind, str]] = Counter()
+        """Jobs by kind of request and client."""
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._refusal: ServiceError | None = None
 
-    def submit(self, request: GenerationRequest, listener: Listener | None = None) -> Handle:
+    def submit(self, request: AnyRequest, listener: Listener | None = None) -> Handle:
         """Queues a request.
 
         Args:
@@ -94,41 +95,86 @@ class Scheduler:
             QueueFullError: there is no room for it now.
             DrainingError: the service takes no new requests.
         """
-        request.check(self.limits)
-        self._stations.check(request)
-        handle = Handle(request, listener)
-        times = time_grid(request.num_inference_steps, request.shift)
-        noise = initial_latents([request.seed + i for i in range(request.num_images)], self._stations.latent_shape)
         now = self._clock()
-        expires = np.inf if request.deadline is None else now + request.deadline
-        jobs = [Job(next(self._numbers), handle, i, noise[i], times, expires, now) for i in range(request.num_images)]
-        for job in jobs:
-            job.sharers = len(jobs)
-        with self._work:
-            try:
-                self._admit(len(jobs))
-            except ServiceError:
-                self.statistics.rejected += 1
-                raise
-            self.statistics.submitted += 1
-            self._open[handle] = jobs
-            self._pending += len(jobs)
-            self._work.notify_all()
+        handle = Handle(request, listener)
+        try:
+            request.check(self.limits)
+            self._stations.check(request)
+            jobs = self._jobs_of(request, handle, now)
+            with self._work:
+                self._admit(request, len(jobs))
+                self._open[handle] = OpenRequest(request, jobs, now)
+                self._count(request, len(jobs))
+                self._work.notify_all()
+        except LatteFlowError as error:
+            self._record(OpenRequest(request, [], now), "rejected", error)
+            raise
+        self.statistics.submitted += 1
+        if isinstance(jobs[0], AnswerJob):
+            self._readers.submit(self._read, jobs[0])
         return handle
 
-    def _admit(self, images: int) -> None:
+    def _jobs_of(self, request: AnyRequest, handle: Handle, now: float) -> list[Job]:
+        expires = np.inf if request.deadline is None else now + request.deadline
+        if isinstance(request, AnswerRequest):
+            return [AnswerJob(next(self._numbers), handle, expires, now, request)]
+        times = time_grid(request.num_inference_steps, request.shift)
+        noise = initial_latents([request.seed + i for i in range(request.num_images)], self._stations.latent_shape)
+        return [
+            ImageJob(next(self._numbers), handle, expires, now, request, i, latents, times, sharers=len(noise))
+            for i, latents in enumerate(noise)
+        ]
+
+    def _admit(self, request: AnyRequest, jobs: int) -> None:
+        """Raises `QueueFullError` if there is no room for so many jobs, or `DrainingError`."""
         if self._refusal is not None:
-            raise self._refusal
-        if self._pending + images > self.limits.max_queued_images:
+            raise type(self._refusal)(str(self._refusal))  # a new one: its traceback keeps the request in memory
+        limits, kind = self.limits, request.kind
+        drawing = kind == "draw"
+        noun = "images" if drawing else "questions"
+        most = limits.max_queued_images if drawing else limits.max_queued_questions
+        if (queued := self._pending[kind]) + jobs > most:
             raise QueueFullError(
-                f"the queue has {self._pending} of {self.limits.max_queued_images} images and no room for "
-                f"{images} more; try again later"
+                f"the queue has {queued} of {most} {noun} and no room for {jobs} more; {self._try_again(kind)}"
             )
+        most = limits.max_images_per_client if drawing else limits.max_questions_per_client
+        queued = self._of_client[kind, request.client_id]
+        if request.client_id and queued + jobs > most:
+            raise QueueFullError(
+                f"client {request.client_id!r} has {queued} of {most} {noun} in the queue and no room for {jobs} more; "
+                + self._try_again(kind)
+            )
+
+    def _try_again(self, kind: RequestKind) -> str:
+        seconds = self.statistics.seconds_per_job[kind] * self._pending[kind] / 2
+        return f"try again in {max(1, round(seconds))} s"
+
+    def _count(self, request: AnyRequest, jobs: int) -> None:
+        self._pending[request.kind] += jobs
+        if request.client_id:
+            self._of_client[request.kind, request.client_id] += jobs
+            if not self._of_client[request.kind, request.client_id]:
+                del self._of_client[request.kind, request.client_id]
+
+    def _read(self, job: AnswerJob) -> None:
+        try:
+            inputs = None if job.handle.cancelled else self._stations.read(job.request)
+        except Exception as error:
+            job.error = error
+        with self._work:
+            if job.error is None:
+                job.inputs = inputs
+            self._work.notify_all()
 
     @property
     def pending(self) -> int:
         """Number of images in the scheduler."""
-        return self._pending
+        return self._pending["draw"]
+
+    @property
+    def pending_questions(self) -> int:
+        """Number of questions in the scheduler."""
+        return self._pending["ask"]
 
     def drain(self) -> None:
         """Refuses new requests from now on; those in the scheduler finish."""
@@ -140,15 +186,24 @@ class Scheduler:
         for handle in list(self._open):
             self._fail(handle, error)
 
+    def close(self) -> None:
+        """Ends the threads that read questions."""
+        self._readers.shutdown(wait=True, cancel_futures=True)
+
     def _refuse(self, error: ServiceError) -> None:
         with self._work:
             self._refusal = error
             self._work.notify_all()
 
     def wait_for_work(self, timeout: float) -> bool:
-        """Waits at most `timeout` seconds for a job; returns whether there is one."""
+        """Waits at most `timeout` seconds for a request; returns whether there is one."""
         with self._work:
             return self._work.wait_for(lambda: bool(self._open), timeout)
+
+    def wait_for_change(self, timeout: float) -> None:
+        """Waits at most `timeout` seconds for a request to come, to be read, or to end."""
+        with self._work:
+            self._work.wait(timeout)
 
     def wait_until_empty(self, timeout: float) -> bool:
         """Waits at most `timeout` seconds until all requests were told their end; returns whether they were."""
@@ -161,77 +216,114 @@ class Scheduler:
         A batch that fails is tried again by halves, so that only the jobs that cannot run fail their requests.
         """
         self._drop_abandoned()
-        waiting: dict[Station, list[Job]] = {}
-        with self._lock:
-            for jobs in self._open.values():
-                for job in jobs:
-                    waiting.setdefault(job.station(self._stations.schedule), []).append(job)
+        waiting = self._waiting()
         if not waiting:
             return False
         now = self._clock()
         station, batch = self._policy.choose(waiting, now, self._max_rows)
-        if station == "encode":
-            self.statistics.queue_seconds += sum(now - job.arrived for job in batch)
+        if station == "write" and "prefill" in waiting:  # another answer can share this run and those that follow
+            station, batch = self._policy.choose({"prefill": waiting["prefill"]}, now, self._max_rows)
+        if station in ("encode", "prefill"):
+            for job in batch:
+                self._open[job.handle].started = self._open[job.handle].started or now
         self._run(station, batch)
         return True
 
+    def _waiting(self) -> dict[Station, list[Job]]:
+        """Returns the jobs that can run, by station. Questions wait until there is room for one more answer."""
+        waiting: dict[Station, list[Job]] = {}
+        schedule = self._stations.schedule
+        with self._lock:
+            for opened in self._open.values():
+                client = opened.request.client_id
+                sharers = self._of_client[opened.request.kind, client] if client else 0
+                for job in opened.jobs:
+                    job.sharers = sharers or job.sharers
+                    if (station := job.station(schedule)) is not None:
+                        waiting.setdefault(station, []).append(job)
+        if len(waiting.get("write", ())) >= self._max_rows("write"):
+            waiting.pop("prefill", None)
+        return waiting
+
     def _max_rows(self, station: Station) -> int:
         limit = self._stations.max_rows(station)
-        configured = self.limits.max_rows_per_tick
+        if station == "prefill":
+            return 1
+        configured = self.limits.max_answers_at_once if station == "write" else self.limits.max_rows_per_tick
         return configured if limit is None else min(limit, configured)
 
     def _run(self, station: Station, batch: list[Job]) -> None:
         started = self._clock()
         try:
             results = self._compute(station, batch)
+        except CancelledError as error:
+            self._end(batch[0].handle, "cancelled", error)
+            return
         except Exception as error:
             self._run_by_halves(station, batch, error)
             return
-        if isinstance(station, int):
-            seconds = self._clock() - started
-            self.statistics.steps_of_group[station] += len(batch)
-            self.statistics.batch_sizes[len(batch)] += 1
-            self.statistics.step_seconds += seconds
-            self._policy.observe(sum(job.rows for job in batch), seconds)
+        seconds = self._clock() - started
+        self.statistics.count_run(station, len(batch), seconds)
+        if station not in ("encode", "decode"):
+            self._policy.observe(station, sum(job.rows for job in batch), seconds)
         self._advance(station, batch, results)
 
     def _run_by_halves(self, station: Station, batch: list[Job], error: Exception) -> None:
         if len(batch) == 1:
-            _LOG.warning("%s failed for one job: %s", _name(station), one_line(error), exc_info=error)
             self._fail(batch[0].handle, error)
-            self.statistics.failed += 1
             return
-        _LOG.warning("%s failed for %d jobs, tried by halves: %s", _name(station), len(batch), one_line(error))
+        _LOG.warning("%s failed for %d jobs, tried by halves: %s", name_of(station), len(batch), one_line(error))
         middle = len(batch) // 2
         for half in (batch[:middle], batch[middle:]):
             if left := [job for job in half if job.handle in self._open]:
                 self._run(station, left)
 
-    def _compute(self, station: Station, batch: list[Job]) -> Sequence[Any]:
+    def _compute(self, station: Station, batch: Sequence[Any]) -> Sequence[Any]:
         """Runs the engines and changes no job."""
+        stations = self._stations
         if station == "encode":
-            results: Sequence[Any] = self._stations.encode(batch)
+            results: Sequence[Any] = stations.encode(batch)
         elif station == "decode":
-            results = self._stations.decode([job.latents for job in batch])
+            results = stations.decode([job.latents for job in batch])
+        elif station == "prefill":
+            results = [stations.prefill(job) for job in batch]
+        elif station == "write":
+            results = stations.write(batch)
         else:
-            results = self._stations.step(station, batch)
+            results = stations.step(station, batch)
         if len(results) != len(batch):
-            raise EngineError(f"{_name(station)} gave {len(results)} results for {len(batch)} jobs")
+            raise EngineError(f"{name_of(station)} gave {len(results)} results for {len(batch)} jobs")
         return results
 
-    def _advance(self, station: Station, batch: list[Job], results: Sequence[Any]) -> None:
+    def _advance(self, station: Station, batch: Sequence[Any], results: Sequence[Any]) -> None:
+        """Stores the results of a run and reports them."""
         if isinstance(station, int):
             self._advance_steps(batch, results)
             return
         for job, result in zip(batch, results, strict=True):
-            if isinstance(result, EncodedPrompt):
+            if station == "encode":
                 job.encoded = result
-            else:
+            elif station == "decode":
                 self.statistics.last_image_time = time.time()
-                job.handle.send(Event("image", job.image, job.index, result))
+                self._send(job, Event("image", job.image, job.index, result))
                 self._finish(job)
+            elif station == "prefill":
+                job.answer, text = result
+                job.inputs = None
+                self._advance_answer(job, text)
+            else:
+                self._advance_answer(job, result)
 
-    def _advance_steps(self, batch: list[Job], results: Sequence[np.ndarray]) -> None:
+    def _advance_answer(self, job: AnswerJob, text: str) -> None:
+        assert job.answer is not None
+        self.statistics.tokens += 1
+        self._open[job.handle].units += 1
+        if text:
+            self._send(job, Event("text", text=text))
+        if job.answer.ended:
+            self._finish(job)
+
+    def _advance_steps(self, batch: Sequence[ImageJob], results: Sequence[np.ndarray]) -> None:
         self._fail_where_not_finite(batch, results)
         previews = []
         for job, latents in zip(batch, results, strict=True):
@@ -239,15 +331,17 @@ class Scheduler:
                 continue
             job.latents = latents
             job.index += 1
-            job.handle.send(Event("progress", job.image, job.index))
+            self._open[job.handle].units += 1
+            self._send(job, Event("progress", job.image, job.index))
             every = job.request.preview_every
             if every and job.index % every == 0 and job.index + 1 < len(job.times):
                 previews.append(job)
         if previews:
             self._send_previews(previews)
 
-    def _send_previews(self, jobs: list[Job]) -> None:
+    def _send_previews(self, jobs: list[ImageJob]) -> None:
         """Sends previews; one that cannot be decoded is left out and harms nobody."""
+        started = self._clock()
         try:
             decoded = self._compute("decode", jobs)
         except Exception as error:
@@ -256,10 +350,11 @@ class Scheduler:
             for half in (jobs[:middle], jobs[middle:]) if middle else ():
                 self._send_previews(half)
             return
+        self.statistics.busy_seconds["preview"] += self._clock() - started
         for job, pixels in zip(jobs, decoded, strict=True):
-            job.handle.send(Event("preview", job.image, job.index, pixels))
+            self._send(job, Event("preview", job.image, job.index, pixels))
 
-    def _fail_where_not_finite(self, batch: list[Job], results: Sequence[np.ndarray]) -> None:
+    def _fail_where_not_finite(self, batch: Sequence[ImageJob], results: Sequence[np.ndarray]) -> None:
         """Fails the requests with latents that are not finite, not those that share their batch."""
         for job, latents in zip(batch, results, strict=True):
             try:
@@ -267,43 +362,52 @@ class Scheduler:
             except EngineError as error:
                 if job.handle in self._open:
                     self._fail(job.handle, error)
-                    self.statistics.failed += 1
+
+    def _send(self, job: Job, event: Event) -> None:
+        opened = self._open[job.handle]
+        opened.first_event = opened.first_event or self._clock()
+        job.handle.send(event)
 
     def _finish(self, job: Job) -> None:
-        jobs = self._open[job.handle]
+        opened = self._open[job.handle]
         with self._work:
-            jobs.remove(job)
-            self._pending -= 1
-        if jobs:
-            return
-        self.statistics.finished += 1
-        job.handle.send(Event("done"))
-        with self._work:  # after the event, so that a request that was not told its end is never forgotten
-            del self._open[job.handle]
-            self._work.notify_all()
+            opened.jobs.remove(job)
+            self._count(opened.request, -1)
+        if not opened.jobs:
+            self._end(job.handle, "finished")
 
     def _drop_abandoned(self) -> None:
-        """Removes the requests that were cancelled or missed their deadline."""
+        """Removes the requests that were cancelled, missed their deadline, or could not be read."""
         now = self._clock()
         with self._lock:
-            abandoned = [
-                handle for handle, jobs in self._open.items() if handle.cancelled or (jobs and jobs[0].expires <= now)
-            ]
-        for handle in abandoned:
+            opened = [(handle, request.jobs[0]) for handle, request in self._open.items()]
+        for handle, job in opened:
             if handle.cancelled:
-                self._fail(handle, CancelledError("the request was cancelled"))
-                self.statistics.cancelled += 1
-            else:
+                self._end(handle, "cancelled", CancelledError("the request was cancelled"))
+            elif job.expires <= now:
                 deadline = handle.request.deadline
-                self._fail(handle, DeadlineError(f"the request was not finished within its deadline of {deadline:g} s"))
-                self.statistics.expired += 1
+                message = f"the request was not finished within its deadline of {deadline:g} s"
+                self._end(handle, "expired", DeadlineError(message))
+            elif isinstance(job, AnswerJob) and job.error is not None:
+                self._fail(handle, job.error)
 
     def _fail(self, handle: Handle, error: Exception) -> None:
-        handle.send(Event("failed", error=error))
+        self._end(handle, "failed", error)
+
+    def _end(self, handle: Handle, outcome: Outcome, error: Exception | None = None) -> None:
+        """Tells a request its end, and then forgets it: a request that was not told is never forgotten."""
+        opened = self._open[handle]
+        handle.send(Event("done") if error is None else Event("failed", error=error))
         with self._work:
-            self._pending -= len(self._open.pop(handle))
+            del self._open[handle]
+            self._count(opened.request, -len(opened.jobs))
             self._work.notify_all()
+        self._record(opened, outcome, error)
 
-
-def _name(station: Station) -> str:
-    return f"expert_{station}" if isinstance(station, int) else station
+    def _record(self, opened: OpenRequest, outcome: Outcome, error: Exception | None = None) -> None:
+        record = opened.record(outcome, self._clock(), error)
+        self.statistics.count_end(record, self._clock())
+        try:
+            self._on_end(record)
+        except Exception as failure:
+            _LOG.error("the end of a request could not be recorded: %s", one_line(failure))

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runtime.errors import InputError
+from runtime.answers import Answer
+from runtime.chat import ChatInputs
+from runtime.errors import CancelledError, InputError
 from runtime.manifest import Manifest
 from runtime.pipeline import LatteFlowPipeline
 from runtime.rows import arrange_rows
 from runtime.sampler import Sampler
-from runtime.serving.jobs import EncodedPrompt, Job, Station
-from runtime.serving.requests import GenerationRequest
+from runtime.serving.jobs import AnswerJob, EncodedPrompt, ImageJob, Station
+from runtime.serving.requests import AnswerRequest, AnyRequest
 
 ALL_PLANS = "triton"
 """Name of the backend whose engines run elsewhere: any plan of the bundle may be what runs them."""
@@ -34,6 +36,8 @@ class PipelineStations:
         self._max_rows: dict[Station, int | None] = {
             "encode": most_in_plans(manifest, provider, "vlm", "batch", past=0),
             "decode": most_in_plans(manifest, provider, "vae_decoder", "batch"),
+            "prefill": 1,
+            "write": most_in_plans(manifest, provider, "vlm", "batch", tokens=1, past=1),
         }
         solver = [most_in_plans(manifest, provider, "solver_step", axis) for axis in ("rows", "batch")]
         for group in range(self.schedule.num_groups):
@@ -45,8 +49,10 @@ class PipelineStations:
         """Returns how many rows a run of the station can have: what the plans' profiles allow, or None."""
         return self._max_rows[station]
 
-    def check(self, request: GenerationRequest) -> None:
-        """Raises `InputError` for a prompt that cannot be encoded."""
+    def check(self, request: AnyRequest) -> None:
+        """Raises `InputError` for a prompt that cannot be encoded; questions are checked when they are read."""
+        if isinstance(request, AnswerRequest):
+            return
         for prompt in (request.prompt, request.negative_prompt):
             tokens = len(self._pipeline.chat.prompt_tokens(prompt))
             if self._max_tokens is not None and tokens > self._max_tokens:
@@ -55,7 +61,7 @@ class PipelineStations:
                     "shorten it"
                 )
 
-    def encode(self, jobs: Sequence[Job]) -> list[EncodedPrompt]:
+    def encode(self, jobs: Sequence[ImageJob]) -> list[EncodedPrompt]:
         """Encodes each distinct prompt once; negative prompts are remembered."""
         prompts = self._pipeline.encode_prompts([job.request.prompt for job in jobs])
         guided = [job.request.negative_prompt for job in jobs if job.is_guided]
@@ -65,7 +71,7 @@ class PipelineStations:
             for job, prompt in zip(jobs, prompts, strict=True)
         ]
 
-    def step(self, group: int, jobs: Sequence[Job]) -> list[np.ndarray]:
+    def step(self, group: int, jobs: Sequence[ImageJob]) -> list[np.ndarray]:
         """Runs one step of every job, each at its own time."""
         latents = np.stack([job.latents for job in jobs])
         sampler = self._sampler(jobs)
@@ -73,7 +79,7 @@ class PipelineStations:
         (inputs,) = sampler.step_inputs(times)
         return list(sampler.step(latents, sampler.rows_of(latents), inputs)[0].numpy())
 
-    def _sampler(self, jobs: Sequence[Job]) -> Sampler:
+    def _sampler(self, jobs: Sequence[ImageJob]) -> Sampler:
         """Returns the sampler for a batch of jobs; their prefixes are arranged again only when the batch changes."""
         key = tuple(job.number for job in jobs)
         sampler = self._samplers.pop(key, None)
@@ -92,6 +98,25 @@ class PipelineStations:
     def decode(self, latents: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Returns the pixels of every image."""
         return list(self._pipeline.decode(np.stack(latents)))
+
+    def read(self, request: AnswerRequest) -> ChatInputs:
+        """Decodes the images of a question and tokenises it."""
+        return self._pipeline.chat.encode_conversations([request.conversation])
+
+    def prefill(self, job: AnswerJob) -> tuple[Answer, str]:
+        """Begins an answer; looks for a cancellation between any two runs of engines."""
+
+        def stop_if_cancelled() -> None:
+            if job.handle.cancelled:
+                raise CancelledError("the request was cancelled")
+
+        assert job.inputs is not None
+        answers, texts = self._pipeline.answerer.begin(job.inputs, job.request.settings, stop_if_cancelled)
+        return answers[0], texts[0]
+
+    def write(self, jobs: Sequence[AnswerJob]) -> list[str]:
+        """Adds a token to every answer, in one run."""
+        return self._pipeline.answerer.write([job.answer for job in jobs if job.answer is not None])
 
 
 def most_in_plans(manifest: Manifest, provider: str, engine: str, axis: str, **others: int) -> int | None:

@@ -55,11 +55,18 @@ class Worker:
         """How long the present tick has taken; near zero while there is no work."""
         return time.monotonic() - self._beat
 
+    def check(self) -> None:
+        """Raises `ServiceError` if the thread has ended, or does not come back from an engine."""
+        if not self.is_alive:
+            raise ServiceError("the service broke down and must be started again")
+        if (seconds := self.seconds_since_heartbeat) > self._scheduler.limits.max_tick_seconds:
+            raise ServiceError(f"an engine has been running for {seconds:.0f} s; the service must be started again")
+
     def _work(self) -> None:
         while not self._stop.is_set():
             self._beat = time.monotonic()
-            if self._scheduler.wait_for_work(IDLE_SECONDS):
-                self._scheduler.tick()
+            if self._scheduler.wait_for_work(IDLE_SECONDS) and not self._scheduler.tick():
+                self._scheduler.wait_for_change(IDLE_SECONDS)  # questions are being read
 
     def _die(self, error: BaseException) -> None:
         self._scheduler.abort(ServiceError(f"the service broke down and must be started again: {one_line(error)}"))
@@ -78,3 +85,4 @@ class Worker:
         """Stops after the current tick."""
         self._stop.set()
         self._thread.join()
+        self._scheduler.close()

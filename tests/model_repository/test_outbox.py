@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -13,9 +15,9 @@ from PIL import Image
 
 import model_repository.outbox
 from model_repository.outbox import Outbox, Output
-from model_repository.schema import DrawRequest, ImageFormat
+from model_repository.schema import AskRequest, DrawRequest, ImageFormat
 from runtime.errors import EngineError
-from runtime.serving.requests import Event, GenerationRequest, Handle
+from runtime.serving.requests import AnswerRequest, Event, GenerationRequest, Handle
 
 PIXELS = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
 
@@ -30,6 +32,7 @@ class FakeSender:
         self.ended_at = 0.0
         self.cancelled = False
         self.asked = 0
+        self.asked_after_end = False
         self._round_trip = round_trip
         self._broken = broken
 
@@ -50,8 +53,10 @@ class FakeSender:
             self.ended.set()
 
     def is_cancelled(self) -> bool:
+        assert not self.ended.is_set(), "a real server crashes when it is asked about a request that has ended"
         self.asked += 1
         time.sleep(self._round_trip)
+        self.asked_after_end |= self.ended.is_set()
         return self.cancelled
 
     def events(self) -> list[object]:
@@ -78,7 +83,7 @@ def test_answers_do_not_wait_for_the_polling_of_a_thousand_open_requests(outbox:
     for _ in range(1000):
         handle, wanted = handle_of()
         delivery = outbox.open(FakeSender(round_trip=0.002), wanted)
-        delivery.handle = handle
+        outbox.attach(delivery, handle)
         deliveries.append(delivery)
     time.sleep(0.1)
     started = time.monotonic()
@@ -147,7 +152,7 @@ def test_a_request_whose_responses_fail_is_cancelled_and_harms_nobody(
 ) -> None:
     handle, wanted = handle_of("png")
     broken = outbox.open(FakeSender(broken=True), wanted)
-    broken.handle = handle
+    outbox.attach(broken, handle)
     fine_sender = FakeSender()
     fine = outbox.open(fine_sender, wanted)
     for delivery in (broken, fine):
@@ -175,7 +180,7 @@ def test_a_cancelled_request_is_noticed_and_asked_no_more(outbox: Outbox) -> Non
     handle, wanted = handle_of()
     sender = FakeSender()
     delivery = outbox.open(sender, wanted)
-    delivery.handle = handle
+    outbox.attach(delivery, handle)
     sender.cancelled = True
     give_up = time.monotonic() + 5
     while not handle.cancelled:
@@ -186,6 +191,47 @@ def test_a_cancelled_request_is_noticed_and_asked_no_more(outbox: Outbox) -> Non
     assert sender.ended.wait(5)
     time.sleep(0.05)
     assert sender.asked == asked
+
+
+def test_a_sender_is_let_go_with_its_last_response(outbox: Outbox) -> None:
+    """The server keeps an unloaded model as long as a sender of it exists; it used to wait for garbage collection."""
+    gc.disable()
+    try:
+        _, wanted = handle_of()
+        for attached_late in (False, True):
+            sender = FakeSender()
+            gone = weakref.ref(sender)
+            delivery = outbox.open(sender, wanted)
+            handle = Handle(wanted.generation, delivery.receive)
+            if not attached_late:
+                outbox.attach(delivery, handle)
+            handle.send(Event("image", 0, 1, PIXELS))
+            handle.send(Event("done"))
+            assert outbox.drain(10)
+            if attached_late:
+                outbox.attach(delivery, handle)
+            del sender, delivery, handle
+            give_up = time.monotonic() + 5
+            while gone() is not None:
+                assert time.monotonic() < give_up, gc.get_referrers(gone())
+                time.sleep(0.01)
+    finally:
+        gc.enable()
+
+
+def test_the_server_is_never_asked_about_a_request_that_has_ended(outbox: Outbox) -> None:
+    """Server 2.51 crashed: the end was sent by one thread while another asked about the cancellation."""
+    senders = []
+    for _ in range(100):
+        handle, wanted = handle_of()
+        senders.append(FakeSender(round_trip=0.01))
+        delivery = outbox.open(senders[-1], wanted)
+        outbox.attach(delivery, handle)
+        time.sleep(0.01)
+        delivery.receive(handle, Event("failed", error=EngineError("no")))
+    assert outbox.drain(10)
+    assert sum(sender.asked for sender in senders) > 0
+    assert not any(sender.asked_after_end for sender in senders)
 
 
 def test_draining_waits_until_the_client_was_told(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +261,21 @@ def test_closing_at_once_sends_what_was_drawn(monkeypatch: pytest.MonkeyPatch) -
         delivery.receive(None, Event("done"))
     outbox.close()
     assert all(sender.events() == ["done"] for sender in senders)
+
+
+def test_an_answer_is_sent_whole_and_piece_by_piece_only_if_it_was_asked_for(outbox: Outbox) -> None:
+    for stream, events in ((True, ["text", "text", "done"]), (False, ["done"])):
+        sender = FakeSender()
+        wanted = AskRequest(AnswerRequest(({"role": "user", "content": "a"},)), stream)
+        delivery = outbox.open(sender, wanted)
+        for text in ("it is", " red"):
+            delivery.receive(None, Event("text", text=text))
+        delivery.receive(None, Event("done"))
+        assert sender.ended.wait(10)
+        assert sender.events() == events
+        last = sender.sent[-1]["text"]
+        assert isinstance(last, np.ndarray)
+        assert last[0] == b"it is red"
 
 
 def test_a_failing_report_stops_nothing() -> None:

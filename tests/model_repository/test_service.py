@@ -28,7 +28,7 @@ from tritonclient.utils import InferenceServerException
 from model_repository.client import Client, Response
 from model_repository.layout import write_repository
 from model_repository.server import TritonServer
-from runtime.errors import CancelledError, InputError, ServiceError
+from runtime.errors import DeadlineError, InputError, ServiceError
 from runtime.pipeline import LatteFlowPipeline
 from tests.model_repository.conftest import LIMITS
 
@@ -54,13 +54,18 @@ def metrics(server: TritonServer) -> dict[str, float]:
 
 
 def quiet_metrics(server: TritonServer) -> dict[str, float]:
-    """Our metrics once nothing is under way and they have caught up; they are written a little later."""
-    give_up = time.monotonic() + 20
-    before: dict[str, float] = {}
-    while (now := metrics(server)) != before or now["latte_flow_pending_images"] != 0:
+    """Our metrics once nothing is under way and they were written twice since: they come late, and one by one."""
+    began, give_up = time.time(), time.monotonic() + 20
+    written: set[float] = set()
+    while len(written) < 2:
         assert time.monotonic() < give_up
-        before = now
-        time.sleep(0.2)
+        time.sleep(0.05)
+        now = metrics(server)
+        moment = now["latte_flow_heartbeat_timestamp_seconds"]
+        if now["latte_flow_open_requests"] or now["latte_flow_pending_images"]:
+            written.clear()
+        elif moment > began:
+            written.add(moment)
     return now
 
 
@@ -266,11 +271,37 @@ def test_bad_json_is_refused(server: TritonServer) -> None:
 
 
 def test_a_deadline_that_passes_is_said(server: TritonServer) -> None:
-    with pytest.raises(CancelledError, match="within its deadline"):
+    with pytest.raises(DeadlineError, match="within its deadline"):
         Client(server.grpc_url).generate("a red star", num_inference_steps=200, deadline=0.02)
 
 
-def test_a_full_queue_is_said_and_tried_again(server: TritonServer) -> None:
+def test_a_question_has_a_deadline_and_a_cap_and_is_counted(server: TritonServer) -> None:
+    before = quiet_metrics(server)
+    client = Client(server.grpc_url)
+    with pytest.raises(DeadlineError, match="within its deadline"):
+        client.ask(None, "what?", max_new_tokens=400, deadline=0.02)
+    with pytest.raises(InputError, match="max_new_tokens must be from 1 to 1024, got 1025"):
+        client.ask(None, "what?", max_new_tokens=1025)
+    client.ask(None, "what?", max_new_tokens=3)
+    stream = client.stream(question="what?", max_new_tokens=400, stream=True)
+    next(stream)
+    stream.close()
+    after = quiet_metrics(server)
+
+    def more(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    for outcome in ("expired", "rejected", "finished", "cancelled"):
+        assert more(f'latte_flow_requests_total{{kind="ask",outcome="{outcome}"}}') == 1, outcome
+    assert more("latte_flow_tokens_total") >= 3
+    assert more('latte_flow_request_seconds_count{kind="ask"}') == 1
+    assert after['latte_flow_first_event_seconds_bucket{kind="ask",le="+Inf"}'] >= 1
+    assert after["latte_flow_pending_questions"] == 0
+
+
+def test_a_full_queue_is_said_and_tried_again_and_the_heart_beats_on(server: TritonServer) -> None:
+    """Liveness used to need a place in the queue, so a full queue restarted a healthy service."""
+
     def keep_busy() -> None:
         assert len(Client(server.grpc_url).generate("a", num_images=16, num_inference_steps=200)) == 16
 
@@ -278,8 +309,16 @@ def test_a_full_queue_is_said_and_tried_again(server: TritonServer) -> None:
     for thread in threads:
         thread.start()
     wait_for(lambda: metrics(server)["latte_flow_pending_images"] == LIMITS.max_queued_images)
-    with pytest.raises(ServiceError, match=f"of {LIMITS.max_queued_images} images and no room for 1 more"):
+    refusal = rf"of {LIMITS.max_queued_images} images and no room for 1 more; try again in \d+ s"
+    with pytest.raises(ServiceError, match=refusal):
         Client(server.grpc_url, retries=0).generate("a")
+    (response,) = Client(server.grpc_url, retries=0).stream(heartbeat=True)
+    assert json.loads(response.text or "")["pending_images"] > 0
+    status, text = post(server, {"heartbeat": True})
+    assert (status, json.loads(text)["event"]) == (200, "done")
+    status, text = post(server, {"prompt": "a"})
+    assert (status, "UNAVAILABLE: the queue has" in text) == (400, True)  # Triton's status for every error of a model
+    assert metrics(server)["latte_flow_heartbeat_timestamp_seconds"] == pytest.approx(time.time(), abs=10)
     assert len(Client(server.grpc_url, retries=8).generate("a", num_inference_steps=2)) == 1
     for thread in threads:
         thread.join()
@@ -290,12 +329,12 @@ def test_a_full_queue_is_said_and_tried_again(server: TritonServer) -> None:
 
 @pytest.mark.parametrize("steps", [1, 5])
 def test_a_cancelled_stream_frees_its_place(steps: int, server: TritonServer) -> None:
-    before = quiet_metrics(server)['latte_flow_requests{outcome="cancelled"}']
+    before = quiet_metrics(server)['latte_flow_requests_total{kind="draw",outcome="cancelled"}']
     stream = Client(server.grpc_url).stream(prompt="a", num_images=16, num_inference_steps=200, progress=True)
     for _ in range(steps):
         next(stream)
     stream.close()
-    assert quiet_metrics(server)['latte_flow_requests{outcome="cancelled"}'] == before + 1
+    assert quiet_metrics(server)['latte_flow_requests_total{kind="draw",outcome="cancelled"}'] == before + 1
 
 
 def test_a_client_that_is_killed_leaves_nothing_behind(server: TritonServer) -> None:
@@ -359,10 +398,9 @@ def test_a_thousand_mixed_requests_with_cancels_lose_nothing_and_leave_nothing(s
     after = quiet_metrics(server)
 
     def more(outcome: str) -> float:
-        name = f'latte_flow_requests{{outcome="{outcome}"}}'
+        name = f'latte_flow_requests_total{{kind="draw",outcome="{outcome}"}}'
         return after[name] - before[name]
 
-    assert more("submitted") == 1000
     assert more("finished") + more("cancelled") == 1000
     assert more("finished") >= outcomes.count("drawn")
     assert more("failed") == more("expired") == 0

@@ -21,7 +21,7 @@ from runtime.errors import (
 from runtime.flow_time import ExpertSchedule, initial_latents
 from runtime.pipeline import LatteFlowPipeline
 from runtime.rows import PrefixRow
-from runtime.serving.jobs import EncodedPrompt, Job, Station
+from runtime.serving.jobs import EncodedPrompt, ImageJob, Station
 from runtime.serving.policy import CostAwarePolicy, RunCost, SchedulingPolicy, WholeRequestPolicy
 from runtime.serving.requests import Event, GenerationRequest, Handle, Limits
 from runtime.serving.scheduler import Scheduler
@@ -55,13 +55,13 @@ class ScriptedStations:
     def max_rows(self, station: Station) -> int | None:
         return None
 
-    def encode(self, jobs: Sequence[Job]) -> list[EncodedPrompt]:
+    def encode(self, jobs: Sequence[ImageJob]) -> list[EncodedPrompt]:
         self._note("encode", [job.request.prompt for job in jobs])
         if any("unreadable" in job.request.prompt for job in jobs):
             raise EngineError("engine vlm failed")
         return [EncodedPrompt(PrefixRow(()), None) for _ in jobs]
 
-    def step(self, group: int, jobs: Sequence[Job]) -> list[np.ndarray]:
+    def step(self, group: int, jobs: Sequence[ImageJob]) -> list[np.ndarray]:
         assert all(self.schedule.group_of(job.t) == group for job in jobs)
         self._note(group, [job.request.prompt for job in jobs])
         if any("broken" in job.request.prompt for job in jobs):
@@ -379,7 +379,7 @@ def test_a_preview_that_fails_is_left_out_and_harms_nobody() -> None:
 
     def fail_early(latents: Sequence[np.ndarray]) -> list[np.ndarray]:
         stations.now += 10.0
-        if any(job.index < 8 for jobs in scheduler._open.values() for job in jobs):
+        if any(job.index < 8 for opened in scheduler._open.values() for job in opened.jobs):
             raise EngineError("no preview")
         return decode(latents)
 
@@ -428,7 +428,7 @@ def test_nothing_comes_after_the_failure_of_one_image() -> None:
     scheduler, stations = make()
     step = stations.step
 
-    def overflow_first(group: int, jobs: Sequence[Job]) -> list[np.ndarray]:
+    def overflow_first(group: int, jobs: Sequence[ImageJob]) -> list[np.ndarray]:
         first, *rest = step(group, jobs)
         return [first + np.inf, *rest]
 
