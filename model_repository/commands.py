@@ -7,22 +7,49 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from model_repository.layout import write_repository
+from model_repository.layout import LogFormat, write_repository
 from model_repository.schema import Layout, Platform
-from model_repository.server import TritonServer
+from model_repository.server import LOOPBACK, TritonServer
 from model_repository.supervisor import Supervisor
 from runtime.backends import PROVIDERS
 from runtime.console import parse_pairs, stderr
 from runtime.errors import InputError, ServiceError
+from runtime.serving.requests import Limits
 
 Bundle = Annotated[Path, typer.Argument(help="Folder that `latte-flow export` wrote.")]
 Provider = Annotated[str, typer.Option(help=f"Runs the engines in Python; one of {', '.join(PROVIDERS)}.")]
+ProviderOption = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=VALUE", help="Option of the provider; may be repeated.")
+]
+Device = Annotated[int | None, typer.Option(help="Number of the GPU; the provider's option device_id.")]
+Limit = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        help=f"What the service accepts; may be repeated: {', '.join(field.name for field in fields(Limits))}.",
+    ),
+]
+LogFormatOption = Annotated[LogFormat, typer.Option(help="Format of the service's lines in the server's log.")]
+LOOPBACK_HOSTS = ("127.", "localhost", "::1")
 LayoutOption = Annotated[Layout, typer.Option(help="All engines in one process, or each as a Triton model.")]
+
+
+def _limits(pairs: list[str] | None) -> Limits:
+    limits = parse_pairs(pairs, "--limit")
+    if unknown := sorted(set(limits) - {field.name for field in fields(Limits)}):
+        raise InputError(f"unknown limit {unknown[0]!r}; known are {', '.join(field.name for field in fields(Limits))}")
+    return Limits.from_parameters(limits)
+
+
+def _provider_options(pairs: list[str] | None, device: int | None) -> dict[str, str]:
+    options = parse_pairs(pairs, "--provider-option")
+    return options if device is None else {"device_id": str(device)} | options
 
 
 def repository(
@@ -31,6 +58,13 @@ def repository(
     layout: LayoutOption = "in-process",
     platform: Annotated[Platform, typer.Option(help="Runs the engines in the layout per-engine.")] = "python",
     provider: Provider = "cpu",
+    provider_option: ProviderOption = None,
+    device: Device = None,
+    limit: Limit = None,
+    log_format: LogFormatOption = "text",
+    environment: Annotated[
+        Path | None, typer.Option(help="Virtual environment of the Python models, if it is not the server's own.")
+    ] = None,
     gpu: Annotated[
         list[str] | None, typer.Option(metavar="ENGINE=NUMBER", help="GPU of an engine; may be repeated.")
     ] = None,
@@ -48,7 +82,19 @@ def repository(
         if not number.isdecimal():
             raise InputError(f"expected --gpu ENGINE=NUMBER, got {engine}={number}")
         placement[engine] = int(number)
-    write_repository(bundle, out, layout=layout, platform=platform, provider=provider, placement=placement, force=force)
+    write_repository(
+        bundle,
+        out,
+        layout=layout,
+        platform=platform,
+        provider=provider,
+        provider_options=_provider_options(provider_option, device),
+        limits=_limits(limit),
+        log_format=log_format,
+        placement=placement,
+        execution_environment=environment,
+        force=force,
+    )
     typer.echo(str(out))
 
 
@@ -59,6 +105,14 @@ def serve(
     metrics_port: Annotated[int, typer.Option(help="Port for Prometheus metrics; 0 takes a free one.")] = 8002,
     layout: LayoutOption = "in-process",
     provider: Provider = "cpu",
+    provider_option: ProviderOption = None,
+    device: Device = None,
+    limit: Limit = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any other than a loopback one is exposed.")
+    ] = LOOPBACK,
+    log_file: Annotated[Path | None, typer.Option(help="The server's log; a temporary file if not given.")] = None,
+    log_format: LogFormatOption = "text",
     control_key: Annotated[
         Path | None, typer.Option(help="File with the control key; a new key is made if there is none.")
     ] = None,
@@ -70,12 +124,31 @@ def serve(
     \b
     Examples:
       latte-flow serve bundle
+      latte-flow serve bundle --limit max_queued_images=64 --limit max_steps=50 --log-file serve.log
       latte-flow serve bundle --http-port 0 --grpc-port 0 --metrics-port 0
     """
     with _ends_by_interrupt(), tempfile.TemporaryDirectory(prefix="latte-flow-models-") as folder:
         models = Path(folder) / "models"
-        write_repository(bundle, models, layout=layout, provider=provider, execution_environment=Path(sys.prefix))
-        server = TritonServer(models, http_port, grpc_port, metrics_port, control_key=control_key)
+        write_repository(
+            bundle,
+            models,
+            layout=layout,
+            provider=provider,
+            provider_options=_provider_options(provider_option, device),
+            limits=_limits(limit),
+            log_format=log_format,
+            execution_environment=Path(sys.prefix),
+        )
+        if not host.startswith(LOOPBACK_HOSTS):
+            stderr.print(
+                f"warning: whoever reaches {host} can send requests, unencrypted, and a malformed one can end the "
+                "bundled server; put a proxy in front of it (docs/serving.md)",
+                style="yellow",
+                markup=False,
+            )
+        server = TritonServer(
+            models, http_port, grpc_port, metrics_port, host=host, log_file=log_file, control_key=control_key
+        )
         try:
             try:
                 with stderr.status("start the server"):

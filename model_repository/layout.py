@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
@@ -18,6 +19,7 @@ from runtime.files import check_replaceable, link_or_copy, replaced_directory, w
 from runtime.manifest import FILE_NAME, EngineEntry, Manifest, check_file, load_manifest
 from runtime.serving.requests import Limits
 
+LogFormat = Literal["text", "json"]
 CONFIG_FILE = "config.pbtxt"
 VERSION = "1"
 TRITON_TYPES = {
@@ -38,7 +40,9 @@ def write_repository(
     layout: Layout = "in-process",
     platform: Platform = "python",
     provider: str = "cpu",
+    provider_options: Mapping[str, str] | None = None,
     limits: Limits | None = None,
+    log_format: LogFormat = "text",
     placement: Mapping[str, int] | None = None,
     execution_environment: Path | None = None,
     force: bool = False,
@@ -52,7 +56,9 @@ def write_repository(
         layout: "in-process" for all engines in the process of the model `latte_flow`, "per-engine" for a model each.
         platform: runs the engines in the layout per-engine.
         provider: runs the engines in a Python process.
+        provider_options: of that provider, by the names in its own documentation.
         limits: what the service accepts.
+        log_format: of the service's lines in the server's log.
         placement: GPU numbers by engine name, in the layout per-engine; the other engines run on the CPU.
         execution_environment: virtual environment of the Python models, if it is not the server's own.
         force: replace an existing repository.
@@ -67,7 +73,10 @@ def write_repository(
     if unknown := sorted(set(placement or {}) - {engine.name for engine in manifest.engines}):
         raise InputError(f"the bundle has no engine {unknown[0]!r} to place on a GPU")
     check_replaceable(out, f"{MODEL}/{CONFIG_FILE}", "model repository", force=force)
-    environment = {} if execution_environment is None else {"EXECUTION_ENV_PATH": str(execution_environment.absolute())}
+    shared = {} if execution_environment is None else {"EXECUTION_ENV_PATH": str(execution_environment.absolute())}
+    if provider_options:
+        shared["provider_options"] = json.dumps(dict(provider_options))
+    own = {} if log_format == "text" else {"log_format": log_format}
     old_models = {path.parent.name for path in out.glob(f"*/{CONFIG_FILE}")}
     new_models = {MODEL}
     with ExitStack() as stack:
@@ -77,11 +86,11 @@ def write_repository(
             new_models.add(model)
             return folder / model if folder else stack.enter_context(replaced_directory(out / model))
 
-        service = service_config(provider, layout, limits or Limits(), environment)
+        service = service_config(provider, layout, limits or Limits(), shared | own)
         version = _write_model(folder_of(MODEL), service, MODEL)
         copy_bundle(bundle, manifest, version / "bundle")
         for engine in manifest.engines if layout == "per-engine" else ():
-            parameters = {"provider": provider} | environment if platform == "python" else {}
+            parameters = {"provider": provider} | shared if platform == "python" else {}
             config = engine_config(engine, platform, (placement or {}).get(engine.name), parameters)
             version = _write_model(folder_of(config.name), config, "engine" if platform == "python" else None)
             _write_engine(bundle, engine, version, platform)
@@ -138,7 +147,7 @@ def engine_config(engine: EngineEntry, platform: Platform, gpu: int | None, para
 
 
 def service_config(
-    provider: str = "cpu", layout: Layout = "in-process", limits: Limits = Limits(), environment: Mapping[str, str] = {}
+    provider: str = "cpu", layout: Layout = "in-process", limits: Limits = Limits(), further: Mapping[str, str] = {}
 ) -> Any:
     """Returns the configuration of the model `latte_flow`; the default is in `latte_flow/config.pbtxt`."""
     config = model_config_pb2.ModelConfig(name=MODEL, backend="python", max_batch_size=0)
@@ -151,7 +160,7 @@ def service_config(
     for field in OUTPUTS:
         config.output.append(model_config_pb2.ModelOutput(name=field.name, data_type=_type(field), dims=field.dims))
     parameters = {name: str(value) for name, value in asdict(limits).items()}
-    _set_parameters(config, {"provider": provider, "layout": layout} | parameters | dict(environment))
+    _set_parameters(config, {"provider": provider, "layout": layout} | parameters | dict(further))
     if layout == "per-engine":
         # Other models cannot be called while this one is initialised, so Triton sends an empty prompt first.
         warmup = config.model_warmup.add(name="an empty prompt")

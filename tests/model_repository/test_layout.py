@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -81,6 +82,10 @@ BAD_OPTIONS = {
         "no TensorRT plan of vision_encoder; run `latte",
     ),
     "no such engine": (("--layout", "per-engine", "--gpu", "expert_9=0"), "no engine 'expert_9'"),
+    "no such limit": (("--limit", "max_stepz=3"), "unknown limit 'max_stepz'; known are max_steps"),
+    "no number of a limit": (("--limit", "max_steps=many"), "the limit max_steps must be a whole number, got 'many'"),
+    "a limit of nothing": (("--limit", "max_steps=0"), "the limit max_steps must be at least 1, got 0"),
+    "no option": (("--provider-option", "threads"), "expected --provider-option NAME=VALUE"),
     "no number": (("--layout", "per-engine", "--gpu", "expert_0"), "expected --gpu NAME=VALUE"),
 }
 
@@ -128,3 +133,17 @@ def test_a_bundle_of_symbolic_links_is_copied_whole(bundle: Path, tmp_path: Path
     for entry in load_manifest(bundle).files():
         check_file(tmp_path / "in-process" / "latte_flow" / "1" / "bundle", entry)
     assert (tmp_path / "per-engine" / "latte_flow_expert_0" / "1" / "model.onnx").stat().st_size > 0
+
+
+def test_limits_and_options_are_in_the_configuration(bundle: Path, tmp_path: Path, run_command: RunCommand) -> None:
+    options = ("--limit", "max_steps=7", "--limit", "max_queued_images=9", "--provider", "cuda", "--device", "1")
+    further = ("--provider-option", "io_binding=0", "--log-format", "json", "--environment", tmp_path / "env")
+    code, _, error = run_command("repository", bundle, tmp_path / "models", *options, *further)
+    assert code == 0, error
+    text = (tmp_path / "models" / "latte_flow" / "config.pbtxt").read_text()
+    config = text_format.Parse(text, model_config_pb2.ModelConfig())
+    parameters = {name: value.string_value for name, value in config.parameters.items()}
+    assert (parameters["max_steps"], parameters["max_queued_images"]) == ("7", "9")
+    assert (parameters["provider"], parameters["log_format"]) == ("cuda", "json")
+    assert json.loads(parameters["provider_options"]) == {"device_id": "1", "io_binding": "0"}
+    assert parameters["EXECUTION_ENV_PATH"] == str(tmp_path / "env")

@@ -50,8 +50,13 @@ def left_behind(process: subprocess.Popen[str], printed: dict[str, str]) -> list
     return files + servers.split()
 
 
-def test_a_terminated_service_drains_and_leaves_nothing(bundle: Path) -> None:
-    with served(bundle) as (process, printed):
+def test_a_terminated_service_drains_and_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
+    options = ("--limit", "max_steps=200", "--limit", "max_images_per_request=4", "--host", "0.0.0.0")
+    options += ("--log-file", str(tmp_path / "serve.log"))
+    with served(bundle, *options) as (process, printed):
+        assert printed["log"] == str(tmp_path / "serve.log")
+        with pytest.raises(InputError, match="num_images must be from 1 to 4"):
+            Client(printed["grpc"]).generate("a", num_images=5)
         assert sorted(printed) == ["grpc", "http", "key", "log", "metrics", "models"]
         assert (Path(printed["models"]) / "latte_flow" / "config.pbtxt").is_file()
         assert "Started GRPCInferenceService" in Path(printed["log"]).read_text()
@@ -61,6 +66,9 @@ def test_a_terminated_service_drains_and_leaves_nothing(bundle: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert [response.event for response in stream][-1] == "done"
         assert process.wait(30) == 0
+        assert process.stderr is not None
+        assert "warning: whoever reaches 0.0.0.0" in " ".join(process.stderr.read().split())
+    (tmp_path / "serve.log").unlink()  # it stays, since it was asked for
     assert left_behind(process, printed) == []
 
 

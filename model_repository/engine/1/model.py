@@ -23,7 +23,8 @@ class TritonPythonModel:
         entry = EngineEntry.model_validate_json((folder / ENGINE_FILE).read_text(encoding="utf-8"))
         for file in entry.files:
             check_file(folder, file)
-        self.session = open_backend(parameters["provider"]["string_value"]).load(folder, entry)
+        options = json.loads(parameters["provider_options"]["string_value"]) if "provider_options" in parameters else {}
+        self.session = open_backend(parameters["provider"]["string_value"], options).load(folder, entry)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._answer(request) for request in requests]

@@ -61,7 +61,9 @@ class TritonPythonModel:
 
             self.pipeline = LatteFlowPipeline(bundle, load_manifest(bundle), BlsBackend())
         else:
-            self.pipeline = LatteFlowPipeline.from_pretrained(bundle, provider=parameters["provider"])
+            self.pipeline = LatteFlowPipeline.from_pretrained(
+                bundle, parameters["provider"], json.loads(parameters.get("provider_options", "{}"))
+            )
             warm_up(self.pipeline)
         limits = Limits.from_parameters(parameters)
         stations = PipelineStations(self.pipeline)
