@@ -17,17 +17,20 @@ from export.components import (
     expert_component,
     expert_weight_source,
     geometry_of,
+    prompt_format_of,
     solver_component,
+    understanding_of,
 )
 from export.engines import bind, write_engine
 from export.graph_store import GraphStore, default_store
 from export.graphs import make_graphs
 from export.plans.build import carry_plans
 from export.quantization import QuantizationSettings, quantize_bundle
+from export.reference import Reference
 from export.verify import verify_bundle
 from export.vlm_components import language_component, vision_component
 from export.weights import WeightFiles
-from latte.checkpoint import TORCH_DTYPES, check_trained, load_checkpoint, load_outline, resolve_checkpoint
+from latte.checkpoint import TORCH_DTYPES, load_outline, resolve_checkpoint
 from latte.model import LatteFlow
 from runtime.chat import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from runtime.errors import CheckpointError, InputError
@@ -41,14 +44,14 @@ from runtime.manifest import (
     Manifest,
     ParityRow,
     Precision,
-    PromptFormat,
-    Understanding,
     file_entry,
     save_manifest,
 )
 
 TOKENIZER_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, TEMPLATE_FILE, PROCESSOR_FILE)
 PRODUCERS = ("latte-flow", "torch", "transformers", "diffusers", "onnx", "onnxscript", "onnxruntime")
+HASHED_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")
+"""Files of a checkpoint that its hash covers; those of a training run are left out."""
 ALWAYS_FP32: tuple[EngineRole, ...] = ("solver_step", "vae_decoder")
 
 OnStage = Callable[[str], None]
@@ -99,9 +102,7 @@ def export_bundle(
     on_stage("load the checkpoint")
     path = resolve_checkpoint(checkpoint)
     # The export itself reads weights one at a time; only the verification needs a whole model.
-    reference = load_checkpoint(path) if verify else None
-    if reference is not None:
-        check_trained(reference, checkpoint)
+    reference = Reference.from_pretrained(path) if verify else None
     model = load_outline(path)
     with replaced_directory(bundle) as folder:
         # INT8 engines are made from fp32 engines, whose runs show the error.
@@ -116,7 +117,7 @@ def export_bundle(
             precision=written,
             geometry=geometry_of(model.config),
             schedule=model.config.schedule,
-            prompt=prompt_format(model),
+            prompt=prompt_format_of(model),
             understanding=understanding_of(model),
             engines=tuple(engines),
             tokenizer_files=tuple(file_entry(folder, n) for n in TOKENIZER_FILES if (folder / n).is_file()),
@@ -239,33 +240,10 @@ def weights_of(
     return weight
 
 
-def prompt_format(model: LatteFlow) -> PromptFormat:
-    """Returns what the manifest says about prompts."""
-    return PromptFormat(
-        pad_token_id=model.tokenizer.pad_token_id or 0,
-        max_tokens=model.config.max_prompt_tokens,
-        special_tokens=tuple(sorted(token for token in model.tokenizer.get_added_vocab() if token.startswith("<|"))),
-    )
-
-
-def understanding_of(model: LatteFlow) -> Understanding:
-    """Returns what the manifest says about answers."""
-    config, generation = model.vlm.config, model.vlm.generation_config
-    ends = (config.text_config.eos_token_id, generation.eos_token_id, model.tokenizer.eos_token_id)
-    flat = {token for end in ends if end is not None for token in (end if isinstance(end, (list, tuple)) else [end])}
-    return Understanding(
-        image_token_id=config.image_token_id,
-        eos_token_ids=tuple(sorted(flat)),
-        patch_size=config.vision_config.patch_size,
-        spatial_merge_size=config.vision_config.spatial_merge_size,
-        max_context_tokens=config.text_config.max_position_embeddings,
-    )
-
-
 def checkpoint_hash(path: Path) -> str:
-    """Returns one SHA-256 over the config and all weights of a checkpoint."""
+    """Returns one SHA-256 over a checkpoint's weights, configs, tokenizer and processor."""
     digest = hashlib.sha256()
-    for file in sorted([path / "config.json", *path.rglob("*.safetensors")]):
+    for file in sorted(file for kind in HASHED_FILES for file in path.rglob(kind)):
         if "training" not in file.relative_to(path).parts:
             digest.update(f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n".encode())
     return digest.hexdigest()

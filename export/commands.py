@@ -17,9 +17,9 @@ from export.demo import run_demo
 from export.graph_store import GraphStore, default_store
 from export.graphs import OPSETS
 from export.quantization import QuantizationSettings
+from export.reference import Reference
 from export.roundtrip import count_agreements, run_roundtrip, sheet_of
 from export.verify import verify_bundle
-from latte.checkpoint import load_checkpoint
 from runtime.backends import PROVIDERS
 from runtime.console import progress_bar, stderr, stdout
 from runtime.errors import VerificationError
@@ -27,6 +27,8 @@ from runtime.images import save_png
 from runtime.manifest import ParityRow, Precision
 from runtime.pipeline import LatteFlowPipeline
 
+FORMATS = {"relative_error": "{:.1e}", "psnr_db": "{:.1f} dB", "differences": "{:.0f}"}
+"""How the values of each metric are shown."""
 MAX_SHOWN = 48
 """Largest number of images on a sheet of disagreements."""
 Bundle = Annotated[Path, typer.Argument(help="Folder that `latte-flow export` wrote.")]
@@ -82,7 +84,7 @@ def verify(
     provider: Provider = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Compare a bundle with PyTorch: engines, steps, trajectory, images, answers. Exits with 1 if a row fails.
+    """Compare a bundle with PyTorch: inputs, engines, steps, trajectory, images, answers. Exits with 1 if a row fails.
 
     \b
     Examples:
@@ -91,9 +93,9 @@ def verify(
     """
     with staged() as on_stage:
         on_stage("load the checkpoint")
-        model = load_checkpoint(checkpoint)
+        reference = Reference.from_pretrained(checkpoint)
         on_stage("verify against PyTorch")
-        rows = verify_bundle(bundle, model, provider)
+        rows = verify_bundle(bundle, reference, provider)
     if as_json:
         passed = all(row.passed for row in rows)
         typer.echo(json.dumps({"passed": passed, "rows": [row.model_dump() for row in rows]}))
@@ -163,14 +165,9 @@ def parity_table(rows: list[ParityRow]) -> Table:
     """Returns the rows of a verification as a table."""
     table = Table("rung", "what", "group", "step", "measured", "tolerance", "")
     for row in rows:
-        shown = (
-            "not finite"
-            if row.value is None
-            else f"{row.value:.1e}"
-            if row.metric == "relative_error"
-            else f"{row.value:.1f} dB"
-        )
-        limit = f"{row.tolerance:.0e}" if row.metric == "relative_error" else f"{row.tolerance:.0f} dB"
+        form = FORMATS[row.metric]
+        shown = "not finite" if row.value is None else form.format(row.value)
+        limit = form.format(row.tolerance)
         group, step = ("" if number is None else str(number) for number in (row.group, row.step))
         verdict = "[green]ok[/]" if row.passed else "[red]FAILED[/]"
         table.add_row(row.rung, row.what, group, step, shown, limit, verdict)
@@ -185,9 +182,8 @@ def raise_if_failed(failed: list[ParityRow]) -> None:
     where = "".join(
         f", {name} {number}" for name, number in (("group", first.group), ("step", first.step)) if number is not None
     )
-    value = (
-        f"{first.value:.3g}" if first.value is not None else first.note or "not finite, or the reference is constant"
-    )
+    value = "not finite, or the reference is constant" if first.value is None else f"{first.value:.3g}"
+    value = first.note or value
     raise VerificationError(
         f"verification failed in {len(failed)} rows; first at rung {first.rung}: {first.what}{where}: "
         f"{first.metric}: {value}, tolerance {first.tolerance:g}"

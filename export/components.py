@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from export.dc_ae import use_linear_attention
 from latte.checkpoint import TORCH_DTYPES, VLM_FROM_FLOW, cast_parameters, quiet_libraries
 from latte.config import LatteFlowConfig
-from latte.model import FlowLayer, FlowTransformer, VelocityHead, pixels_to_uint8
+from latte.model import FlowLayer, FlowTransformer, LatteFlow, VelocityHead, pixels_to_uint8
 from runtime.flow_time import ExpertSchedule
-from runtime.manifest import DType, EngineRole, Geometry, TensorSpec
+from runtime.manifest import DType, EngineRole, Geometry, PromptFormat, TensorSpec, Understanding
 
 ONNX_NAMES: dict[str, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -368,6 +368,29 @@ def expert_weight_source(config: LatteFlowConfig, group: int, name: str) -> tupl
     if config.variant == "blend" and weight in VLM_FROM_FLOW:
         return "language_model", f"layers.{layer}.{VLM_FROM_FLOW[weight]}"
     return "flow", f"layers.{layer}.{weight}"
+
+
+def prompt_format_of(model: LatteFlow) -> PromptFormat:
+    """Returns what the manifest says about prompts."""
+    return PromptFormat(
+        pad_token_id=model.tokenizer.pad_token_id or 0,
+        max_tokens=model.config.max_prompt_tokens,
+        special_tokens=tuple(sorted(token for token in model.tokenizer.get_added_vocab() if token.startswith("<|"))),
+    )
+
+
+def understanding_of(model: LatteFlow) -> Understanding:
+    """Returns what the manifest says about answers."""
+    config, generation = model.vlm.config, model.vlm.generation_config
+    ends = (config.text_config.eos_token_id, generation.eos_token_id, model.tokenizer.eos_token_id)
+    flat = {token for end in ends if end is not None for token in (end if isinstance(end, (list, tuple)) else [end])}
+    return Understanding(
+        image_token_id=config.image_token_id,
+        eos_token_ids=tuple(sorted(flat)),
+        patch_size=config.vision_config.patch_size,
+        spatial_merge_size=config.vision_config.spatial_merge_size,
+        max_context_tokens=config.text_config.max_position_embeddings,
+    )
 
 
 def geometry_of(config: LatteFlowConfig) -> Geometry:

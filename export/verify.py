@@ -1,13 +1,14 @@
-"""Verification: whether a bundle computes what PyTorch computes, measured on five rungs.
+"""Verification: whether a bundle computes what PyTorch computes, measured on six rungs.
 
+    input        the manifest, tokens and pixels, against the checkpoint and transformers
     engine       every engine against its PyTorch module, for several batch sizes, prefix lengths and latent sizes
-    step         every sampling step, with the reference's latents as input
+    step         the guided velocity of every sampling step, with the reference's latents as input
     trajectory   the final latents, from the same noise
     image        the decoded images, as PSNR
-    answer       the logits of every token of an answer about two images
+    answer       the logits of every token of the answers to a batch of questions about images
 
-Each row names its rung, step and group, so that the first row that fails shows where the error begins. A reference
-that is constant or not finite is a failure too: it would agree with anything.
+Each row names its rung, step and group, so that the first row that fails shows where the error begins. The reference
+takes nothing from the bundle.
 """
 
 from __future__ import annotations
@@ -17,17 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from export.components import geometry_of
-from latte.model import LatteFlow
-from latte.sampling import SampleStep
+from export.components import geometry_of, prompt_format_of, understanding_of
+from export.parity import equality_row, psnr_row, relative_row
+from export.reference import ANSWER_TOKENS, DIALOGUE, PROMPTS, SCALES, EngineCase, QuestionCase, Reference
 from runtime.backends import Backend, open_backend, to_host
 from runtime.backends.observed import ObservedBackend, ObservedRun
 from runtime.chat import ChatInputs, user_message
 from runtime.errors import InputError
-from runtime.flow_time import initial_latents, time_grid
 from runtime.language import LanguageModel
 from runtime.manifest import ParityRow, Precision, load_manifest
 from runtime.pipeline import LatteFlowPipeline
@@ -48,215 +46,143 @@ TOLERANCES: dict[Precision, Tolerances] = {
     "bf16": Tolerances(engine=5e-2, trajectory=1.5e-1, image_psnr_db=25.0),
     "int8": Tolerances(engine=1e-1, trajectory=1e-1, image_psnr_db=35.0),
 }
-PSNR_OF_EQUAL_IMAGES = 100.0
-"""Reported if no pixel differs."""
-SIZES = ((1, 0, (0, 0)), (2, 3, (0, 0)), (3, 17, (1, 2)))
-"""Rows, prefix tokens beyond the shortest prompt, and latent rows and columns beyond the default size."""
-STEPS = 8
-ANSWER_TOKENS = 4
+FP32 = TOLERANCES["fp32"]
+"""Solver and autoencoder are fp32 in every precision."""
+PIXELS = 1e-5
+"""The largest accepted relative error of pixels after the image processor."""
 FLOATING = {"float32", "float16", "bfloat16"}
-PROMPTS = ("a", "a small red circle", "a large green star above a small blue square on a white background")
 
 
-def verify_bundle(bundle: Path, model: LatteFlow, provider: str = "cpu") -> list[ParityRow]:
+def verify_bundle(bundle: Path, reference: Reference, provider: str = "cpu") -> list[ParityRow]:
     """Measures all rungs, in order.
 
     Args:
         bundle: a folder with a manifest.
-        model: the checkpoint that the bundle was exported from, in fp32.
+        reference: the checkpoint that the bundle was exported from.
         provider: runs the engines.
 
     Raises:
         InputError: the checkpoint and the bundle have different sizes.
     """
+    return list(verified_rows(bundle, reference, provider))
+
+
+def verified_rows(bundle: Path, reference: Reference, provider: str = "cpu") -> Iterator[ParityRow]:
+    """Yields the rows of `verify_bundle` one by one."""
     manifest = load_manifest(bundle)
-    if (manifest.geometry, manifest.schedule) != (geometry_of(model.config), model.config.schedule):
+    config = reference.model.config
+    if (manifest.geometry, manifest.schedule) != (geometry_of(config), config.schedule):
         raise InputError(f"{bundle} was exported from a checkpoint of another form; verify it against that checkpoint")
     tolerances = TOLERANCES[manifest.precision]
     watch = FiniteWatch(open_backend(provider))
-    rows = []
-    with LatteFlowPipeline(bundle, manifest, watch) as pipeline, torch.no_grad():
-        for rung in (_engine_rows, _sampling_rows, _answer_rows):
-            for row in rung(pipeline, model, tolerances):
-                rows.append(row if watch.first is None else row.model_copy(update={"note": watch.first}))
+    with LatteFlowPipeline(bundle, manifest, watch) as pipeline:
+        for rung in (_input_rows, _engine_rows, _sampling_rows, _answer_rows):
+            for row in rung(pipeline, reference, tolerances):
+                yield row if watch.first is None else row.model_copy(update={"note": watch.first})
                 watch.reset()
-    return rows
 
 
-def _engine_rows(pipeline: LatteFlowPipeline, model: LatteFlow, tolerances: Tolerances) -> Iterator[ParityRow]:
+def _input_rows(pipeline: LatteFlowPipeline, reference: Reference, _: Tolerances) -> Iterator[ParityRow]:
+    """Compares what the engines get."""
+    manifest, model = pipeline.manifest, reference.model
+    expected = understanding_of(model).model_copy(update={"eos_token_ids": tuple(reference.eos_token_ids)})
+    for name, part, of_checkpoint in (
+        ("prompt", manifest.prompt, prompt_format_of(model)),
+        ("understanding", manifest.understanding, expected),
+    ):
+        yield equality_row("input", f"manifest, {name}", part.model_dump(), of_checkpoint.model_dump())
+    tokens = [pipeline.chat.prompt_tokens(prompt) for prompt in PROMPTS]
+    yield equality_row("input", f"tokens of {len(PROMPTS)} prompts", tokens, reference.prompt_tokens)
+    dialogue = pipeline.chat.encode_conversations([DIALOGUE]).input_ids[0].tolist()
+    yield equality_row("input", "tokens of a dialogue", dialogue, reference.dialogue_tokens)
+    for case in reference.questions:
+        of_bundle = _inputs_of(pipeline, [case])
+        what = f"a question about {len(case.images)} images"
+        ids = case.inputs["input_ids"][0].tolist()
+        yield equality_row("input", f"tokens of {what}", of_bundle.input_ids[0].tolist(), ids)
+        if case.images:
+            pixels = case.inputs["pixel_values"].numpy()
+            given = np.zeros(0) if of_bundle.images is None else of_bundle.images.pixel_values
+            yield relative_row("input", f"pixels of {what}", given.reshape(-1, pixels.shape[1]), pixels, PIXELS)
+
+
+def _engine_rows(pipeline: LatteFlowPipeline, reference: Reference, tolerances: Tolerances) -> Iterator[ParityRow]:
     """Compares engines one by one, on random inputs of several sizes and with the reference's prefix."""
-    generator = torch.Generator().manual_seed(0)
-    config = model.config
-    engines = pipeline.engines
-    for batch, extra, (more_rows, more_columns) in SIZES:
-        ids, mask = _random_prompts(batch, 2 + extra, len(model.tokenizer), generator)
-        prefix = model.encode_tokens(ids, mask)
-        height, width = config.latent_size[0] + more_rows, config.latent_size[1] + more_columns
-        size = f"{batch} rows, {mask.shape[1]} tokens, {height}x{width}"
-        outputs = LanguageModel(engines).forward(ids.numpy(), mask.bool().numpy())
-        for group, reference in enumerate(prefix.kv):
-            # Padding is masked wherever it is read, so its values do not matter.
-            kept = mask.bool()[None, None, :, None, :, None].numpy()
-            value = outputs.kv[group].numpy() * kept
-            yield _relative("engine", f"vlm, {size}", value, reference.numpy() * kept, tolerances.engine, group=group)
-        latents = torch.randn((batch, config.latent_channels, height, width), generator=generator)
-        for group in range(config.schedule.num_groups):
-            start, end = config.schedule.interval(group)
-            t = start + (end - start) * torch.rand(batch, generator=generator)
-            reference = model.flow(latents, t, prefix.kv[group], prefix.mask, group)
-            kv = prefix.kv[group].numpy().astype(pipeline.kv_dtype)
+    for case in reference.engine_cases:
+        yield from _language_rows(pipeline, case, tolerances)
+        for group, expected in enumerate(case.velocities):
             feed = {
-                "latents": latents.numpy(),
-                "timestep": t.numpy(),
-                "prefix_kv": kv,
-                "prefix_mask": prefix.mask.numpy(),
+                "latents": case.latents,
+                "timestep": case.timesteps[group],
+                "prefix_kv": case.prefix_kv[group].astype(pipeline.kv_dtype),
+                "prefix_mask": case.mask,
             }
-            value = engines[f"expert_{group}"].run(feed)["velocity"].numpy()
-            what = f"expert_{group}, {size}"
-            yield _relative("engine", what, value, reference.numpy(), tolerances.engine, group=group)
-        images = pipeline.decode(latents.numpy())
-        reference = model.decode_latents(latents)
-        yield _psnr("engine", f"vae_decoder, {size}", images, reference.numpy(), tolerances.image_psnr_db)
+            name = f"expert_{group}"
+            value = pipeline.engines[name].run(feed)["velocity"].numpy()
+            yield relative_row("engine", f"{name}, {case.size}", value, expected, tolerances.engine, group=group)
+        outputs = pipeline.engines["solver_step"].run(case.solver_feed)
+        moved = outputs["next_latents"].numpy() - case.latents
+        yield relative_row("engine", f"solver_step, {case.size}", moved, case.moved, FP32.engine)
+        copies = outputs["next_latents"].numpy()[case.solver_feed["row_of"]]
+        value = outputs["row_latents"].numpy()
+        yield relative_row("engine", f"solver_step rows, {case.size}", value, copies, FP32.engine)
+        value = pipeline.decode(case.latents)
+        yield psnr_row("engine", f"vae_decoder, {case.size}", value, case.images, FP32.image_psnr_db)
 
 
-def _sampling_rows(pipeline: LatteFlowPipeline, model: LatteFlow, tolerances: Tolerances) -> Iterator[ParityRow]:
-    seeds = list(range(len(PROMPTS)))
-    scales = [3.0, 1.0, 5.0]
-    noise = initial_latents(seeds, (model.config.latent_channels, *model.config.latent_size))
-    reference: list[SampleStep] = []
-    final = model.generate(
-        PROMPTS,
-        num_inference_steps=STEPS,
-        guidance_scale=scales,
-        latents=torch.from_numpy(noise),
-        output_type="latent",
-        callback_on_step_end=reference.append,
-    )
-    before = [torch.from_numpy(noise), *(step.latents for step in reference)]
-    sampler = pipeline.sampler(list(PROMPTS), negative_prompts=[""] * len(PROMPTS), guidance_scales=scales)
-    for step, inputs in zip(reference, sampler.step_inputs(time_grid(STEPS)), strict=True):
-        latents = before[step.index].numpy()
+def _language_rows(pipeline: LatteFlowPipeline, case: EngineCase, tolerances: Tolerances) -> Iterator[ParityRow]:
+    outputs = LanguageModel(pipeline.engines).forward(case.input_ids, case.mask)
+    # Padding is masked wherever it is read, so its values do not matter.
+    kept = case.mask[None, :, None, :, None]  # [1, R, 1, P, 1]
+    for group, expected in enumerate(case.prefix_kv):
+        value = outputs.kv[group].numpy()
+        for index, part in enumerate(("keys", "values")):
+            pair = (value[:, index] * kept, expected[:, index] * kept)
+            yield relative_row("engine", f"vlm {part}, {case.size}", *pair, tolerances.engine, group=group)
+
+
+def _sampling_rows(pipeline: LatteFlowPipeline, reference: Reference, tolerances: Tolerances) -> Iterator[ParityRow]:
+    case = reference.sampling
+    sampler = pipeline.sampler(list(PROMPTS), negative_prompts=[""] * len(PROMPTS), guidance_scales=list(SCALES))
+    for step, inputs in zip(case.steps, sampler.step_inputs(case.times), strict=True):
+        latents = case.latents_before(step.index)
         value = sampler.step(latents, sampler.rows_of(latents), inputs)[0].numpy()
-        expected = step.latents.numpy()
-        yield _relative("step", "next latents", value, expected, tolerances.engine, group=step.group, step=step.index)
-    value = to_host(sampler.run(noise, time_grid(STEPS)))  # not the pipeline, which refuses latents that are not finite
-    yield _relative("trajectory", f"final latents of {STEPS} steps", value, final, tolerances.trajectory)
-    images = pipeline.decode(value)
-    expected = model.decode_latents(torch.from_numpy(final)).numpy()
-    yield _psnr("image", "decoded images", images, expected, tolerances.image_psnr_db)
+        # Not the next latents: the latents before would hide the error of the velocity.
+        velocity = (value - latents) / (case.times[step.index + 1] - case.times[step.index])
+        expected = step.velocity.numpy()
+        at = {"group": step.group, "step": step.index}
+        yield relative_row("step", "velocity", velocity, expected, tolerances.engine, **at)
+    value = to_host(sampler.run(case.noise, case.times))  # the pipeline refuses latents that are not finite
+    what = f"final latents of {len(case.steps)} steps"
+    yield relative_row("trajectory", what, value, case.final, tolerances.trajectory)
+    yield psnr_row("image", "decoded images", pipeline.decode(value), case.images, tolerances.image_psnr_db)
 
 
-def _answer_rows(pipeline: LatteFlowPipeline, model: LatteFlow, tolerances: Tolerances) -> Iterator[ParityRow]:
-    """Compares an answer about two noisy images of different sizes; both sides get the reference's tokens."""
-    rng = np.random.default_rng(0)
-    answerer = pipeline.answerer
-    side = pipeline.manifest.understanding.patch_size * pipeline.manifest.understanding.spatial_merge_size
-    images = [rng.integers(0, 256, (rows * side, columns * side, 3), np.uint8) for rows, columns in ((3, 4), (5, 2))]
-    inputs = answerer.chat.encode_conversations([[user_message(images, PROMPTS[1])]])
-    assert inputs.images is not None
-    reference_inputs = inputs_of_reference(model, inputs)
-    embeds = answerer.encode_images(inputs.images)
-    vision = (reference_inputs["pixel_values"], reference_inputs["image_grid_thw"])
-    reference = model.vlm.model.visual(*vision).pooler_output
-    what = f"vision_encoder, {len(images)} images, {len(reference)} tokens"
-    yield _relative("engine", what, to_host(embeds), reference.numpy(), tolerances.engine)
-
-    ids = reference_inputs["input_ids"]
-    output = answerer.language.forward(inputs.input_ids, inputs.attention_mask, inputs.position_ids, embeds)
+def _answer_rows(pipeline: LatteFlowPipeline, reference: Reference, tolerances: Tolerances) -> Iterator[ParityRow]:
+    """Compares answers, written as one batch; both sides get the reference's answers so far."""
+    answerer, cases = pipeline.answerer, reference.questions
+    inputs = _inputs_of(pipeline, cases)
+    embeds = None
+    if inputs.images is not None:
+        embeds = answerer.encode_images(inputs.images)
+        expected = np.concatenate([case.embeds for case in cases if case.embeds is not None])
+        what = f"vision_encoder, {sum(len(case.images) for case in cases)} images, {len(expected)} tokens"
+        yield relative_row("engine", what, to_host(embeds), expected, tolerances.engine)
+    mask = inputs.attention_mask
+    output = answerer.language.forward(inputs.input_ids, mask, inputs.position_ids, embeds)
     for step in range(ANSWER_TOKENS):
-        written = inputs_of_reference(model, inputs, ids)
-        logits = model.vlm(**written, logits_to_keep=1).logits[:, -1]
-        value = output.logits.numpy()
-        yield _relative("answer", "logits", value, logits.numpy(), tolerances.engine, step=step)
-        token = logits.argmax(dim=-1, keepdim=True)
-        ids = torch.cat([ids, token], dim=1)
-        positions = np.full((3, 1, 1), inputs.next_position[0] + step)
-        output = answerer.language.forward(token.numpy(), np.ones(ids.shape, bool), positions, past=output.kv)
+        for row, case in enumerate(cases):
+            what = f"logits of answer {row + 1} of {len(cases)}"
+            value = output.logits.numpy()[row]
+            yield relative_row("answer", what, value, case.logits[step], tolerances.engine, step=step)
+        tokens = np.array([case.tokens[step] for case in cases])[:, None]
+        mask = np.concatenate([mask, np.ones_like(tokens, bool)], axis=1)
+        positions = np.broadcast_to((inputs.next_position + step)[None, :, None], (3, len(cases), 1))
+        output = answerer.language.forward(tokens, mask, positions, past=output.kv)
 
 
-def inputs_of_reference(model: LatteFlow, inputs: ChatInputs, ids: Tensor | None = None) -> dict[str, Tensor]:
-    """Converts the runtime's inputs with images to the arguments of transformers' Qwen2-VL.
-
-    Args:
-        ids: the tokens `[B, S]` int64, if some were written since.
-    """
-    assert inputs.images is not None
-    ids = torch.from_numpy(inputs.input_ids) if ids is None else ids
-    merge = model.vlm.config.vision_config.spatial_merge_size
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": (ids == model.vlm.config.image_token_id).int(),
-        "pixel_values": torch.from_numpy(inputs.images.pixel_values).flatten(0, 1),
-        "image_grid_thw": torch.tensor([(1, rows * merge, columns * merge) for rows, columns in inputs.images.grids]),
-    }
-
-
-def _random_prompts(batch: int, shortest: int, vocabulary: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Returns token ids and mask, `[B, P]` int64, of prompts with the lengths shortest, shortest + 1, …"""
-    lengths = torch.arange(batch) + shortest
-    ids = torch.randint(0, vocabulary, (batch, int(lengths.max())), generator=generator)
-    mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
-    return ids, mask
-
-
-def relative_error(value: np.ndarray, reference: np.ndarray) -> float | None:
-    """Returns ‖value − reference‖ / ‖reference‖; None if either is not finite or the reference is constant."""
-    value, reference = np.asarray(value, np.float64), np.asarray(reference, np.float64)
-    if value.shape != reference.shape or not np.isfinite(value).all() or not np.isfinite(reference).all():
-        return None
-    if reference.size > 1 and np.ptp(reference) == 0:
-        return None
-    return float(np.linalg.norm(value - reference) / np.linalg.norm(reference))
-
-
-def psnr_db(value: np.ndarray, reference: np.ndarray) -> float | None:
-    """Returns the peak signal-to-noise ratio of uint8 images; None if the reference is constant or shapes differ."""
-    if value.shape != reference.shape or np.ptp(reference) == 0:
-        return None
-    error = np.mean((value.astype(np.float64) - reference.astype(np.float64)) ** 2)
-    return PSNR_OF_EQUAL_IMAGES if error == 0 else min(PSNR_OF_EQUAL_IMAGES, float(10 * np.log10(255.0**2 / error)))
-
-
-def _relative(
-    rung: str,
-    what: str,
-    value: np.ndarray,
-    reference: np.ndarray,
-    tolerance: float,
-    *,
-    group: int | None = None,
-    step: int | None = None,
-) -> ParityRow:
-    error = relative_error(value, reference)
-    passed = error is not None and error <= tolerance
-    return ParityRow.model_validate(
-        {
-            "rung": rung,
-            "what": what,
-            "group": group,
-            "step": step,
-            "metric": "relative_error",
-            "value": error,
-            "tolerance": tolerance,
-            "passed": passed,
-        }
-    )
-
-
-def _psnr(rung: str, what: str, value: np.ndarray, reference: np.ndarray, tolerance: float) -> ParityRow:
-    number = psnr_db(value, reference)
-    passed = number is not None and number >= tolerance
-    return ParityRow.model_validate(
-        {
-            "rung": rung,
-            "what": what,
-            "metric": "psnr_db",
-            "value": number,
-            "tolerance": tolerance,
-            "passed": passed,
-        }
-    )
+def _inputs_of(pipeline: LatteFlowPipeline, cases: list[QuestionCase]) -> ChatInputs:
+    return pipeline.chat.encode_conversations([[user_message(case.images, case.question)] for case in cases])
 
 
 class FiniteWatch(ObservedBackend):

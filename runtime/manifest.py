@@ -17,12 +17,13 @@ from runtime.errors import BundleError
 from runtime.files import sha256_of, write_text
 from runtime.flow_time import ExpertSchedule
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 FILE_NAME = "manifest.json"
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 PlanProvider = Literal["tensorrt", "tensorrt-rtx"]
 EngineRole = Literal["vision_encoder", "vlm", "expert", "solver_step", "vae_decoder"]
+Rung = Literal["input", "engine", "step", "trajectory", "image", "answer"]
 DType = Literal["float32", "float16", "bfloat16", "int64", "bool", "uint8"]
 
 
@@ -172,15 +173,15 @@ class Understanding(_Frozen):
 class ParityRow(_Frozen):
     """One measurement of a verification."""
 
-    rung: Literal["engine", "step", "trajectory", "image", "answer"]
+    rung: Rung
     what: str
     group: int | None = None
     step: int | None = None
-    metric: Literal["relative_error", "psnr_db"]
+    metric: Literal["relative_error", "psnr_db", "differences"]
     value: float | None = Field(description="None if it is not finite")
     tolerance: float
     passed: bool
-    note: str | None = Field(default=None, description="where a value that is not finite came from")
+    note: str | None = Field(default=None, description="where a value that is not finite came from, or what differs")
 
 
 class Manifest(_Frozen):
@@ -188,7 +189,7 @@ class Manifest(_Frozen):
 
     schema_version: int
     producer: dict[str, str] = Field(description="versions of the packages that wrote the bundle")
-    checkpoint_sha256: str = Field(description="over the checkpoint's weights and config")
+    checkpoint_sha256: str = Field(description="over the checkpoint's weights, configs, tokenizer and processor")
     precision: Precision
     geometry: Geometry
     schedule: ExpertSchedule
@@ -222,9 +223,13 @@ class Manifest(_Frozen):
         return list({entry.path: entry for entry in entries}.values())
 
     def bundle_hash(self) -> str:
-        """Returns a short hash of the bundle's files; dates and reports do not change it."""
-        digest = hashlib.sha256("".join(sorted(entry.sha256 for entry in self.files())).encode())
-        return digest.hexdigest()[:16]
+        """Returns a short hash of the bundle's files and of what the manifest says of the model and its engines.
+
+        Versions, plans and reports do not change it.
+        """
+        described = self.model_dump_json(exclude={"producer", "parity", "engines"})
+        engines = [engine.model_dump_json(exclude={"plans"}) for engine in self.engines]
+        return hashlib.sha256("\n".join([described, *engines]).encode()).hexdigest()[:16]
 
 
 def load_manifest(bundle: Path) -> Manifest:

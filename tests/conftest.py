@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from export.bundle import export_bundle
-from latte.checkpoint import load_checkpoint
+from export.reference import Reference
+from latte.checkpoint import load_checkpoint, load_image_processor
 from latte.model import LatteFlow
 from runtime.pipeline import LatteFlowPipeline
 from tests.tiny import save_tiny
@@ -37,6 +38,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(checkpoint: Path) -> LatteFlow:
     """The tiny checkpoint in PyTorch."""
     return load_checkpoint(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def reference(model: LatteFlow, checkpoint: Path) -> Reference:
+    """What a bundle of the tiny checkpoint must compute."""
+    return Reference(model, load_image_processor(checkpoint))
 
 
 @pytest.fixture(scope="session")

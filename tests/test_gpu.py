@@ -10,8 +10,8 @@ import pytest
 
 from export.bundle import export_bundle
 from export.plans.build import BuildOptions, build_plans
+from export.reference import Reference
 from export.verify import verify_bundle
-from latte.model import LatteFlow
 from runtime.backends import open_backend
 from runtime.errors import LatteFlowError
 from runtime.machine import find_gpu
@@ -35,10 +35,10 @@ class TestCuda:
 
     @pytest.mark.parametrize("precision", ["fp32", "fp16"])
     def test_onnx_runtime_on_cuda_passes_the_ladder(
-        self, precision: Precision, checkpoint: Path, model: LatteFlow, tmp_path: Path
+        self, precision: Precision, checkpoint: Path, reference: Reference, tmp_path: Path
     ) -> None:
         export_bundle(checkpoint, tmp_path / "bundle", precision=precision, verify=False)
-        assert [row for row in verify_bundle(tmp_path / "bundle", model, "cuda") if not row.passed] == []
+        assert [row for row in verify_bundle(tmp_path / "bundle", reference, "cuda") if not row.passed] == []
 
     def test_values_stay_on_the_device(self, bundle: Path) -> None:
         with LatteFlowPipeline.from_pretrained(bundle, "cuda") as pipe:
@@ -57,14 +57,14 @@ class TestNative:
     @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
     @pytest.mark.parametrize("graphs", ["0", "1"])
     def test_native_tensorrt_passes_the_ladder(
-        self, precision: Precision, graphs: str, checkpoint: Path, model: LatteFlow, tmp_path: Path
+        self, precision: Precision, graphs: str, checkpoint: Path, reference: Reference, tmp_path: Path
     ) -> None:
         name = native()
         bundle = tmp_path / "bundle"
         export_bundle(checkpoint, bundle, precision=precision, verify=False)
         build_plans(bundle, BuildOptions(provider=name))  # type: ignore[arg-type]
         assert all(plan.inspected for engine in load_manifest(bundle).engines for plan in engine.plans)
-        assert [row for row in verify_bundle(bundle, model, name) if not row.passed] == []
+        assert [row for row in verify_bundle(bundle, reference, name) if not row.passed] == []
 
     def test_the_same_call_twice_is_a_graph_and_the_same_image(self, checkpoint: Path, tmp_path: Path) -> None:
         name = native()

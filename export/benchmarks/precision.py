@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from export.benchmarks.random_models import PAPER, one_group
 from export.benchmarks.report import AsJson, Publisher, app
-from export.verify import relative_error
+from export.parity import relative_error
 from latte.checkpoint import TORCH_DTYPES, cast_parameters, load_checkpoint
 from latte.config import LatteFlowConfig
 from latte.model import FlowTransformer

@@ -19,9 +19,8 @@ from export.benchmarks.report import app, describe_machine, print_machine
 from export.benchmarks.timing import take_turns
 from export.bundle import export_bundle
 from export.commands import parity_table, raise_if_failed, staged
+from export.reference import Reference
 from export.verify import verify_bundle
-from latte.checkpoint import load_checkpoint
-from latte.model import LatteFlow
 from runtime.backends import PROVIDERS, open_backend
 from runtime.console import stdout
 from runtime.files import write_text
@@ -58,7 +57,7 @@ class ProviderReport:
 
 def run_provider(
     checkpoint: str,
-    model: LatteFlow,
+    reference: Reference,
     provider: str,
     out: Path,
     precisions: tuple[Precision, ...],
@@ -78,7 +77,7 @@ def run_provider(
         on_stage(f"{precision}: export")
         export_bundle(checkpoint, bundle, precision=precision, verify=False, force=True)
         on_stage(f"{precision}: verify on {provider}")
-        report.parity[precision] = verify_bundle(bundle, model, provider)
+        report.parity[precision] = verify_bundle(bundle, reference, provider)
         on_stage(f"{precision}: draw and time")
         sides = [(provider, options) for options in variants] + [("cpu", {})] * (provider != "cpu")
         pipes = [LatteFlowPipeline.from_pretrained(bundle, name, options) for name, options in sides]
@@ -118,9 +117,9 @@ def provider(
     """
     open_backend(name)  # reports what is missing before the work begins
     variants: tuple[dict[str, str], ...] = ({}, {"io_binding": "0"}) if name == "cuda" else ({},)
-    model = load_checkpoint(checkpoint)
+    reference = Reference.from_pretrained(checkpoint)
     with staged() as on_stage:
-        report = run_provider(checkpoint, model, name, out, ("fp32", "fp16"), variants, rounds, on_stage)
+        report = run_provider(checkpoint, reference, name, out, ("fp32", "fp16"), variants, rounds, on_stage)
     machine = describe_machine()
     parity = {half: [row.model_dump() for row in rows] for half, rows in report.parity.items()}
     timings = [asdict(timing) for timing in report.timings]

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from export.benchmarks.report import AsJson, Publisher, app
-from export.verify import psnr_db
+from export.parity import psnr_db
 from latte.checkpoint import load_checkpoint
 from latte.model import LatteFlow
 from latte.shapes.score import held_out_prompts, score_drawing

@@ -17,9 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from export.benchmarks.report import Against, AsJson, Publisher, app, bundle_for_the_run, resident_megabytes
 from export.benchmarks.timing import take_turns
-from export.verify import inputs_of_reference
-from latte.checkpoint import load_checkpoint
-from latte.model import LatteFlow
+from export.reference import Reference
 from latte.shapes.scenes import draw, sample_scene
 from runtime.answers import AnswerSettings
 from runtime.chat import ChatInputs, user_message
@@ -64,7 +62,7 @@ class UnderstandingReport:
 
 
 def measure(
-    pipe: LatteFlowPipeline, model: LatteFlow, new_tokens: int, rounds: int, on_round: Callable[[], None]
+    pipe: LatteFlowPipeline, reference: Reference, new_tokens: int, rounds: int, on_round: Callable[[], None]
 ) -> UnderstandingReport:
     """Times greedy answers of exactly `new_tokens` to one question about one image; the sides take turns."""
     transformers_logging.set_verbosity_error()  # it warns that no token ends an answer, which is intended here
@@ -80,7 +78,7 @@ def measure(
     turns = take_turns(
         {
             "engines": lambda _: _engine_answer(pipe, inputs, new_tokens),
-            "transformers": lambda _: _reference_answer(model, inputs, new_tokens),
+            "transformers": lambda _: _reference_answer(reference, image, new_tokens),
         },
         rounds,
         on_round,
@@ -132,14 +130,14 @@ class _Stamps:
 
 
 @torch.no_grad()
-def _reference_answer(model: LatteFlow, inputs: ChatInputs, new_tokens: int) -> _Answer:
-    reference_inputs = inputs_of_reference(model, inputs)
+def _reference_answer(reference: Reference, image: np.ndarray, new_tokens: int) -> _Answer:
+    inputs = reference.question_inputs([image], QUESTION)
     streamer = _Stamps()
     started = time.perf_counter()
-    generated = model.vlm.generate(
-        **reference_inputs, do_sample=False, max_new_tokens=new_tokens, eos_token_id=-1, streamer=streamer
+    generated = reference.model.vlm.generate(
+        **inputs, do_sample=False, max_new_tokens=new_tokens, eos_token_id=-1, streamer=streamer
     )
-    tokens = generated[0, inputs.input_ids.shape[1] :].tolist()
+    tokens = generated[0, inputs["input_ids"].shape[1] :].tolist()
     first, last = streamer.times[1], streamer.times[-1]
     return _Answer(tokens, first - started, last - first)
 
@@ -162,11 +160,11 @@ def understanding(
     """
     publisher = Publisher(as_json, against)
     with bundle_for_the_run(bundle, checkpoint) as bundle:
-        model = load_checkpoint(checkpoint)
-        model.vlm.set_attn_implementation("sdpa")
+        reference = Reference.from_pretrained(checkpoint)
+        reference.model.vlm.set_attn_implementation("sdpa")
         with LatteFlowPipeline.from_pretrained(bundle) as pipe, progress_bar() as progress:
             task = progress.add_task("answer", total=rounds)
-            report = measure(pipe, model, new_tokens, rounds, lambda: progress.advance(task))
+            report = measure(pipe, reference, new_tokens, rounds, lambda: progress.advance(task))
 
     def show() -> None:
         table = Table(

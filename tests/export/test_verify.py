@@ -12,7 +12,9 @@ import torch
 from diffusers.models.attention_processor import SanaMultiscaleLinearAttention
 
 from export.dc_ae import LinearAttentionProcessor
-from export.verify import FiniteWatch, psnr_db, relative_error, verify_bundle
+from export.parity import psnr_db, relative_error
+from export.reference import Reference
+from export.verify import FiniteWatch, verify_bundle
 from runtime.backends import open_backend
 from runtime.errors import EngineError, InputError
 from runtime.flow_time import ExpertSchedule
@@ -28,7 +30,7 @@ def test_a_faithful_bundle_passes_every_rung(
     report = json.loads(out)
     assert code == 0
     assert report["passed"]
-    assert {row["rung"] for row in report["rows"]} == {"engine", "step", "trajectory", "image", "answer"}
+    assert {row["rung"] for row in report["rows"]} == {"input", "engine", "step", "trajectory", "image", "answer"}
     worst = max(row["value"] for row in report["rows"] if row["metric"] == "relative_error")
     assert worst < 1e-4
 
@@ -75,7 +77,7 @@ def test_a_checkpoint_of_another_form_is_said_so(bundle: Path) -> None:
     other = tiny_model()
     other.config = config
     with pytest.raises(InputError, match="another form"):
-        verify_bundle(bundle, other)
+        verify_bundle(bundle, Reference(other, None))
 
 
 def test_a_reference_that_is_constant_or_not_finite_proves_nothing() -> None:

@@ -18,7 +18,7 @@ from export.benchmarks.random_models import _random_weights
 from export.engines import bind
 from export.graph_store import GraphStore, default_store
 from export.graphs import make_graphs, quiet_exporter
-from export.verify import relative_error
+from export.parity import relative_error
 from export.vlm_components import (
     VisionAttention,
     language_component,

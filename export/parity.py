@@ -1,0 +1,88 @@
+"""The measures of a verification, and the rows that report them.
+
+A reference that is constant or not finite fails: it would agree with anything.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from runtime.manifest import ParityRow, Rung
+
+PSNR_OF_EQUAL_IMAGES = 100.0
+"""Reported if no pixel differs."""
+
+
+def relative_error(value: np.ndarray, reference: np.ndarray) -> float | None:
+    """Returns ‖value − reference‖ / ‖reference‖; None if either is not finite or the reference is constant."""
+    value, reference = np.asarray(value, np.float64), np.asarray(reference, np.float64)
+    if value.shape != reference.shape or not np.isfinite(value).all() or not np.isfinite(reference).all():
+        return None
+    if reference.size > 1 and np.ptp(reference) == 0:
+        return None
+    return float(np.linalg.norm(value - reference) / np.linalg.norm(reference))
+
+
+def psnr_db(value: np.ndarray, reference: np.ndarray) -> float | None:
+    """Returns the peak signal-to-noise ratio of uint8 images; None if the reference is constant or shapes differ."""
+    if value.shape != reference.shape or np.ptp(reference) == 0:
+        return None
+    error = np.mean((value.astype(np.float64) - reference.astype(np.float64)) ** 2)
+    return PSNR_OF_EQUAL_IMAGES if error == 0 else min(PSNR_OF_EQUAL_IMAGES, float(10 * np.log10(255.0**2 / error)))
+
+
+def relative_row(
+    rung: Rung,
+    what: str,
+    value: np.ndarray,
+    reference: np.ndarray,
+    tolerance: float,
+    *,
+    group: int | None = None,
+    step: int | None = None,
+) -> ParityRow:
+    """Compares by relative error, which must not exceed the tolerance."""
+    error = relative_error(value, reference)
+    return ParityRow(
+        rung=rung,
+        what=what,
+        group=group,
+        step=step,
+        metric="relative_error",
+        value=error,
+        tolerance=tolerance,
+        passed=error is not None and error <= tolerance,
+    )
+
+
+def psnr_row(rung: Rung, what: str, value: np.ndarray, reference: np.ndarray, tolerance: float) -> ParityRow:
+    """Compares images by PSNR, which must reach the tolerance in dB."""
+    number = psnr_db(value, reference)
+    passed = number is not None and number >= tolerance
+    return ParityRow(rung=rung, what=what, metric="psnr_db", value=number, tolerance=tolerance, passed=passed)
+
+
+def equality_row(rung: Rung, what: str, value: object, expected: object) -> ParityRow:
+    """Compares what must be equal; the measured value is the number of differences, and the note shows the first."""
+    differences = _differences(value, expected)
+    return ParityRow(
+        rung=rung,
+        what=what,
+        metric="differences",
+        value=len(differences),
+        tolerance=0,
+        passed=not differences,
+        note=differences[0] if differences else None,
+    )
+
+
+def _differences(value: object, expected: object, where: str = "") -> list[str]:
+    if isinstance(value, dict) and isinstance(expected, dict):
+        names = sorted(value.keys() | expected.keys())
+        return [d for n in names for d in _differences(value.get(n), expected.get(n), f"{where}.{n}" if where else n)]
+    if isinstance(value, (list, tuple)) and isinstance(expected, (list, tuple)) and len(value) == len(expected):
+        pairs = enumerate(zip(value, expected, strict=True))
+        return [difference for i, pair in pairs for difference in _differences(*pair, f"{where}[{i}]")]
+    if value == expected:
+        return []
+    return [f"{f'{where} is ' if where else ''}{value!r:.80}, expected {expected!r:.80}"]
