@@ -8,14 +8,10 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
 from export.components import (
     Component,
     decoder_component,
     expert_component,
-    expert_weight_source,
     geometry_of,
     prompt_format_of,
     solver_component,
@@ -29,8 +25,8 @@ from export.quantization import QuantizationSettings, quantize_bundle
 from export.reference import Reference
 from export.verify import verify_bundle
 from export.vlm_components import language_component, vision_component
-from export.weights import WeightFiles
-from latte.checkpoint import TORCH_DTYPES, load_outline, resolve_checkpoint
+from export.weights import ALWAYS_FP32, WeightFiles, weights_of
+from latte.checkpoint import load_outline, resolve_checkpoint
 from latte.model import LatteFlow
 from runtime.chat import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from runtime.errors import CheckpointError, InputError
@@ -40,7 +36,6 @@ from runtime.manifest import (
     FILE_NAME,
     SCHEMA_VERSION,
     EngineEntry,
-    EngineRole,
     Manifest,
     ParityRow,
     Precision,
@@ -52,7 +47,6 @@ TOKENIZER_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, TEMPLATE_FILE, PROCESS
 PRODUCERS = ("latte-flow", "torch", "transformers", "diffusers", "onnx", "onnxscript", "onnxruntime")
 HASHED_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")
 """Files of a checkpoint that its hash covers; those of a training run are left out."""
-ALWAYS_FP32: tuple[EngineRole, ...] = ("solver_step", "vae_decoder")
 
 OnStage = Callable[[str], None]
 
@@ -90,10 +84,6 @@ def export_bundle(
         InputError: something else is at `bundle`, or the options exclude each other.
         CheckpointError: the checkpoint cannot be used.
     """
-    if precision == "bf16" and verify:
-        raise InputError(
-            "ONNX Runtime's CPU does not run bf16, so a bf16 bundle cannot be verified here; pass --no-verify"
-        )
     if precision == "bf16" and fuse:
         raise InputError("ONNX Runtime's fused operators do not support bf16; leave out --fuse")
     if precision == "int8" and fuse:
@@ -202,42 +192,6 @@ def most_patches_of(checkpoint: Path, model: LatteFlow) -> int:
     if not (checkpoint / PROCESSOR_FILE).is_file():
         return most
     return min(most, load_processor_config(checkpoint / PROCESSOR_FILE).most_patches)
-
-
-def weights_of(
-    role: EngineRole, model: LatteFlow, files: WeightFiles, precision: Precision, group: int | None
-) -> Callable[[str], Tensor]:
-    """Returns a function from the name of a graph's initializer to its value.
-
-    Args:
-        model: the checkpoint's modules; only their buffers are used.
-        files: the checkpoint's files, which parameters are read from.
-        group: the expert group, for experts.
-    """
-    dtype = torch.float32 if role in ALWAYS_FP32 else TORCH_DTYPES[precision]
-    language_model = model.vlm.model.language_model
-    constants = {"latents_mean": model.latents_mean, "latents_std": model.latents_std}
-
-    def value(part: str, name: str, module: nn.Module) -> Tensor:
-        """Returns a parameter from its file, or a buffer that the module computes, such as rotary frequencies."""
-        owner, _, attribute = name.rpartition(".")
-        computed = module.get_submodule(owner)._buffers.get(attribute)
-        return files.read(part, name, dtype) if computed is None else computed
-
-    def weight(name: str) -> Tensor:
-        if role == "vision_encoder":
-            return value("vision", name.removeprefix("tower."), model.vlm.model.visual)
-        if role == "vlm" and name == "lm_head.weight":
-            return files.read("head", name, dtype)
-        if role == "vlm":
-            return value("text", name.removeprefix("language_model."), language_model)
-        if role == "vae_decoder":
-            return constants[name] if name in constants else value("vae", name, model.vae)
-        assert group is not None
-        part, source = expert_weight_source(model.config, group, name)
-        return value("text", source, language_model) if part == "language_model" else value("flow", source, model.flow)
-
-    return weight
 
 
 def checkpoint_hash(path: Path) -> str:

@@ -19,12 +19,12 @@ from export.graphs import OPSETS
 from export.quantization import QuantizationSettings
 from export.reference import Reference
 from export.roundtrip import count_agreements, run_roundtrip, sheet_of
-from export.verify import verify_bundle
+from export.verify import runs_on, verify_bundle
 from runtime.backends import PROVIDERS
 from runtime.console import progress_bar, stderr, stdout
 from runtime.errors import VerificationError
 from runtime.images import save_png
-from runtime.manifest import ParityRow, Precision
+from runtime.manifest import ParityRow, Precision, load_manifest
 from runtime.pipeline import LatteFlowPipeline
 
 FORMATS = {"relative_error": "{:.1e}", "psnr_db": "{:.1f} dB", "differences": "{:.0f}"}
@@ -75,6 +75,8 @@ def export(
             on_stage=on_stage,
         )
     typer.echo(f"{bundle} ({manifest.bundle_hash()})")
+    if verify and not runs_on(precision, "cpu"):
+        say_not_run(precision, "cpu")
     raise_if_failed(failed)
 
 
@@ -96,6 +98,9 @@ def verify(
         reference = Reference.from_pretrained(checkpoint)
         on_stage("verify against PyTorch")
         rows = verify_bundle(bundle, reference, provider)
+    precision = load_manifest(bundle).precision
+    if not runs_on(precision, provider):
+        say_not_run(precision, provider)
     if as_json:
         passed = all(row.passed for row in rows)
         typer.echo(json.dumps({"passed": passed, "rows": [row.model_dump() for row in rows]}))
@@ -172,6 +177,15 @@ def parity_table(rows: list[ParityRow]) -> Table:
         verdict = "[green]ok[/]" if row.passed else "[red]FAILED[/]"
         table.add_row(row.rung, row.what, group, step, shown, limit, verdict)
     return table
+
+
+def say_not_run(precision: Precision, provider: str) -> None:
+    """Says what a verification left out."""
+    stderr.print(
+        f"the engines were not run, because {provider} does not run {precision}: only inputs, weights and graphs were "
+        "verified; run latte-flow verify with a provider of a GPU for the rest",
+        soft_wrap=True,
+    )
 
 
 def raise_if_failed(failed: list[ParityRow]) -> None:

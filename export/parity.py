@@ -5,6 +5,8 @@ A reference that is constant or not finite fails: it would agree with anything.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from runtime.manifest import ParityRow, Rung
@@ -63,11 +65,16 @@ def psnr_row(rung: Rung, what: str, value: np.ndarray, reference: np.ndarray, to
 
 
 def equality_row(rung: Rung, what: str, value: object, expected: object) -> ParityRow:
-    """Compares what must be equal; the measured value is the number of differences, and the note shows the first."""
-    differences = _differences(value, expected)
+    """Compares what must be equal, such as tokens or parts of a manifest."""
+    return differences_row(rung, what, _differences(value, expected))
+
+
+def differences_row(rung: Rung, what: str, differences: Sequence[str], group: int | None = None) -> ParityRow:
+    """Reports differences, of which there must be none; the note shows the first."""
     return ParityRow(
         rung=rung,
         what=what,
+        group=group,
         metric="differences",
         value=len(differences),
         tolerance=0,

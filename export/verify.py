@@ -1,6 +1,8 @@
-"""Verification: whether a bundle computes what PyTorch computes, measured on six rungs.
+"""Verification: whether a bundle computes what PyTorch computes, measured on eight rungs.
 
     input        the manifest, tokens and pixels, against the checkpoint and transformers
+    weights      every weight of every engine, against the checkpoint's
+    graph        every engine in fp32 with the checkpoint's weights: what the graph does, apart from rounding
     engine       every engine against its PyTorch module, for several batch sizes, prefix lengths and latent sizes
     step         the guided velocity of every sampling step, with the reference's latents as input
     trajectory   the final latents, from the same noise
@@ -13,15 +15,18 @@ takes nothing from the bundle.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from export.components import geometry_of, prompt_format_of, understanding_of
-from export.parity import equality_row, psnr_row, relative_row
+from export.parity import differences_row, equality_row, psnr_row, relative_row
 from export.reference import ANSWER_TOKENS, DIALOGUE, PROMPTS, SCALES, EngineCase, QuestionCase, Reference
+from export.weight_check import differing_weights
+from export.widened import is_widened_by, widened_bundle
 from runtime.backends import Backend, open_backend, to_host
 from runtime.backends.observed import ObservedBackend, ObservedRun
 from runtime.chat import ChatInputs, user_message
@@ -53,6 +58,9 @@ PIXELS = 1e-5
 FLOATING = {"float32", "float16", "bfloat16"}
 
 
+Rung = Callable[[LatteFlowPipeline, Reference, Tolerances], Iterator[ParityRow]]
+
+
 def verify_bundle(bundle: Path, reference: Reference, provider: str = "cpu") -> list[ParityRow]:
     """Measures all rungs, in order.
 
@@ -67,6 +75,11 @@ def verify_bundle(bundle: Path, reference: Reference, provider: str = "cpu") -> 
     return list(verified_rows(bundle, reference, provider))
 
 
+def runs_on(precision: Precision, provider: str) -> bool:
+    """Returns whether a provider runs a precision. If not, only inputs, weights and graphs are verified."""
+    return precision != "bf16" or provider != "cpu"
+
+
 def verified_rows(bundle: Path, reference: Reference, provider: str = "cpu") -> Iterator[ParityRow]:
     """Yields the rows of `verify_bundle` one by one."""
     manifest = load_manifest(bundle)
@@ -76,7 +89,10 @@ def verified_rows(bundle: Path, reference: Reference, provider: str = "cpu") -> 
     tolerances = TOLERANCES[manifest.precision]
     watch = FiniteWatch(open_backend(provider))
     with LatteFlowPipeline(bundle, manifest, watch) as pipeline:
-        for rung in (_input_rows, _engine_rows, _sampling_rows, _answer_rows):
+        rungs: list[Rung] = [_input_rows, _weight_rows, _graph_rows]
+        if runs_on(manifest.precision, provider):
+            rungs += [_engine_rows, _sampling_rows, _answer_rows]
+        for rung in rungs:
             for row in rung(pipeline, reference, tolerances):
                 yield row if watch.first is None else row.model_copy(update={"note": watch.first})
                 watch.reset()
@@ -106,26 +122,50 @@ def _input_rows(pipeline: LatteFlowPipeline, reference: Reference, _: Tolerances
             yield relative_row("input", f"pixels of {what}", given.reshape(-1, pixels.shape[1]), pixels, PIXELS)
 
 
+def _weight_rows(pipeline: LatteFlowPipeline, reference: Reference, _: Tolerances) -> Iterator[ParityRow]:
+    """Compares weights with the checkpoint's, rounded to the engine's precision. Fused weights are not compared."""
+    for entry in pipeline.manifest.engines:
+        differing, count = differing_weights(pipeline.bundle, entry, reference.model)
+        if count:
+            what = f"{count} weights of {entry.name}"
+            yield differences_row("weights", what, differing, group=entry.group)
+
+
+def _graph_rows(pipeline: LatteFlowPipeline, reference: Reference, _: Tolerances) -> Iterator[ParityRow]:
+    """Compares the graphs in fp32, which run on the CPU whatever the provider and the precision."""
+    if not any(is_widened_by(entry) for entry in pipeline.manifest.engines):
+        return
+    with tempfile.TemporaryDirectory(prefix="latte-flow-") as folder:
+        manifest = widened_bundle(pipeline.bundle, reference.model, Path(folder))
+        with LatteFlowPipeline(Path(folder), manifest, open_backend("cpu"), low_memory=True) as wide:
+            for rung in (_engine_rows, _answer_rows):
+                for row in rung(wide, reference, FP32):
+                    yield row.model_copy(update={"rung": "graph"})
+
+
 def _engine_rows(pipeline: LatteFlowPipeline, reference: Reference, tolerances: Tolerances) -> Iterator[ParityRow]:
     """Compares engines one by one, on random inputs of several sizes and with the reference's prefix."""
-    for case in reference.engine_cases:
+    cases = reference.engine_cases
+    for case in cases:
         yield from _language_rows(pipeline, case, tolerances)
-        for group, expected in enumerate(case.velocities):
+    for group in range(pipeline.manifest.schedule.num_groups):
+        name = f"expert_{group}"
+        for case in cases:
             feed = {
                 "latents": case.latents,
                 "timestep": case.timesteps[group],
                 "prefix_kv": case.prefix_kv[group].astype(pipeline.kv_dtype),
                 "prefix_mask": case.mask,
             }
-            name = f"expert_{group}"
-            value = pipeline.engines[name].run(feed)["velocity"].numpy()
+            value, expected = pipeline.engines[name].run(feed)["velocity"].numpy(), case.velocities[group]
             yield relative_row("engine", f"{name}, {case.size}", value, expected, tolerances.engine, group=group)
+    for case in cases:
         outputs = pipeline.engines["solver_step"].run(case.solver_feed)
-        moved = outputs["next_latents"].numpy() - case.latents
-        yield relative_row("engine", f"solver_step, {case.size}", moved, case.moved, FP32.engine)
-        copies = outputs["next_latents"].numpy()[case.solver_feed["row_of"]]
-        value = outputs["row_latents"].numpy()
-        yield relative_row("engine", f"solver_step rows, {case.size}", value, copies, FP32.engine)
+        following, rows = (outputs[name].numpy() for name in ("next_latents", "row_latents"))
+        yield relative_row("engine", f"solver_step, {case.size}", following - case.latents, case.moved, FP32.engine)
+        copies = following[case.solver_feed["row_of"]]
+        yield relative_row("engine", f"solver_step rows, {case.size}", rows, copies, FP32.engine)
+    for case in cases:
         value = pipeline.decode(case.latents)
         yield psnr_row("engine", f"vae_decoder, {case.size}", value, case.images, FP32.image_psnr_db)
 

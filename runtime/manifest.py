@@ -23,7 +23,7 @@ FILE_NAME = "manifest.json"
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 PlanProvider = Literal["tensorrt", "tensorrt-rtx"]
 EngineRole = Literal["vision_encoder", "vlm", "expert", "solver_step", "vae_decoder"]
-Rung = Literal["input", "engine", "step", "trajectory", "image", "answer"]
+Rung = Literal["input", "weights", "graph", "engine", "step", "trajectory", "image", "answer"]
 DType = Literal["float32", "float16", "bfloat16", "int64", "bool", "uint8"]
 
 

@@ -182,16 +182,15 @@ def test_export_of_nothing_is_one_clear_line(tmp_path: Path, run_command: Callab
     assert not (tmp_path / "bundle").exists()
 
 
-def test_bf16_is_written_where_it_is_not_asked_to_be_verified(
+def test_bf16_is_verified_but_for_its_rounding(
     checkpoint: Path, tmp_path: Path, run_command: Callable[..., tuple[int, str, str]]
 ) -> None:
+    """ONNX Runtime's CPU does not run bf16, so the engines themselves are not run."""
     code, _, error = run_command("export", checkpoint, tmp_path / "bundle", "--precision", "bf16")
-    assert code == 2
-    assert "pass --no-verify" in error
-    code, _, error = run_command("export", checkpoint, tmp_path / "bundle", "--precision", "bf16", "--no-verify")
     assert code == 0, error
+    assert "not run" in error
     manifest = load_manifest(tmp_path / "bundle")
-    assert manifest.parity is None
+    assert {row.rung for row in manifest.parity or ()} == {"input", "weights", "graph"}
     assert manifest.engine("expert_1").input("prefix_kv").dtype == "bfloat16"
     graph = onnx.load(tmp_path / "bundle" / "expert_1" / "model.onnx", load_external_data=False).graph
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
@@ -215,7 +214,7 @@ def test_the_manifest_is_the_documented_format(bundle: Path) -> None:
         "tokenizer_files",
         "parity",
     ]
-    assert content["schema_version"] == 5
+    assert content["schema_version"] == 6
     assert list(content["engines"][1]) == [
         "name",
         "role",

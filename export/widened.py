@@ -1,0 +1,123 @@
+"""The graphs of a bundle in fp32 with the checkpoint's weights, so that what a graph does is seen apart from rounding.
+
+In fp16, bf16 and INT8 a verification must tolerate the error of the precision, and a wrong connection whose effect is
+smaller than that would pass. In fp32 it cannot. Fused graphs are left out: their weights are made of several.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.traversal import RecursiveGraphIterator
+
+from export.engines import bind, load_engine, save_engine
+from export.weight_check import CONSTANT, LEVELS
+from export.weights import LoadedWeights, weights_of
+from latte.model import LatteFlow
+from runtime.manifest import EngineEntry, Manifest, TensorSpec, file_entry, load_manifest, save_manifest
+
+HALF = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+
+
+def is_widened_by(entry: EngineEntry) -> bool:
+    """Returns whether an engine differs from its form in fp32."""
+    return entry.precision in ("fp16", "bf16") and not entry.fused
+
+
+def widened_bundle(bundle: Path, model: LatteFlow, folder: Path) -> Manifest:
+    """Writes a bundle with the graphs of another in fp32.
+
+    Args:
+        model: the checkpoint, in fp32.
+        folder: where the new bundle is written.
+    """
+    manifest = load_manifest(bundle)
+    engines = []
+    for entry in manifest.engines:
+        graph = load_engine(bundle / entry.name)
+        if is_widened_by(entry):
+            widen(graph)
+        graph = bind(graph, weights_of(entry.role, model, LoadedWeights(model), "fp32", entry.group))
+        files = save_engine(graph, folder / entry.name)
+        engines.append(
+            entry.model_copy(
+                update={
+                    "precision": "fp32",
+                    "files": tuple(file_entry(folder, f"{entry.name}/{file}") for file in files),
+                    "inputs": tuple(_wide_spec(spec) for spec in entry.inputs),
+                    "outputs": tuple(_wide_spec(spec) for spec in entry.outputs),
+                    "quantization": None,
+                    "plans": (),
+                }
+            )
+        )
+    for file in manifest.tokenizer_files:
+        shutil.copyfile(bundle / file.path, folder / file.path)
+    wide = manifest.model_copy(update={"precision": "fp32", "engines": tuple(engines)})
+    save_manifest(wide, folder)
+    return wide
+
+
+def _wide_spec(spec: TensorSpec) -> TensorSpec:
+    return spec.model_copy(update={"dtype": "float32"}) if spec.dtype in ("float16", "bfloat16") else spec
+
+
+def widen(model: ir.Model) -> None:
+    """Makes a graph fp32, in place: types, casts and constants; quantised products become plain ones.
+
+    Weights lose their values, which are the checkpoint's to give.
+    """
+    _remove_quantization(model.graph)
+    for value in model.graph.inputs:
+        _widen_value(value)
+    for name, value in model.graph.initializers.items():
+        if not name.startswith(CONSTANT):
+            value.const_value = None
+        elif value.const_value is not None and value.const_value.dtype in HALF:
+            value.const_value = _wide_tensor(value.const_value)
+        _widen_value(value)
+    for node in RecursiveGraphIterator(model.graph):
+        for value in node.outputs:
+            _widen_value(value)
+        for attribute in list(node.attributes.values()):
+            if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype in HALF:
+                node.attributes.add(ir.AttrTensor(attribute.name, _wide_tensor(attribute.as_tensor())))
+            elif node.op_type == "Cast" and attribute.name == "to" and ir.DataType(attribute.as_int()) in HALF:
+                node.attributes.add(ir.AttrInt64("to", ir.DataType.FLOAT.value))
+
+
+def _widen_value(value: ir.Value) -> None:
+    if value.dtype in HALF:
+        value.dtype = ir.DataType.FLOAT
+
+
+def _wide_tensor(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    return ir.tensor(tensor.numpy().astype("float32"), name=tensor.name)
+
+
+def _remove_quantization(graph: ir.Graph) -> None:
+    """Replaces quantised activations by the activations, and quantised weights by the weights."""
+    for node in list(graph):
+        if node.op_type != "DequantizeLinear":
+            continue
+        source, result = node.inputs[0], node.outputs[0]
+        assert source is not None
+        producer = source.producer()
+        if producer is not None and producer.op_type == "QuantizeLinear":
+            activations = producer.inputs[0]
+            assert activations is not None
+            ir.convenience.replace_all_uses_with(result, activations)
+        elif source.name is not None and source.name.endswith(LEVELS):
+            assert source.shape is not None
+            columns, rows = source.shape
+            name = source.name.removesuffix(LEVELS)
+            if name not in graph.initializers:
+                shape, type_ = ir.Shape([rows, columns]), ir.TensorType(ir.DataType.FLOAT)
+                graph.register_initializer(ir.Value(name=name, type=type_, shape=shape))
+            transpose = ir.node("Transpose", [graph.initializers[name]], {"perm": [1, 0]})
+            graph.insert_before(node, transpose)
+            ir.convenience.replace_all_uses_with(result, transpose.outputs[0])
+    RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
