@@ -7,8 +7,10 @@ smaller than that would pass. In fp32 it cannot. Fused graphs are left out: thei
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.traversal import RecursiveGraphIterator
@@ -19,6 +21,8 @@ from export.weights import LoadedWeights, weights_of
 from latte.model import LatteFlow
 from runtime.manifest import EngineEntry, Manifest, TensorSpec, file_entry, load_manifest, save_manifest
 
+QUICK_GELU, GELU = 1.702, 2**0.5
+"""Constants of the activations in the vision tower: x·sigmoid(1.702·x), and erf(x / √2)."""
 HALF = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 
@@ -36,10 +40,11 @@ def widened_bundle(bundle: Path, model: LatteFlow, folder: Path) -> Manifest:
     """
     manifest = load_manifest(bundle)
     engines = []
+    constants = exact_constants(model)
     for entry in manifest.engines:
         graph = load_engine(bundle / entry.name)
         if is_widened_by(entry):
-            widen(graph)
+            widen(graph, constants)
         graph = bind(graph, weights_of(entry.role, model, LoadedWeights(model), "fp32", entry.group))
         files = save_engine(graph, folder / entry.name)
         engines.append(
@@ -65,10 +70,20 @@ def _wide_spec(spec: TensorSpec) -> TensorSpec:
     return spec.model_copy(update={"dtype": "float32"}) if spec.dtype in ("float16", "bfloat16") else spec
 
 
-def widen(model: ir.Model) -> None:
+def exact_constants(model: LatteFlow) -> tuple[float, ...]:
+    """Returns the constants of the model's formulas that half precision cannot represent."""
+    vision, text = model.vlm.config.vision_config, model.vlm.config.text_config
+    sizes = {vision.embed_dim // vision.num_heads, text.hidden_size // text.num_attention_heads, model.config.head_dim}
+    return (QUICK_GELU, GELU, 1 / GELU, *(size**-0.5 for size in sizes))
+
+
+def widen(model: ir.Model, constants: Sequence[float]) -> None:
     """Makes a graph fp32, in place: types, casts and constants; quantised products become plain ones.
 
     Weights lose their values, which are the checkpoint's to give.
+
+    Args:
+        constants: numbers that get back what rounding took from them.
     """
     _remove_quantization(model.graph)
     for value in model.graph.inputs:
@@ -77,14 +92,14 @@ def widen(model: ir.Model) -> None:
         if not name.startswith(CONSTANT):
             value.const_value = None
         elif value.const_value is not None and value.const_value.dtype in HALF:
-            value.const_value = _wide_tensor(value.const_value)
+            value.const_value = _wide_tensor(value.const_value, constants)
         _widen_value(value)
     for node in RecursiveGraphIterator(model.graph):
         for value in node.outputs:
             _widen_value(value)
         for attribute in list(node.attributes.values()):
             if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype in HALF:
-                node.attributes.add(ir.AttrTensor(attribute.name, _wide_tensor(attribute.as_tensor())))
+                node.attributes.add(ir.AttrTensor(attribute.name, _wide_tensor(attribute.as_tensor(), constants)))
             elif node.op_type == "Cast" and attribute.name == "to" and ir.DataType(attribute.as_int()) in HALF:
                 node.attributes.add(ir.AttrInt64("to", ir.DataType.FLOAT.value))
 
@@ -94,8 +109,12 @@ def _widen_value(value: ir.Value) -> None:
         value.dtype = ir.DataType.FLOAT
 
 
-def _wide_tensor(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    return ir.tensor(tensor.numpy().astype("float32"), name=tensor.name)
+def _wide_tensor(tensor: ir.TensorProtocol, constants: Sequence[float]) -> ir.TensorProtocol:
+    half = tensor.numpy()
+    wide = half.astype(np.float32)
+    for constant in constants:
+        wide = np.where(half == np.asarray(constant, half.dtype), np.float32(constant), wide)
+    return ir.tensor(wide, name=tensor.name)
 
 
 def _remove_quantization(graph: ir.Graph) -> None:
