@@ -117,10 +117,10 @@ def quantize_graph(model: ir.Model, chosen: set[str], bits: int, *, switchable: 
 
 def _quantized_activations(graph: ir.Graph, tape: Tape, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Adds the nodes of x / m, rounded to levels, and of m `[…, 1]`; returns both."""
-    last = _constant(graph, "activations.axis", np.array([-1]))
-    smallest = _constant(graph, "activations.smallest", np.array(SMALLEST_MAGNITUDE, np.float32))
-    step = _constant(graph, "activations.step", np.array(1 / LEVELS, np.float32))
-    zero_point = _constant(graph, "activations.zero_point", np.array(ZERO_POINT, np.uint8))
+    last = _constant(graph, "constant_activations.axis", np.array([-1]))
+    smallest = _constant(graph, "constant_activations.smallest", np.array(SMALLEST_MAGNITUDE, np.float32))
+    step = _constant(graph, "constant_activations.step", np.array(1 / LEVELS, np.float32))
+    zero_point = _constant(graph, "constant_activations.zero_point", np.array(ZERO_POINT, np.uint8))
     largest = tape.op("ReduceMax", [tape.op("Abs", [x]), last], {"keepdims": 1})
     magnitude = tape.op("Max", [largest, smallest])
     levels = tape.op("QuantizeLinear", [tape.op("Div", [x, magnitude]), step, zero_point])

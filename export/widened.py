@@ -28,7 +28,7 @@ HALF = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 def is_widened_by(entry: EngineEntry) -> bool:
     """Returns whether an engine differs from its form in fp32."""
-    return entry.precision in ("fp16", "bf16") and not entry.fused
+    return entry.precision != "fp32" and not entry.fused
 
 
 def widened_bundle(bundle: Path, model: LatteFlow, folder: Path) -> Manifest:
@@ -135,7 +135,7 @@ def _remove_quantization(graph: ir.Graph) -> None:
             name = source.name.removesuffix(LEVELS)
             if name not in graph.initializers:
                 shape, type_ = ir.Shape([rows, columns]), ir.TensorType(ir.DataType.FLOAT)
-                graph.register_initializer(ir.Value(name=name, type=type_, shape=shape))
+                graph.initializers.add(ir.Value(name=name, type=type_, shape=shape))
             transpose = ir.node("Transpose", [graph.initializers[name]], {"perm": [1, 0]})
             graph.insert_before(node, transpose)
             ir.convenience.replace_all_uses_with(result, transpose.outputs[0])

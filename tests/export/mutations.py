@@ -29,7 +29,7 @@ from runtime.manifest import Manifest, Precision, file_entry, save_manifest
 FP16, BF16 = TensorProto.FLOAT16, TensorProto.BFLOAT16
 Mutate = Callable[[Path], None]
 ArrayEdit = Callable[[np.ndarray], np.ndarray]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 
 
 @dataclass(frozen=True)
