@@ -30,7 +30,15 @@ def test_a_faithful_bundle_passes_every_rung(
     report = json.loads(out)
     assert code == 0
     assert report["passed"]
-    assert {row["rung"] for row in report["rows"]} == {"input", "engine", "step", "trajectory", "image", "answer"}
+    assert {row["rung"] for row in report["rows"]} == {
+        "input",
+        "weights",
+        "engine",
+        "step",
+        "trajectory",
+        "image",
+        "answer",
+    }
     worst = max(row["value"] for row in report["rows"] if row["metric"] == "relative_error")
     assert worst < 1e-4
 
