@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latte.checkpoint import load_checkpoint, load_image_processor, resolve_checkpoint
+from latte.checkpoint import check_trained, load_checkpoint, load_image_processor, resolve_checkpoint
 from latte.model import LatteFlow
 from latte.sampling import SampleStep, guided
 from runtime.flow_time import initial_latents, time_grid
@@ -120,10 +120,12 @@ class Reference:
         """Loads a checkpoint, given by its folder or by the name of a shipped one.
 
         Raises:
-            CheckpointError: it cannot be used.
+            CheckpointError: it cannot be used, or is untrained.
         """
         path = resolve_checkpoint(checkpoint)
-        return cls(load_checkpoint(path), load_image_processor(path))
+        model = load_checkpoint(path)
+        check_trained(model, checkpoint)
+        return cls(model, load_image_processor(path))
 
     @cached_property
     def prompt_tokens(self) -> list[list[int]]:
