@@ -19,6 +19,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
+from export.benchmarks.report import describe_machine
 from export.bundle import export_bundle
 from export.reference import Reference
 from export.verify import verified_rows
@@ -367,10 +368,10 @@ def found_by(bundle: Path, mutation: Mutation, reference: Reference, scratch: Pa
         sign(copy)
         for row in verified_rows(copy, reference):
             if not row.passed:
-                value = row.note if row.value is None else f"{row.value:.2g}"
-                return f"{row.rung}: {row.what}: {value}"
-    except LatteFlowError as error:
-        return f"refused: {error}"
+                value = "" if row.value is None or row.metric == "differences" else f": {row.value:.2g}"
+                return f"{row.rung}: {row.what.split(',')[0]}{value}"
+    except LatteFlowError:
+        return "refused"
     finally:
         shutil.rmtree(copy)
     return None
@@ -386,15 +387,16 @@ def main() -> None:
         reference = Reference.from_pretrained(place / "tiny")
         for precision in PRECISIONS:
             export_bundle(place / "tiny", place / precision, precision=precision, verify=False)
-        print("| Corruption | " + " | ".join(PRECISIONS) + " |")
-        print("| --- " * (1 + len(PRECISIONS)) + "|")
+        print(", ".join(f"{name} {value}" for name, value in describe_machine().items()))
+        print(f"| Corruption | {PRECISIONS[0]} | {', '.join(PRECISIONS[1:])} |\n| --- | --- | --- |")
         for mutation in MUTATIONS:
-            cells = [
+            first, *others = (
                 found_by(place / precision, mutation, reference, place)
                 or f"not found: {mutation.harmless.get(precision, 'A DEFECT')}"
                 for precision in PRECISIONS
-            ]
-            print(f"| {mutation.name} | " + " | ".join(cells) + " |", flush=True)
+            )
+            rest = dict.fromkeys(others)
+            print(f"| {mutation.name} | {first} | {'; '.join(rest)} |", flush=True)
 
 
 if __name__ == "__main__":
