@@ -59,4 +59,4 @@ class OneLineFormatter(logging.Formatter):
         text = f"{moment} latte_flow {record.levelname.lower()}: {record.getMessage()}"
         if record.exc_info:
             text += " | " + " | ".join(self.formatException(record.exc_info).splitlines())
-        return text
+        return text.replace("\r", "\\r").replace("\n", "\\n")  # a client chooses its ids
