@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,9 @@ import pytest
 import yaml
 
 import latte.checkpoint
+from model_repository.container import KEY_FILE, KEY_VARIABLE
+from model_repository.control import DRAIN_SECONDS
+from model_repository.metrics import GAUGES
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"latte", "export", "runtime", "model_repository"}
@@ -71,14 +75,37 @@ def test_what_is_deployed_is_what_the_service_is() -> None:
     compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text(encoding="utf-8"))
     (service,) = compose["services"].values()
     assert (ROOT / "deploy" / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
-    deployment, access = yaml.safe_load_all((ROOT / "deploy" / "kubernetes.yaml").read_text(encoding="utf-8"))
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    folder = ROOT / "deploy" / "kubernetes"
+    deployment, access = yaml.safe_load_all((folder / "service.yaml").read_text(encoding="utf-8"))
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"http": 8000, "grpc": 8001, "metrics": 8002}
-    assert deployment["spec"]["selector"]["matchLabels"] == access["spec"]["selector"]
-    dockerfile = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")
+    (policy,) = yaml.safe_load_all((folder / "network.yaml").read_text(encoding="utf-8"))
+    scaler, budget = yaml.safe_load_all((folder / "scaling.yaml").read_text(encoding="utf-8"))
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    selectors = (deployment["spec"]["selector"], policy["spec"]["podSelector"], budget["spec"]["selector"])
+    assert all(selector["matchLabels"] == labels for selector in selectors)
+    assert access["spec"]["selector"] == labels
+    assert {port["name"] for port in access["spec"]["ports"]} == {"http", "grpc"}
+    assert scaler["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+    (metric,) = scaler["spec"]["metrics"]
+    assert metric["pods"]["metric"]["name"].removeprefix("latte_flow_") in GAUGES
+    kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text(encoding="utf-8"))
+    assert {*kustomization["resources"], "kustomization.yaml"} == {path.name for path in folder.iterdir()}
     for probe in (service["healthcheck"]["test"], container["livenessProbe"]["exec"]["command"]):
         assert any(word.endswith("/v2/models/latte_flow/generate") for word in probe)
+        (body,) = (json.loads(word) for word in probe if word.startswith("{"))
+        assert body == {"heartbeat": True}  # liveness waits in no queue
+    # One key, and one number for the end, wherever they are.
+    *drain, key = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert drain == ["latte-flow", "control", "drain"]
+    assert {"name": KEY_VARIABLE, "value": key.removeprefix("--key=")} in container["env"]
+    assert f"/run/secrets/{service['secrets'][0]}" == KEY_FILE
+    assert pod["terminationGracePeriodSeconds"] > DRAIN_SECONDS
+    assert int(service["stop_grace_period"].removesuffix("s")) > DRAIN_SECONDS
+    dockerfile = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")
+    assert 'ENTRYPOINT ["python3", "-m", "model_repository.container"]' in dockerfile
     for line in re.findall(r"^COPY (.+) \S+$", dockerfile, re.MULTILINE):
         for source in line.split():
             assert source.startswith("deploy/models") or (ROOT / source).exists(), source

@@ -9,11 +9,13 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
 import tritonclient.grpc as grpc
+import yaml
 from tritonclient.utils import InferenceServerException
 
 from model_repository.client import Client
@@ -172,3 +174,28 @@ def test_the_container_does_not_start_without_a_key(tmp_path: Path) -> None:
     assert finished.returncode == 1
     (line,) = finished.stderr.splitlines()
     assert "cannot read the control key" in line
+
+
+def test_the_commands_of_the_manifest_work(repository: Path, server: TritonServer, tmp_path: Path) -> None:
+    """The probe and the end of a pod, as Kubernetes runs them in its container, but for addresses and paths."""
+    deployment = yaml.safe_load_all(
+        (Path(__file__).parents[2] / "deploy/kubernetes/service.yaml").read_text(encoding="utf-8")
+    )
+    (pod,) = next(deployment)["spec"]["template"]["spec"]["containers"]
+    probe, end = pod["livenessProbe"]["exec"]["command"], pod["lifecycle"]["preStop"]["exec"]["command"]
+    write_key(tmp_path / "key")
+
+    def succeeds(command: list[str]) -> bool:
+        return subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 0
+
+    with container(repository, server, tmp_path) as (url, grpc_url):
+        here = [word.replace("localhost:8000", url) for word in probe]
+        own = [sys.executable, "-m", "runtime.cli", *end[1:-1], f"--key={tmp_path / 'key'}", f"--url={url}"]
+        assert succeeds(here)
+        stream = Client(grpc_url).stream(prompt="a", num_inference_steps=200, num_images=16, progress=True)
+        next(stream)
+        with ThreadPoolExecutor(1) as pool:
+            ended = pool.submit(succeeds, own)  # returns when the request in flight has finished, not before
+            assert [response.event for response in stream][-1] == "done"
+            assert ended.result()
+        assert not succeeds(here)
