@@ -15,7 +15,7 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
-from model_repository.schema import MODEL
+from model_repository.schema import DRAIN_SECONDS, MODEL
 from runtime.errors import InputError, ServiceError, one_line
 
 CONTROL_HEADER = "latte-flow-control"
@@ -26,8 +26,6 @@ RESTRICTED = ("shared-memory", "model-config", "model-repository", "statistics",
 """Triton's protocols that ask for the key; health, metadata and inference do not."""
 FORWARDED_HEADER = "x-client-id"
 """Header that the server hands to the model as a parameter of the request."""
-DRAIN_SECONDS = 60
-"""How long requests in flight may take to finish when a service ends. The server's exit timeout is the same."""
 LOAD_SECONDS = 600.0
 ANSWER_SECONDS = 5.0
 POLL_SECONDS = 0.05

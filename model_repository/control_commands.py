@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from model_repository.control import DRAIN_SECONDS, Control, read_key
+from model_repository.control import Control, read_key
+from model_repository.schema import DRAIN_SECONDS
 from runtime.console import command_group
 from runtime.errors import ServiceError
 

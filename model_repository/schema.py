@@ -24,6 +24,8 @@ from runtime.images import check_images, png_bytes
 from runtime.serving.requests import AnswerRequest, GenerationRequest
 
 MODEL = "latte_flow"
+DRAIN_SECONDS = 60
+"""How long requests in flight may take to finish when a service ends. The server's exit timeout is the same."""
 ENGINE_FILE = "engine.json"
 """The entry of an engine in the manifest, in its model's folder."""
 Layout = Literal["in-process", "per-engine"]

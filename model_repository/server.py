@@ -23,7 +23,8 @@ from typing import Self
 import numpy as np
 
 from model_repository.client import Client
-from model_repository.control import DRAIN_SECONDS, Control, read_key, server_options, write_key
+from model_repository.control import Control, read_key, server_options, write_key
+from model_repository.schema import DRAIN_SECONDS
 from runtime.errors import InputError, MissingExtraError, ServiceError
 
 LOOPBACK = "127.0.0.1"

@@ -72,6 +72,8 @@ class GenerationReport:
     """Best rate of ONNX Runtime's matrix product, in FLOP/s."""
     step_flops: int = 0
     """Multiplications and additions of the matrix products in an expert step of one image."""
+    active: dict[str, int] = field(default_factory=dict)
+    """Parameters of the flow model that a step reads, by side."""
     notes: list[str] = field(default_factory=list)
 
     def add_steps(self, images: int, turns: Mapping[str, Turns[object]]) -> None:
@@ -125,6 +127,7 @@ def report_as_dict(report: GenerationReport) -> dict[str, Any]:
         "prefix_seconds": {str(n): timing.seconds for n, timing in report.prefix.items()},
         "token_seconds": {str(n): {str(p): t.seconds for p, t in of.items()} for n, of in report.token.items()},
         "call_seconds": {name: {str(n): seconds(n) for n in images} for name, seconds, _ in report.calls()},
+        "active_parameters": report.active,
         "gemm_peak": report.gemm_peak,
         "efficiency": report.efficiency,
         "notes": report.notes,
@@ -168,8 +171,15 @@ def measure_generation(
         config: sizes of the flow layers; the VLM's layers have the same.
         rounds: number of rounds of each measurement; the median counts.
     """
-    report = GenerationReport(size, step_flops=step_flops(config, config.layers_per_group))
     experts, layers = config.layers_per_group, config.num_hidden_layers
+    report = GenerationReport(
+        size,
+        step_flops=step_flops(config, experts),
+        active={
+            "experts": active_parameters(config, experts),
+            "dense twin": active_parameters(config, layers),
+        },
+    )
     with tempfile.TemporaryDirectory() as folder:
         on_stage("experts and dense twin: export")
         with (
@@ -201,6 +211,12 @@ def step_flops(config: LatteFlowConfig, layers: int) -> int:
     projections = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * config.intermediate_size
     attention = 2 * hidden * (tokens + PREFIX_TOKENS)
     return 2 * ROWS_PER_IMAGE * tokens * layers * (projections + attention)
+
+
+def active_parameters(config: LatteFlowConfig, layers: int) -> int:
+    """Counts the parameters that a step of a flow model with this number of layers in a group reads."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in FlowTransformer(one_group(config, layers)).parameters())
 
 
 def gemm_peak(provider: str, folder: Path, rounds: int) -> float:
@@ -383,6 +399,8 @@ def generation(
             f"an expert step of one image runs at {report.rate / 1e9:.1f} GFLOP/s, {report.efficiency:.0%} of the "
             f"{report.gemm_peak / 1e9:.1f} that ONNX Runtime's matrix product reaches here"
         )
+        for side, parameters in report.active.items():
+            stdout.print(f"a step of {side} reads {parameters / 1e6:.0f} million parameters of the flow model")
         for note in report.notes:
             stdout.print(f"note: {note}")
 

@@ -22,6 +22,7 @@ from model_repository.outbox import Outbox
 from model_repository.schema import (
     CANCELLED,
     DEADLINE,
+    DRAIN_SECONDS,
     INTERNAL,
     INVALID,
     UNAVAILABLE,
@@ -38,7 +39,6 @@ from runtime.serving.scheduler import Scheduler
 from runtime.serving.stations import PipelineStations
 from runtime.serving.worker import Worker
 
-DRAIN_SECONDS = 60.0
 LAST_WORDS_SECONDS = 2.0
 """Time for the errors of open requests to leave, when the process must end."""
 BROKEN = 70
