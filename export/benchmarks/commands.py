@@ -1,6 +1,7 @@
 """`latte-flow bench`: every subject measures its sides in turns, in one run, and prints the machine."""
 
 from export.benchmarks import (
+    ablations,
     generation,
     int8,
     memory,
@@ -15,6 +16,7 @@ from export.benchmarks import (
 from export.benchmarks.report import app
 
 __all__ = [
+    "ablations",
     "app",
     "generation",
     "int8",

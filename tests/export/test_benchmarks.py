@@ -112,6 +112,17 @@ def test_generation_is_measured_beside_its_twins(
     assert plot.stat().st_size > 10_000
 
 
+def test_variants_are_trained_within_a_budget_and_go_on(tmp_path: Path, run_command: RunCommand) -> None:
+    """A second call finds the finished runs, and gives the same numbers."""
+    command = ("bench", "ablations", "--out", tmp_path, "--steps", 20, "--batch-size", 2, "--json")
+    first, second = (json.loads(run_command(*command)[1]) for _ in range(2))
+    assert [variant["layers"] for variant in first["variants"]] == [8, 4, 2, 2, 1]
+    assert first["variants"] == second["variants"]
+    of_four = [v["held_out_loss"] for v in first["variants"] if v["variant"].startswith("4-groups")]
+    assert of_four[0] != of_four[1]
+    assert all(0.5 < variant["held_out_loss"] < 5 for variant in first["variants"])
+
+
 def test_steps_are_scored_and_compared_with_many(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run_command: RunCommand
 ) -> None:
