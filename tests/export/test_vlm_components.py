@@ -174,7 +174,7 @@ def test_a_wrong_weight_of_the_tower_is_found(bundle_copy: Path, checkpoint: Pat
     scale_weight(bundle_copy, "vision_encoder", "merger.mlp.2", 1.02)
     code, _, error = run_command("verify", bundle_copy, checkpoint)
     assert code == 1
-    assert "first at rung engine: vision_encoder" in error
+    assert "first at rung weights: 20 weights of vision_encoder: differences: tower.merger.mlp.2.weight" in error
 
 
 def large_queries_and_keys(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
