@@ -13,7 +13,7 @@ import io
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -153,7 +153,7 @@ class Client:
                 return response.text
         raise ServiceError(f"{self.url} ended its answer without a text")
 
-    def stream(self, **inputs: Any) -> Iterator[Response]:
+    def stream(self, **inputs: Any) -> Generator[Response, None, None]:
         """Yields responses as they come; closing the iterator cancels the request.
 
         Raises:
@@ -183,7 +183,7 @@ class Client:
             watch: ask whether the model still answers while nothing comes.
         """
         responses: SimpleQueue[tuple[Any, InferenceServerException | None]] = SimpleQueue()
-        tensors = [_tensor(name, value) for name, value in inputs.items()]
+        tensors = [input_tensor(name, value) for name, value in inputs.items()]
         client = self._connection.open()
         finished = False
         begun = False
@@ -311,7 +311,12 @@ class Client:
         """Nothing is kept open between calls."""
 
 
-def _tensor(name: str, value: Any) -> Any:
+def input_tensor(name: str, value: Any) -> Any:
+    """Returns an input of the model as the client library sends it.
+
+    Raises:
+        InputError: there is no such input, or the value does not fit it.
+    """
     if name not in _FIELDS:
         raise InputError(f"unknown input {name!r}; known are {', '.join(_FIELDS)}")
     field = _FIELDS[name]

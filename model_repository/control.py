@@ -15,7 +15,7 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
-from model_repository.schema import DRAIN_SECONDS, MODEL
+from model_repository.schema import CLIENT_HEADER, DRAIN_SECONDS, MODEL
 from runtime.errors import InputError, ServiceError, one_line
 
 CONTROL_HEADER = "latte-flow-control"
@@ -24,8 +24,6 @@ GRPC_CONTROL_HEADER = f"triton-grpc-protocol-{CONTROL_HEADER}"
 """Triton's name of that header in gRPC requests."""
 RESTRICTED = ("shared-memory", "model-config", "model-repository", "statistics", "trace", "logging")
 """Triton's protocols that ask for the key; health, metadata and inference do not."""
-FORWARDED_HEADER = "x-client-id"
-"""Header that the server hands to the model as a parameter of the request."""
 LOAD_SECONDS = 600.0
 ANSWER_SECONDS = 5.0
 POLL_SECONDS = 0.05
@@ -41,7 +39,7 @@ def server_options(models: Path | str, key: str) -> list[str]:
         "--load-model=*",
         "--disable-auto-complete-config",
         f"--exit-timeout-secs={DRAIN_SECONDS}",
-        *(f"--{protocol}-header-forward-pattern=(?i){FORWARDED_HEADER}" for protocol in ("http", "grpc")),
+        *(f"--{protocol}-header-forward-pattern=(?i){CLIENT_HEADER}" for protocol in ("http", "grpc")),
         f"--http-restricted-api={restricted}",
         f"--grpc-restricted-protocol={restricted}",
     ]

@@ -183,8 +183,12 @@ class TritonServer:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         # A stub that was killed leaves its region behind.
-        for region in SHARED_MEMORY.glob(f"{self._shared_memory}*"):
+        for region in self.regions():
             region.unlink(missing_ok=True)
+
+    def regions(self) -> list[Path]:
+        """Returns this server's regions of shared memory."""
+        return list(SHARED_MEMORY.glob(f"{self._shared_memory}*"))
 
     def _last_lines(self) -> str:
         lines = self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()

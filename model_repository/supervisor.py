@@ -51,8 +51,18 @@ class Supervisor:
         """
         while True:
             time.sleep(LOOK_SECONDS)
-            if (fault := self.fault()) is not None:
-                self._restart(fault)
+            self.look()
+
+    def look(self) -> bool:
+        """Starts the server again if something is wrong with it; returns whether it did.
+
+        Raises:
+            ServiceError: as `run`.
+        """
+        if (fault := self.fault()) is None:
+            return False
+        self._restart(fault)
+        return True
 
     def fault(self) -> str | None:
         """Returns what is wrong with the server, or None."""

@@ -1,4 +1,4 @@
-"""A service under load: step-level batching, whole-request batching, one request at a time, and the cost of Triton.
+"""A service under load: batching disciplines, the cost of Triton, and many requests open at once.
 
 All disciplines serve the same requests on the same engines in one process, one after another. Latency is measured
 from the arrival of a request to its last image.
@@ -6,16 +6,14 @@ from the arrival of a request to its last image.
 
 from __future__ import annotations
 
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
@@ -23,12 +21,16 @@ from rich.table import Table
 
 from export.benchmarks.report import Against, AsJson, Publisher, app, bundle_for_the_run
 from runtime.console import stderr, stdout
+from runtime.errors import InputError
 from runtime.pipeline import LatteFlowPipeline
 from runtime.serving.policy import CostAwarePolicy, SchedulingPolicy, WholeRequestPolicy
 from runtime.serving.requests import GenerationRequest, Limits
 from runtime.serving.scheduler import Scheduler
 from runtime.serving.stations import PipelineStations
 from runtime.serving.worker import Worker
+
+if TYPE_CHECKING:
+    from export.benchmarks.open_requests import OpenResult
 
 Serve = Callable[[GenerationRequest], object]
 """Serves one request; returns when it is done."""
@@ -46,6 +48,8 @@ IN_FLIGHT = (1, 4, 16, 64)
 SHARES = (0.5, 0.8, 0.95)
 """Rates of arrival, relative to the capacity."""
 TRITON_ROUNDS = 3
+OPEN_REQUESTS = (16, 64, 256, 1000)
+"""Numbers of requests that are sent at once."""
 
 
 @dataclass(frozen=True)
@@ -132,22 +136,32 @@ def capacity(pipe: LatteFlowPipeline, requests: int) -> float:
 def serving(
     bundle: Annotated[Path | None, typer.Option(help="Bundle; by default `shapes` is exported for the run.")] = None,
     requests: Annotated[int, typer.Option(help="Number of requests for each load.", min=4)] = 96,
-    triton: Annotated[bool, typer.Option(help="Also measure Triton against the same scheduler.")] = True,
+    triton: Annotated[bool, typer.Option(help="Also measure Triton, and many requests open at once.")] = True,
+    open_requests: Annotated[
+        list[int] | None,
+        typer.Option("--open", help="Requests open at once in Triton; may be repeated. By default 16, 64, 256, 1000."),
+    ] = None,
     against: Against = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the service under load: step-level batching, whole requests, one at a time, and Triton.
+    """Measure the service under load: step-level batching, whole requests, one at a time, Triton, and open requests.
 
     \b
     Examples:
       latte-flow bench serving
       latte-flow bench serving --bundle my-bundle --requests 300 --json
+      latte-flow bench serving --requests 4 --open 1000
     """
     publisher = Publisher(as_json, against)
+    counts = tuple(open_requests or OPEN_REQUESTS)
+    if min(counts) < 1:
+        raise InputError(f"--open must be at least 1, got {min(counts)}")
+    at_once: list[OpenResult] = []
     with bundle_for_the_run(bundle) as bundle:
         loads = _in_process_loads(bundle, requests)
         if triton:
             loads += _triton_loads(bundle, requests)
+            at_once = _open_loads(bundle, counts)
 
     def show() -> None:
         table = Table("load", "served by", "images per second", "p50", "p95", "p99", title=f"{requests} requests each")
@@ -155,8 +169,11 @@ def serving(
             times = (f"{1000 * seconds:.0f} ms" for seconds in (load.p50_seconds, load.p95_seconds, load.p99_seconds))
             table.add_row(load.load, load.discipline, f"{load.images_per_second:.1f}", *times)
         stdout.print(table)
+        if at_once:
+            stdout.print(_open_table(at_once))
 
-    publisher.publish({"requests": requests, "loads": [asdict(load) for load in loads]}, show)
+    measured = {"loads": [asdict(load) for load in loads], "open": [asdict(load) for load in at_once]}
+    publisher.publish({"requests": requests} | measured, show)
 
 
 def _in_process_loads(bundle: Path, requests: int) -> list[LoadResult]:
@@ -177,22 +194,36 @@ def _in_process_loads(bundle: Path, requests: int) -> list[LoadResult]:
 
 def _triton_loads(bundle: Path, requests: int) -> list[LoadResult]:
     """Measures Triton and the scheduler in this process in turns; returns the median run of each."""
+    from export.benchmarks.triton_server import triton_server
     from model_repository.client import Client
-    from model_repository.layout import write_repository
-    from model_repository.server import TritonServer
 
     runs: dict[str, list[LoadResult]] = {"in process": [], "Triton": []}
-    with tempfile.TemporaryDirectory() as temporary:
-        models = Path(temporary) / "models"
-        write_repository(bundle, models, execution_environment=Path(sys.prefix))
-        with TritonServer(models) as server, LatteFlowPipeline.from_pretrained(bundle) as pipe:
-            client = Client(server.grpc_url)
+    with triton_server(bundle, LIMITS) as server, LatteFlowPipeline.from_pretrained(bundle) as pipe:
+        client = Client(server.grpc_url)
 
-            def through_triton(request: GenerationRequest) -> object:
-                return client.generate(request.prompt, seed=request.seed)
+        def through_triton(request: GenerationRequest) -> object:
+            return client.generate(request.prompt, seed=request.seed)
 
-            for _ in range(TRITON_ROUNDS):
-                with in_process(pipe, "step-level") as serve:
-                    runs["in process"].append(with_clients(serve, "in process", 16, requests))
-                runs["Triton"].append(with_clients(through_triton, "Triton", 16, requests))
+        for _ in range(TRITON_ROUNDS):
+            with in_process(pipe, "step-level") as serve:
+                runs["in process"].append(with_clients(serve, "in process", 16, requests))
+            runs["Triton"].append(with_clients(through_triton, "Triton", 16, requests))
     return [sorted(of_one, key=lambda load: load.images_per_second)[len(of_one) // 2] for of_one in runs.values()]
+
+
+def _open_loads(bundle: Path, counts: Sequence[int]) -> list[OpenResult]:
+    from export.benchmarks.open_requests import open_loads
+
+    results = []
+    for result in open_loads(bundle, counts):
+        stderr.print(f"{result.load}: last answer after {result.last_answer_seconds:.2f} s")
+        results.append(result)
+    return results
+
+
+def _open_table(results: list[OpenResult]) -> Table:
+    table = Table("open requests", "median answer", "last image drawn", "last image here", "lag", title="sent at once")
+    for result in results:
+        times = (result.median_answer_seconds, result.last_image_seconds, result.last_answer_seconds)
+        table.add_row(result.load, *(f"{seconds:.2f} s" for seconds in times), f"{1000 * result.lag:.0f} ms")
+    return table

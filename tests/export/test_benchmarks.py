@@ -35,9 +35,20 @@ def test_understanding_is_measured_beside_transformers(bundle: Path, checkpoint:
 
 
 def test_serving_is_measured_under_every_discipline_and_through_triton(bundle: Path, run_command: RunCommand) -> None:
-    code, out, error = run_command("bench", "serving", "--bundle", bundle, "--requests", 8, "--json")
+    code, out, error = run_command("bench", "serving", "--bundle", bundle, "--requests", 8, "--open", 24, "--json")
     assert code == 0, error
-    loads = json.loads(out)["loads"]
+    report = json.loads(out)
+    opened = report["open"]
+    assert [load["load"] for load in opened] == [
+        "24 open, images",
+        "24 open, images with previews",
+        "24 open, PNG",
+        "24 open, images and answers",
+    ]
+    for load in opened:
+        assert load["median_answer_seconds"] > 0
+        assert 0 < load["last_image_seconds"] <= load["last_answer_seconds"]
+    loads = report["loads"]
     names = {(load["load"], load["discipline"]) for load in loads}
     for discipline in ("step-level", "whole requests", "one at a time"):
         assert {load for load, name in names if name == discipline} == {
@@ -58,6 +69,7 @@ def test_bench_lists_its_subjects(run_command: RunCommand) -> None:
     assert code == 0
     assert "understanding" in out
     assert "serving" in out
+    assert "soak" in out
 
 
 def test_a_provider_is_verified_drawn_with_and_timed(checkpoint: Path, tmp_path: Path, run_command: RunCommand) -> None:
