@@ -380,6 +380,17 @@ def mixed_requests(server: TritonServer, workers: int, each: int) -> list[str]:
     return outcomes
 
 
+def test_a_header_names_the_client_before_its_own_word(server: TritonServer) -> None:
+    with Client(server.grpc_url, headers={"X-Client-Id": "header-of-grpc"}) as client:
+        client.generate("a", num_inference_steps=1, client_id="own-word-of-grpc")
+
+    def log() -> str:
+        return server.log_file.read_text(encoding="utf-8", errors="replace")
+
+    wait_for(lambda: "client_id=header-of-grpc" in log())
+    assert "own-word-of-grpc" not in log()
+
+
 def usage_of(process: int) -> tuple[int, float]:
     """Threads, and resident memory in MB."""
     status = Path(f"/proc/{process}/status").read_text()
