@@ -105,14 +105,16 @@ class QuestionCase:
 class Reference:
     """A checkpoint's answers to everything that a verification asks. Each is computed once."""
 
-    def __init__(self, model: LatteFlow, image_processor: Any) -> None:
+    def __init__(self, model: LatteFlow, image_processor: Any, folder: Path | None = None) -> None:
         """Takes a checkpoint.
 
         Args:
             model: in fp32.
             image_processor: the checkpoint's own, from transformers.
+            folder: the checkpoint's, with the files of tokenizer and processor; None leaves them uncompared.
         """
         self.model = model
+        self.folder = folder
         self._image_processor = image_processor
 
     @classmethod
@@ -125,7 +127,7 @@ class Reference:
         path = resolve_checkpoint(checkpoint)
         model = load_checkpoint(path)
         check_trained(model, checkpoint)
-        return cls(model, load_image_processor(path))
+        return cls(model, load_image_processor(path), path)
 
     @cached_property
     def prompt_tokens(self) -> list[list[int]]:

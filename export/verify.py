@@ -15,6 +15,7 @@ takes nothing from the bundle.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,12 +26,14 @@ import numpy as np
 from export.components import geometry_of, prompt_format_of, understanding_of
 from export.parity import differences_row, equality_row, psnr_row, relative_row
 from export.reference import ANSWER_TOKENS, DIALOGUE, PROMPTS, SCALES, EngineCase, QuestionCase, Reference
-from export.weight_check import differing_weights
+from export.weight_check import differing_weights, precision_of
+from export.weights import ALWAYS_FP32
 from export.widened import is_widened_by, widened_bundle
 from runtime.backends import Backend, open_backend, to_host
 from runtime.backends.observed import ObservedBackend, ObservedRun
 from runtime.chat import ChatInputs, user_message
 from runtime.errors import InputError
+from runtime.files import sha256_of
 from runtime.language import LanguageModel
 from runtime.manifest import ParityRow, Precision, load_manifest
 from runtime.pipeline import LatteFlowPipeline
@@ -92,8 +95,12 @@ def verified_rows(bundle: Path, reference: Reference, provider: str = "cpu") -> 
         rungs: list[Rung] = [_input_rows, _weight_rows, _graph_rows]
         if runs_on(manifest.precision, provider):
             rungs += [_engine_rows, _sampling_rows, _answer_rows]
+        weights_are_right = True
         for rung in rungs:
+            if rung is _graph_rows and not weights_are_right:
+                continue  # it takes the checkpoint's weights by the graph's names
             for row in rung(pipeline, reference, tolerances):
+                weights_are_right = weights_are_right and (row.rung != "weights" or row.passed)
                 yield row if watch.first is None else row.model_copy(update={"note": watch.first})
                 watch.reset()
 
@@ -107,6 +114,13 @@ def _input_rows(pipeline: LatteFlowPipeline, reference: Reference, _: Tolerances
         ("understanding", manifest.understanding, expected),
     ):
         yield equality_row("input", f"manifest, {name}", part.model_dump(), of_checkpoint.model_dump())
+    precisions = {e.name: (e.precision, precision_of(pipeline.bundle, e)) for e in manifest.engines}
+    right = {e.name: ("fp32" if e.role in ALWAYS_FP32 else manifest.precision,) * 2 for e in manifest.engines}
+    yield equality_row("input", "precision of the engines, by the manifest and by their weights", precisions, right)
+    if reference.folder is not None:
+        names = [file.path for file in manifest.tokenizer_files if (reference.folder / file.path).is_file()]
+        pairs = ({name: sha256_of(folder / name) for name in names} for folder in (pipeline.bundle, reference.folder))
+        yield equality_row("input", "files of tokenizer and processor", *pairs)
     tokens = [pipeline.chat.prompt_tokens(prompt) for prompt in PROMPTS]
     yield equality_row("input", f"tokens of {len(PROMPTS)} prompts", tokens, reference.prompt_tokens)
     dialogue = pipeline.chat.encode_conversations([DIALOGUE]).input_ids[0].tolist()
@@ -126,16 +140,18 @@ def _weight_rows(pipeline: LatteFlowPipeline, reference: Reference, _: Tolerance
     """Compares weights with the checkpoint's, rounded to the engine's precision. Fused weights are not compared."""
     for entry in pipeline.manifest.engines:
         differing, count = differing_weights(pipeline.bundle, entry, reference.model)
-        if count:
+        if count or differing:
             what = f"{count} weights of {entry.name}"
             yield differences_row("weights", what, differing, group=entry.group)
 
 
 def _graph_rows(pipeline: LatteFlowPipeline, reference: Reference, _: Tolerances) -> Iterator[ParityRow]:
     """Compares the graphs in fp32, which run on the CPU whatever the provider and the precision."""
-    if not any(is_widened_by(entry) for entry in pipeline.manifest.engines):
+    if not any(is_widened_by(pipeline.bundle, entry) for entry in pipeline.manifest.engines):
         return
-    with tempfile.TemporaryDirectory(prefix="latte-flow-") as folder:
+    beside = pipeline.bundle.parent  # temporary folders are often small
+    where = beside if os.access(beside, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix=".latte-flow-", dir=where) as folder:
         manifest = widened_bundle(pipeline.bundle, reference.model, Path(folder))
         with LatteFlowPipeline(Path(folder), manifest, open_backend("cpu"), low_memory=True) as wide:
             for rung in (_engine_rows, _answer_rows):

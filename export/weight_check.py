@@ -8,14 +8,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import torch
+from onnx_ir.traversal import RecursiveGraphIterator
 
 from export.engines import load_engine
+from export.integer_products import LEVELS as ACTIVATION_LEVELS
+from export.integer_products import ZERO_POINT
 from export.weights import LoadedWeights, weights_of
 from latte.model import LatteFlow
 from runtime.errors import CheckpointError
 from runtime.manifest import EngineEntry, Precision
 
+ORT_DOMAIN = "com.microsoft"
 CONSTANT = "constant_"
 """Initializers of this name are numbers of the graph, not weights."""
 LEVELS, SCALES = ".levels", ".scales"
@@ -28,7 +33,9 @@ def differing_weights(bundle: Path, entry: EngineEntry, model: LatteFlow) -> tup
     Returns:
         the names of those that differ, and the number of those compared.
     """
-    initializers = load_engine(bundle / entry.name).graph.initializers
+    graph = load_engine(bundle / entry.name)
+    initializers = graph.graph.initializers
+    fused = is_fused(graph)
     precision: Precision = "fp32" if entry.precision == "int8" else entry.precision
     weight = weights_of(entry.role, model, LoadedWeights(model), precision, entry.group)
     differing, count = [], 0
@@ -40,29 +47,76 @@ def differing_weights(bundle: Path, entry: EngineEntry, model: LatteFlow) -> tup
         try:
             expected = weight(source)
         except (AttributeError, CheckpointError):
-            if not entry.fused:  # fusing makes new weights of several
+            if not fused:  # fusing makes new weights of several
                 differing.append(f"{source}, which the checkpoint does not have")
             continue
         if source != name:
-            scales = initializers[source + SCALES].const_value
-            assert scales is not None
-            same = is_quantized(expected.numpy(), found, scales.numpy())
+            scales = initializers[source + SCALES].const_value if source + SCALES in initializers else None
+            limit = 2**6 - 1 if entry.quantization is not None and entry.quantization.reduced_range else 2**7 - 1
+            same = scales is not None and is_quantized(expected.numpy(), found, scales.numpy(), limit)
         else:
             same = _equal(found, expected)
         count += 1
         if not same:
             differing.append(source)
-    return differing, count
+    return differing + quantization_faults(graph), count
 
 
-def is_quantized(weight: np.ndarray, levels: np.ndarray, scales: np.ndarray) -> bool:
-    """Returns whether levels `[K, N]` times scales `[N]` are a weight `[N, K]` but for the rounding to levels."""
+def is_fused(graph: ir.Model) -> bool:
+    """Returns whether a graph has operators of ONNX Runtime's own."""
+    return any(node.domain == ORT_DOMAIN for node in RecursiveGraphIterator(graph.graph))
+
+
+def precision_of(bundle: Path, entry: EngineEntry) -> Precision:
+    """Returns the precision of an engine by its weights, whatever its entry says."""
+    initializers = load_engine(bundle / entry.name).graph.initializers
+    dtypes = {value.dtype for value in initializers.values()}
+    if any(name.endswith(LEVELS) for name in initializers):
+        return "int8"
+    if entry.precision == "int8" and entry.quantization is not None and not entry.quantization.quantized:
+        return "int8"  # every product was too sensitive
+    return "fp16" if ir.DataType.FLOAT16 in dtypes else "bf16" if ir.DataType.BFLOAT16 in dtypes else "fp32"
+
+
+def quantization_faults(graph: ir.Model) -> list[str]:
+    """Describes each dequantised tensor that is not what its quantisation made: other scales, or another zero point."""
+    faults = []
+    for node in graph.graph:
+        if node.op_type != "DequantizeLinear":
+            continue
+        source, scale = node.inputs[0], node.inputs[1]
+        zero_point = node.inputs[2] if len(node.inputs) > 2 else None
+        assert source is not None
+        assert scale is not None
+        producer = source.producer()
+        if producer is None:
+            weight = str(source.name).removesuffix(LEVELS)
+            axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
+            right = scale.name == weight + SCALES and axis == 1 and zero_point is None
+        else:
+            weight = f"activations of {source.name}"
+            constants = [None if value is None else value.const_value for value in (scale, zero_point)]
+            same = list(producer.inputs[1:]) == [scale, zero_point]
+            right = same and all(
+                constant is not None and np.allclose(constant.numpy(), expected, rtol=1e-6, atol=0)
+                for constant, expected in zip(constants, (1 / ACTIVATION_LEVELS, ZERO_POINT), strict=True)
+            )
+        if not right:
+            faults.append(f"{weight}, which has other scales than it was quantised with")
+    return faults
+
+
+def is_quantized(weight: np.ndarray, levels: np.ndarray, scales: np.ndarray, limit: int) -> bool:
+    """Returns whether levels `[K, N]` times scales `[N]` are a weight `[N, K]` but for the rounding to levels.
+
+    Args:
+        limit: largest level, which every output uses: otherwise its scale is larger than needed.
+    """
     if levels.shape != weight.shape[::-1] or scales.shape != weight.shape[:1] or not (scales > 0).all():
         return False
-    # The largest level of an output is used, so that scales cannot be larger than needed.
-    used = np.abs(levels.astype(np.int64)).max(axis=0)  # [N]
+    used = np.maximum(levels.max(axis=0), -levels.min(axis=0).astype(np.int16))  # [N]
     off = np.abs(levels.T - weight / scales[:, None])
-    full = (used >= 2**6 - 1) | (np.abs(weight).max(axis=1) == 0)
+    full = (used == limit) | (np.abs(weight).max(axis=1) == 0)
     return bool((off <= 0.5 + 1e-3).all() and full.all())
 
 

@@ -16,7 +16,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.traversal import RecursiveGraphIterator
 
 from export.engines import bind, load_engine, save_engine
-from export.weight_check import CONSTANT, LEVELS
+from export.weight_check import CONSTANT, LEVELS, is_fused, precision_of
 from export.weights import LoadedWeights, weights_of
 from latte.model import LatteFlow
 from runtime.manifest import EngineEntry, Manifest, TensorSpec, file_entry, load_manifest, save_manifest
@@ -26,9 +26,9 @@ QUICK_GELU, GELU = 1.702, 2**0.5
 HALF = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 
-def is_widened_by(entry: EngineEntry) -> bool:
+def is_widened_by(bundle: Path, entry: EngineEntry) -> bool:
     """Returns whether an engine differs from its form in fp32."""
-    return entry.precision != "fp32" and not entry.fused
+    return precision_of(bundle, entry) != "fp32" and not is_fused(load_engine(bundle / entry.name))
 
 
 def widened_bundle(bundle: Path, model: LatteFlow, folder: Path) -> Manifest:
@@ -43,7 +43,7 @@ def widened_bundle(bundle: Path, model: LatteFlow, folder: Path) -> Manifest:
     constants = exact_constants(model)
     for entry in manifest.engines:
         graph = load_engine(bundle / entry.name)
-        if is_widened_by(entry):
+        if is_widened_by(bundle, entry):
             widen(graph, constants)
         graph = bind(graph, weights_of(entry.role, model, LoadedWeights(model), "fp32", entry.group))
         files = save_engine(graph, folder / entry.name)

@@ -29,6 +29,7 @@ from model_repository.connection import Connection
 from model_repository.schema import CANCELLED, DEADLINE, INPUTS, INVALID, MODEL, NUMPY_DTYPES, UNAVAILABLE
 from runtime.errors import (
     DRAINING,
+    TRY_AGAIN,
     CancelledError,
     DeadlineError,
     DrainingError,
@@ -51,7 +52,8 @@ QUIET_SECONDS = 5.0
 PING_SECONDS = 10.0
 REPLACED_SECONDS = 30.0
 """How long a request waits for a model that is being replaced, before it is sent again."""
-NOT_SERVING = ("Request for unknown model", "Stub process", "Server is stopping", "Model is not ready")
+NOT_SERVING = ("Stub process", "Server is stopping")
+UNLOADED = ("Request for unknown model", "Model is not ready")
 """Begin Triton's messages while a model is being replaced or restarted."""
 
 
@@ -70,6 +72,10 @@ class Response:
 
 class _NotServingError(ServiceError):
     """The model is being replaced or restarted; the request was not accepted."""
+
+
+class _ReplacedError(_NotServingError):
+    """The server lives, but its model is unloaded: it is being replaced, or drains."""
 
 
 class Client:
@@ -245,6 +251,8 @@ class Client:
         try:
             for _ in self._stream_once({"heartbeat": True}, time.monotonic() + seconds, watch=False):
                 pass
+        except (DrainingError, QueueFullError, _ReplacedError):
+            return  # the server lives, and finishes what it has taken
         except ServiceError as error:
             raise ServiceError(f"{self.url} does not answer any more, and the request is lost: {error}") from error
 
@@ -297,8 +305,10 @@ class Client:
             return CancelledError(message)
         if code == UNAVAILABLE and DRAINING in message:
             return DrainingError(f"{self.url}: {message}")
-        if code == UNAVAILABLE and not begun:
+        if code == UNAVAILABLE and TRY_AGAIN in message and not begun:
             return QueueFullError(f"{self.url}: {message}")
+        if whole.startswith(UNLOADED) and not begun:
+            return _ReplacedError(f"{self.url}: {whole}")
         kind = _NotServingError if whole.startswith(NOT_SERVING) and not begun else ServiceError
         return kind(f"{self.url}: {whole}")
 

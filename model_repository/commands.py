@@ -36,6 +36,8 @@ Limit = Annotated[
     ),
 ]
 LogFormatOption = Annotated[LogFormat, typer.Option(help="Format of the service's lines in the server's log.")]
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that end `serve` in order."""
 LOOPBACK_HOSTS = ("127.", "localhost", "::1")
 LayoutOption = Annotated[Layout, typer.Option(help="All engines in one process, or each as a Triton model.")]
 
@@ -165,16 +167,17 @@ def serve(
                 if not server.drain():
                     raise ServiceError("some requests in flight were not finished") from None
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in ENDING:
                 signal.signal(number, signal.SIG_IGN)  # what follows is short, and leaves nothing behind
             server.close(0)
 
 
 @contextmanager
 def _ends_by_interrupt() -> Iterator[None]:
-    """Lets SIGTERM do in the block what Ctrl-C does."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Lets SIGTERM, and the end of the terminal, do in the block what Ctrl-C does."""
+    before = {number: signal.getsignal(number) for number in ENDING}
+    for number in ENDING:
+        signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:

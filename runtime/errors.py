@@ -21,6 +21,7 @@ it and exits with the class's `exit_code`.
 from __future__ import annotations
 
 DRAINING = "the service is shutting down"
+TRY_AGAIN = "try again in"
 """Begins the message of a `DrainingError`. A client knows the error by it, since Triton has no code for it."""
 
 

@@ -43,7 +43,7 @@ def model(checkpoint: Path) -> LatteFlow:
 @pytest.fixture(scope="session")
 def reference(model: LatteFlow, checkpoint: Path) -> Reference:
     """What a bundle of the tiny checkpoint must compute."""
-    return Reference(model, load_image_processor(checkpoint))
+    return Reference(model, load_image_processor(checkpoint), checkpoint)
 
 
 @pytest.fixture(scope="session")

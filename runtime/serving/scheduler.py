@@ -25,6 +25,7 @@ import numpy as np
 
 from runtime.errors import (
     DRAINING,
+    TRY_AGAIN,
     CancelledError,
     DeadlineError,
     DrainingError,
@@ -147,7 +148,7 @@ class Scheduler:
 
     def _try_again(self, kind: RequestKind) -> str:
         seconds = self.statistics.seconds_per_job[kind] * self._pending[kind] / 2
-        return f"try again in {max(1, round(seconds))} s"
+        return f"{TRY_AGAIN} {max(1, round(seconds))} s"
 
     def _count(self, request: AnyRequest, jobs: int) -> None:
         self._pending[request.kind] += jobs
@@ -158,7 +159,8 @@ class Scheduler:
 
     def _read(self, job: AnswerJob) -> None:
         try:
-            inputs = None if job.handle.cancelled else self._stations.read(job.request)
+            wanted = job.handle in self._open and not job.handle.cancelled
+            inputs = self._stations.read(job.request) if wanted else None
         except Exception as error:
             job.error = error
         with self._work:
@@ -336,8 +338,9 @@ class Scheduler:
             every = job.request.preview_every
             if every and job.index % every == 0 and job.index + 1 < len(job.times):
                 previews.append(job)
-        if previews:
-            self._send_previews(previews)
+        rows = self._max_rows("decode")
+        for first in range(0, len(previews), rows):
+            self._send_previews(previews[first : first + rows])
 
     def _send_previews(self, jobs: list[ImageJob]) -> None:
         """Sends previews; one that cannot be decoded is left out and harms nobody."""
@@ -373,7 +376,9 @@ class Scheduler:
         with self._work:
             opened.jobs.remove(job)
             self._count(opened.request, -1)
-        if not opened.jobs:
+        if not opened.jobs and job.handle.cancelled:  # also by a listener that failed: its images are lost
+            self._end(job.handle, "cancelled", CancelledError("the request was cancelled"))
+        elif not opened.jobs:
             self._end(job.handle, "finished")
 
     def _drop_abandoned(self) -> None:

@@ -69,7 +69,10 @@ class Worker:
                 self._scheduler.wait_for_change(IDLE_SECONDS)  # questions are being read
 
     def _die(self, error: BaseException) -> None:
-        self._scheduler.abort(ServiceError(f"the service broke down and must be started again: {one_line(error)}"))
+        try:
+            self._scheduler.abort(ServiceError(f"the service broke down and must be started again: {one_line(error)}"))
+        except Exception as failure:
+            _LOG.error("the requests could not be told: %s", one_line(failure), exc_info=failure)
         self._on_death(error)
 
     def drain(self, timeout: float) -> bool:

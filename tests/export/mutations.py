@@ -41,6 +41,8 @@ class Mutation:
     apply: Mutate
     harmless: Mapping[Precision, str] = field(default_factory=dict)
     """Why it cannot matter, for the precisions where it cannot."""
+    only: tuple[Precision, ...] = PRECISIONS
+    """The precisions that have what it changes."""
 
 
 def sign(bundle: Path) -> None:
@@ -239,6 +241,27 @@ def scaled(factor: float) -> ArrayEdit:
     return lambda array: array * factor
 
 
+def exchange_words(tokenizer: Any) -> None:
+    """Exchanges the ids of two words."""
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = sorted(vocabulary, key=len)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+
+
+def other_precision(manifest: Any) -> None:
+    """Gives the bundle the precision with the largest tolerances, or with the fewest rungs."""
+    manifest["precision"] = "int8" if manifest["precision"] == "bf16" else "bf16"
+
+
+def coarser_activations(model: onnx.ModelProto) -> None:
+    """Dequantises activations with another scale than they were quantised with."""
+    quantized = {node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    chosen = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in quantized]
+    for node in chosen:
+        node.input[1] = constant(model, f"constant_{node.output[0]}", np.array(1.03 / 127, np.float32))
+    assert chosen
+
+
 def swap_inputs(node: onnx.NodeProto) -> None:
     """Exchanges the first two inputs."""
     node.input[0], node.input[1] = node.input[1], node.input[0]
@@ -343,6 +366,13 @@ MUTATIONS = (
             "tokenizer.json", lambda t: t.update(normalizer={"type": "Strip", "strip_left": True, "strip_right": True})
         ),
     ),
+    Mutation("two words have each other's tokens", document("tokenizer.json", exchange_words)),
+    Mutation(
+        "large images are made smaller",
+        document("preprocessor_config.json", lambda c: c["size"].update(longest_edge=c["size"]["longest_edge"] // 4)),
+    ),
+    Mutation("the manifest gives another precision", document("manifest.json", other_precision)),
+    Mutation("activations come back with another scale", graph("expert_0", coarser_activations), only=("int8",)),
     Mutation(
         "another token ends an answer",
         document("manifest.json", lambda m: m["understanding"].update(eos_token_ids=[5])),
@@ -391,7 +421,9 @@ def main() -> None:
         print(f"| Corruption | {PRECISIONS[0]} | {', '.join(PRECISIONS[1:])} |\n| --- | --- | --- |")
         for mutation in MUTATIONS:
             first, *others = (
-                found_by(place / precision, mutation, reference, place)
+                "has none"
+                if precision not in mutation.only
+                else found_by(place / precision, mutation, reference, place)
                 or f"not found: {mutation.harmless.get(precision, 'A DEFECT')}"
                 for precision in PRECISIONS
             )

@@ -16,6 +16,7 @@ import pytest
 from model_repository.client import Client
 from model_repository.control import write_key
 from model_repository.server import TritonServer, free_port
+from model_repository.supervisor import Supervisor
 from runtime.errors import InputError, ServiceError
 from tests.model_repository.containers import container
 from tests.model_repository.test_service import stubs_of
@@ -168,3 +169,20 @@ def test_certificates_that_are_not_there_are_one_clear_line(tmp_path: Path, run_
     code, _, error = run_command("client", "ask", "why?", "--ca", tmp_path / "none.pem")
     assert code == 2
     assert "cannot read the certificates" in error
+
+
+def test_a_drain_does_not_lose_a_request_from_which_nothing_is_heard(
+    own_server: TritonServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client once took the refusal of its own question, whether the model lives, for a loss."""
+    monkeypatch.setattr("model_repository.client.QUIET_SECONDS", 0.1)
+    client = Client(own_server.grpc_url, retries=0)
+    supervisor = Supervisor(own_server, print)
+    with ThreadPoolExecutor(1) as pool:
+        images = pool.submit(client.generate, "a", num_inference_steps=200, num_images=16)
+        time.sleep(0.3)
+        assert not images.done()
+        assert own_server.control.drain()
+        assert len(images.result(30)) == 16
+    supervisor._pinged = 0.0
+    assert supervisor.fault() is None  # who drained a server did not want it started again

@@ -30,7 +30,16 @@ from model_repository.schema import (
     HeartbeatRequest,
     read_request,
 )
-from runtime.errors import CancelledError, DeadlineError, InputError, LatteFlowError, ServiceError, one_line
+from runtime.errors import (
+    DRAINING,
+    CancelledError,
+    DeadlineError,
+    DrainingError,
+    InputError,
+    LatteFlowError,
+    ServiceError,
+    one_line,
+)
 from runtime.manifest import load_manifest
 from runtime.pipeline import LatteFlowPipeline
 from runtime.serving.log import log_request, set_up_logging
@@ -116,10 +125,12 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Returns when every request was told its end."""
         give_up = time.monotonic() + DRAIN_SECONDS
-        self.worker.drain(DRAIN_SECONDS)
+        drained = self.worker.drain(DRAIN_SECONDS)
+        self.worker.close()
+        if not drained:
+            self.scheduler.abort(DrainingError(f"{DRAINING}, and the request was not finished in time"))
         self.outbox.drain(max(LAST_WORDS_SECONDS, give_up - time.monotonic()))
         self.outbox.close()
-        self.worker.close()
         self.pipeline.close()
 
 

@@ -12,6 +12,7 @@ from runtime.serving.log import JsonFormatter, OneLineFormatter, log_request, se
 from runtime.serving.requests import Limits
 from runtime.serving.scheduler import Scheduler
 from runtime.serving.statistics import RequestRecord
+from runtime.serving.worker import Worker
 from tests.runtime.serving.test_scheduler import ScriptedStations, make, request, run
 
 
@@ -108,3 +109,17 @@ def test_the_log_has_one_line_for_each_request(caplog: pytest.LogCaptureFixture)
         assert "\n" not in formatter.format(failure)
     with pytest.raises(InputError, match="log_format must be one of text, json, got 'xml'"):
         set_up_logging("xml")
+
+
+def test_a_thread_that_dies_says_so_even_if_its_requests_cannot_be_told() -> None:
+    scheduler, _ = make()
+    scheduler.abort = scheduler.tick = _raise  # type: ignore[method-assign]
+    died: list[BaseException] = []
+    worker = Worker(scheduler, died.append)
+    scheduler.submit(request())
+    worker._thread.join(5)
+    assert died
+
+
+def _raise(*_: object) -> bool:
+    raise RuntimeError("broken")
