@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from export.components import geometry_of, prompt_format_of, understanding_of
+from export.engines import load_engine
 from export.parity import differences_row, equality_row, psnr_row, relative_row
 from export.reference import ANSWER_TOKENS, DIALOGUE, PROMPTS, SCALES, EngineCase, QuestionCase, Reference
 from export.weight_check import differing_weights, precision_of
@@ -114,7 +115,9 @@ def _input_rows(pipeline: LatteFlowPipeline, reference: Reference, _: Tolerances
         ("understanding", manifest.understanding, expected),
     ):
         yield equality_row("input", f"manifest, {name}", part.model_dump(), of_checkpoint.model_dump())
-    precisions = {e.name: (e.precision, precision_of(pipeline.bundle, e)) for e in manifest.engines}
+    precisions = {
+        e.name: (e.precision, precision_of(load_engine(pipeline.bundle / e.name), e)) for e in manifest.engines
+    }
     right = {e.name: ("fp32" if e.role in ALWAYS_FP32 else manifest.precision,) * 2 for e in manifest.engines}
     yield equality_row("input", "precision of the engines, by the manifest and by their weights", precisions, right)
     if reference.folder is not None:
@@ -147,7 +150,7 @@ def _weight_rows(pipeline: LatteFlowPipeline, reference: Reference, _: Tolerance
 
 def _graph_rows(pipeline: LatteFlowPipeline, reference: Reference, _: Tolerances) -> Iterator[ParityRow]:
     """Compares the graphs in fp32, which run on the CPU whatever the provider and the precision."""
-    if not any(is_widened_by(pipeline.bundle, entry) for entry in pipeline.manifest.engines):
+    if not any(is_widened_by(load_engine(pipeline.bundle / entry.name), entry) for entry in pipeline.manifest.engines):
         return
     beside = pipeline.bundle.parent  # temporary folders are often small
     where = beside if os.access(beside, os.W_OK) else None

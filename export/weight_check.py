@@ -67,9 +67,9 @@ def is_fused(graph: ir.Model) -> bool:
     return any(node.domain == ORT_DOMAIN for node in RecursiveGraphIterator(graph.graph))
 
 
-def precision_of(bundle: Path, entry: EngineEntry) -> Precision:
+def precision_of(graph: ir.Model, entry: EngineEntry) -> Precision:
     """Returns the precision of an engine by its weights, whatever its entry says."""
-    initializers = load_engine(bundle / entry.name).graph.initializers
+    initializers = graph.graph.initializers
     dtypes = {value.dtype for value in initializers.values()}
     if any(name.endswith(LEVELS) for name in initializers):
         return "int8"

@@ -26,9 +26,9 @@ QUICK_GELU, GELU = 1.702, 2**0.5
 HALF = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 
-def is_widened_by(bundle: Path, entry: EngineEntry) -> bool:
+def is_widened_by(graph: ir.Model, entry: EngineEntry) -> bool:
     """Returns whether an engine differs from its form in fp32."""
-    return precision_of(bundle, entry) != "fp32" and not is_fused(load_engine(bundle / entry.name))
+    return precision_of(graph, entry) != "fp32" and not is_fused(graph)
 
 
 def widened_bundle(bundle: Path, model: LatteFlow, folder: Path) -> Manifest:
@@ -43,7 +43,7 @@ def widened_bundle(bundle: Path, model: LatteFlow, folder: Path) -> Manifest:
     constants = exact_constants(model)
     for entry in manifest.engines:
         graph = load_engine(bundle / entry.name)
-        if is_widened_by(bundle, entry):
+        if is_widened_by(graph, entry):
             widen(graph, constants)
         graph = bind(graph, weights_of(entry.role, model, LoadedWeights(model), "fp32", entry.group))
         files = save_engine(graph, folder / entry.name)

@@ -133,8 +133,8 @@ def held_out_loss(model: LatteFlow, seed: int) -> float:
         groups = [schedule.group_of(float(time)) for time in t]
         for group in sorted(set(groups)):
             rows = [row for row, its_group in enumerate(groups) if its_group == group]
-            kv, mask = prefix.rows(rows).kv[group], prefix.rows(rows).mask
-            error = model.flow(x[rows], t[rows], kv, mask, group) - (data - noise)[rows]
+            its_prefix = prefix.rows(rows)
+            error = model.flow(x[rows], t[rows], its_prefix.kv[group], its_prefix.mask, group) - (data - noise)[rows]
             errors += error.square().flatten(1).mean(1).tolist()
     return float(np.mean(errors))
 
