@@ -57,7 +57,7 @@ $(DEMO_READY): pyproject.toml constraints.txt
 	touch $@
 
 $(TEST_READY): $(DEMO_READY)
-	$(BIN)/python $(PIP) ".[cpu,export,rtx,triton,test]"
+	$(BIN)/python $(PIP) ".[cpu,export,train,rtx,triton,test]"
 	touch $@
 
 clean:
