@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +21,7 @@ from export.graph_store import GraphStore, default_store
 from export.graphs import make_graphs
 from export.plans.build import carry_plans
 from export.quantization import QuantizationSettings, quantize_bundle
-from export.reference import Reference
+from export.reference import Reference, checkpoint_hash
 from export.verify import verify_bundle
 from export.vlm_components import language_component, vision_component
 from export.weights import ALWAYS_FP32, WeightFiles, weights_of
@@ -30,7 +29,7 @@ from latte.checkpoint import load_outline, resolve_checkpoint
 from latte.model import LatteFlow
 from runtime.chat import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from runtime.errors import CheckpointError, InputError
-from runtime.files import check_replaceable, replaced_directory, sha256_of, write_text
+from runtime.files import check_replaceable, replaced_directory, write_text
 from runtime.image_processor import PROCESSOR_FILE, load_processor_config
 from runtime.manifest import (
     FILE_NAME,
@@ -45,8 +44,6 @@ from runtime.manifest import (
 
 TOKENIZER_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, TEMPLATE_FILE, PROCESSOR_FILE)
 PRODUCERS = ("latte-flow", "torch", "transformers", "diffusers", "onnx", "onnxscript", "onnxruntime")
-HASHED_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")
-"""Files of a checkpoint that its hash covers; those of a training run are left out."""
 
 OnStage = Callable[[str], None]
 
@@ -192,15 +189,6 @@ def most_patches_of(checkpoint: Path, model: LatteFlow) -> int:
     if not (checkpoint / PROCESSOR_FILE).is_file():
         return most
     return min(most, load_processor_config(checkpoint / PROCESSOR_FILE).most_patches)
-
-
-def checkpoint_hash(path: Path) -> str:
-    """Returns one SHA-256 over a checkpoint's weights, configs, tokenizer and processor."""
-    digest = hashlib.sha256()
-    for file in sorted(file for kind in HASHED_FILES for file in path.rglob(kind)):
-        if "training" not in file.relative_to(path).parts:
-            digest.update(f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n".encode())
-    return digest.hexdigest()
 
 
 def _version_of(package: str) -> str:

@@ -27,7 +27,7 @@ from runtime.images import save_png
 from runtime.manifest import ParityRow, Precision, load_manifest
 from runtime.pipeline import LatteFlowPipeline
 
-FORMATS = {"relative_error": "{:.1e}", "psnr_db": "{:.1f} dB", "differences": "{:.0f}"}
+FORMATS = {"relative_error": "{:.1e}", "psnr_db": "{:.1f} dB", "bias_levels": "{:.3f} levels", "differences": "{:.0f}"}
 """How the values of each metric are shown."""
 MAX_SHOWN = 48
 """Largest number of images on a sheet of disagreements."""

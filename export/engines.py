@@ -5,7 +5,6 @@ The weights of a graph are bound as external data that points into a safetensors
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import struct
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from export.components import Component
-from export.graphs import quiet_exporter
+from export.fusion import fuse_for_onnxruntime
 from runtime.manifest import EngineEntry, Precision, file_entry
 
 GRAPH_FILE = "model.onnx"
@@ -72,9 +71,9 @@ def save_engine(model: ir.Model, folder: Path, *, fuse: bool = False) -> list[st
     ONNX checks the graph as written, which contains no path except the name of the other file. With `fuse` it is then
     rewritten for ONNX Runtime, whose operators ONNX's checker does not know.
     """
-    files = _write(model, folder)
+    files = write_files(model, folder)
     onnx.checker.check_model(str(folder / GRAPH_FILE), full_check=True)
-    return _write(fuse_for_onnxruntime(model), folder) if fuse else files
+    return write_files(fuse_for_onnxruntime(model), folder) if fuse else files
 
 
 def write_engine(
@@ -108,7 +107,8 @@ def load_engine(folder: Path) -> ir.Model:
     return ir.load(folder / GRAPH_FILE)
 
 
-def _write(model: ir.Model, folder: Path) -> list[str]:
+def write_files(model: ir.Model, folder: Path) -> list[str]:
+    """Writes an engine's files as `save_engine` does, without ONNX's check."""
     folder.mkdir(parents=True, exist_ok=True)
     large = {
         name: value.const_value
@@ -171,12 +171,3 @@ def tensor_offsets(path: Path) -> Mapping[str, tuple[int, int]]:
         for name, entry in header.items()
         if name != "__metadata__"
     }
-
-
-def fuse_for_onnxruntime(model: ir.Model) -> ir.Model:
-    """Rewrites a graph with ONNX Runtime's own fused operators (domain `com.microsoft`)."""
-    from onnxscript.rewriter import ort_fusions
-
-    with quiet_exporter(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
-        fused, _ = ort_fusions.optimize_for_ort(model)
-    return fused

@@ -40,6 +40,8 @@ from runtime.errors import EngineError
 from runtime.manifest import TensorSpec
 
 IR_VERSION = 10
+CONSTANT = "constant_"
+"""Initializers whose names begin so are numbers of the graph, not weights."""
 OPSETS = range(18, 26)
 """The ONNX operator sets that the exporter can write."""
 ZERO_OF_ZERO = {"Mul", "Cast", "Reshape", "Transpose", "Expand", "Slice", "Unsqueeze"}
@@ -407,7 +409,7 @@ class GraphAssembly:
     def _constant(self, value: Any) -> ir.Value:
         """Returns an initializer with a value; equal values share one."""
         array = np.asarray(value)
-        name = f"constant_{array.dtype}_{'x'.join(map(str, array.shape))}_{array.tobytes().hex()}"
+        name = f"{CONSTANT}{array.dtype}_{'x'.join(map(str, array.shape))}_{array.tobytes().hex()}"
         if name not in self._initializers:
             tensor = ir.tensor(array, name=name)
             self._initializers[name] = ir.Value(

@@ -5,6 +5,7 @@ A reference that is constant or not finite fails: it would agree with anything.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,24 +14,41 @@ from runtime.manifest import ParityRow, Rung
 
 PSNR_OF_EQUAL_IMAGES = 100.0
 """Reported if no pixel differs."""
+SMALLEST_NORM = 1e-12
+"""References of zeros are divided by this."""
 
 
-def relative_error(value: np.ndarray, reference: np.ndarray) -> float | None:
-    """Returns ‖value − reference‖ / ‖reference‖; None if either is not finite or the reference is constant."""
+def relative_error(value: np.ndarray, reference: np.ndarray) -> float:
+    """Returns ‖value − reference‖ / ‖reference‖; infinite if shapes differ or a value is not finite."""
     value, reference = np.asarray(value, np.float64), np.asarray(reference, np.float64)
     if value.shape != reference.shape or not np.isfinite(value).all() or not np.isfinite(reference).all():
-        return None
-    if reference.size > 1 and np.ptp(reference) == 0:
-        return None
-    return float(np.linalg.norm(value - reference) / np.linalg.norm(reference))
+        return math.inf
+    return float(np.linalg.norm(value - reference)) / max(float(np.linalg.norm(reference)), SMALLEST_NORM)
 
 
 def psnr_db(value: np.ndarray, reference: np.ndarray) -> float | None:
     """Returns the peak signal-to-noise ratio of uint8 images; None if the reference is constant or shapes differ."""
-    if value.shape != reference.shape or np.ptp(reference) == 0:
+    if value.shape != reference.shape or _is_constant(reference):
         return None
     error = np.mean((value.astype(np.float64) - reference.astype(np.float64)) ** 2)
     return PSNR_OF_EQUAL_IMAGES if error == 0 else min(PSNR_OF_EQUAL_IMAGES, float(10 * np.log10(255.0**2 / error)))
+
+
+def bias_levels(value: np.ndarray, reference: np.ndarray) -> float | None:
+    """Returns the mean signed error of uint8 pixels, of the darker or of the brighter ones, whichever is larger.
+
+    Errors that are random cancel out; those of another rounding or another contrast do not, however small they are.
+    None if the reference is constant or shapes differ.
+    """
+    if value.shape != reference.shape or _is_constant(reference):
+        return None
+    error = value.astype(np.float64) - reference
+    is_dark = reference < reference.mean()
+    return max((float(error[of].mean()) for of in (is_dark, ~is_dark)), key=abs)
+
+
+def _is_constant(reference: np.ndarray) -> bool:
+    return reference.size > 1 and bool(np.ptp(reference) == 0)
 
 
 def relative_row(
@@ -44,16 +62,16 @@ def relative_row(
     step: int | None = None,
 ) -> ParityRow:
     """Compares by relative error, which must not exceed the tolerance."""
-    error = relative_error(value, reference)
+    error = math.inf if _is_constant(reference) else relative_error(value, reference)
     return ParityRow(
         rung=rung,
         what=what,
         group=group,
         step=step,
         metric="relative_error",
-        value=error,
+        value=error if math.isfinite(error) else None,
         tolerance=tolerance,
-        passed=error is not None and error <= tolerance,
+        passed=error <= tolerance,
     )
 
 
@@ -62,6 +80,13 @@ def psnr_row(rung: Rung, what: str, value: np.ndarray, reference: np.ndarray, to
     number = psnr_db(value, reference)
     passed = number is not None and number >= tolerance
     return ParityRow(rung=rung, what=what, metric="psnr_db", value=number, tolerance=tolerance, passed=passed)
+
+
+def bias_row(rung: Rung, what: str, value: np.ndarray, reference: np.ndarray, tolerance: float) -> ParityRow:
+    """Compares images by their bias, whose magnitude must not exceed the tolerance in levels of 255."""
+    number = bias_levels(value, reference)
+    passed = number is not None and abs(number) <= tolerance
+    return ParityRow(rung=rung, what=what, metric="bias_levels", value=number, tolerance=tolerance, passed=passed)
 
 
 def equality_row(rung: Rung, what: str, value: object, expected: object) -> ParityRow:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from export.engines import GRAPH_FILE, load_engine, save_engine
 from export.integer_products import SWITCHES, products_of, quantize_graph, weight_bits
+from export.parity import relative_error
 from runtime.backends import Backend, open_backend, to_host
 from runtime.backends.observed import ObservedBackend, ObservedRun
 from runtime.flow_time import ExpertSchedule, initial_latents
@@ -272,9 +273,3 @@ def what_counts(role: EngineRole, feed: Feed, outputs: Mapping[str, np.ndarray])
                 yield from (new[:, :, part] for part in range(2))  # keys are larger than values
     else:
         yield from outputs.values()
-
-
-def relative_error(value: np.ndarray, reference: np.ndarray) -> float:
-    """Returns ‖value − reference‖ / ‖reference‖; infinite if it is no number."""
-    error = float(np.linalg.norm(value - reference)) / max(float(np.linalg.norm(reference)), 1e-12)
-    return error if np.isfinite(error) else float("inf")

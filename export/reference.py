@@ -7,6 +7,7 @@ tests compare with formulas of their own.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,8 +21,11 @@ from torch import Tensor
 from latte.checkpoint import check_trained, load_checkpoint, load_image_processor, resolve_checkpoint
 from latte.model import LatteFlow
 from latte.sampling import SampleStep, guided
+from runtime.files import sha256_of
 from runtime.flow_time import initial_latents, time_grid
 
+HASHED_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")
+"""Files of a checkpoint that its hash covers; those of a training run are left out."""
 SIZES = ((1, 0, (0, 0)), (2, 3, (0, 0)), (3, 17, (1, 2)), (2, None, (0, 0)))
 """Rows, prefix tokens beyond the shortest prompt (None: up to the limit), and more latent rows and columns."""
 STEPS = 8
@@ -128,6 +132,11 @@ class Reference:
         model = load_checkpoint(path)
         check_trained(model, checkpoint)
         return cls(model, load_image_processor(path), path)
+
+    @cached_property
+    def sha256(self) -> str | None:
+        """The hash of the checkpoint's files; None without a folder."""
+        return None if self.folder is None else checkpoint_hash(self.folder)
 
     @cached_property
     def prompt_tokens(self) -> list[list[int]]:
@@ -270,3 +279,12 @@ class Reference:
     def _rendered(self, messages: Sequence[Mapping[str, Any]]) -> str:
         text: str = self.model.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return text
+
+
+def checkpoint_hash(path: Path) -> str:
+    """Returns one SHA-256 over a checkpoint's weights, configs, tokenizer and processor."""
+    digest = hashlib.sha256()
+    for file in sorted(file for kind in HASHED_FILES for file in path.rglob(kind)):
+        if "training" not in file.relative_to(path).parts:
+            digest.update(f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n".encode())
+    return digest.hexdigest()

@@ -25,9 +25,9 @@ import numpy as np
 
 from export.components import geometry_of, prompt_format_of, understanding_of
 from export.engines import load_engine
-from export.parity import differences_row, equality_row, psnr_row, relative_row
+from export.parity import bias_row, differences_row, equality_row, psnr_row, relative_row
 from export.reference import ANSWER_TOKENS, DIALOGUE, PROMPTS, SCALES, EngineCase, QuestionCase, Reference
-from export.weight_check import differing_weights, precision_of
+from export.weight_check import differing_weights, foreign_types, precision_of, quantized_products
 from export.weights import ALWAYS_FP32
 from export.widened import is_widened_by, widened_bundle
 from runtime.backends import Backend, open_backend, to_host
@@ -36,7 +36,7 @@ from runtime.chat import ChatInputs, user_message
 from runtime.errors import InputError
 from runtime.files import sha256_of
 from runtime.language import LanguageModel
-from runtime.manifest import ParityRow, Precision, load_manifest
+from runtime.manifest import ParityRow, Precision, Quantization, load_manifest
 from runtime.pipeline import LatteFlowPipeline
 
 
@@ -57,6 +57,8 @@ TOLERANCES: dict[Precision, Tolerances] = {
 }
 FP32 = TOLERANCES["fp32"]
 """Solver and autoencoder are fp32 in every precision."""
+BIAS = 0.05
+"""The largest accepted bias of decoded pixels, in levels of 255. A decoder that rounds down has 0.5."""
 PIXELS = 1e-5
 """The largest accepted relative error of pixels after the image processor."""
 FLOATING = {"float32", "float16", "bfloat16"}
@@ -115,15 +117,25 @@ def _input_rows(pipeline: LatteFlowPipeline, reference: Reference, _: Tolerances
         ("understanding", manifest.understanding, expected),
     ):
         yield equality_row("input", f"manifest, {name}", part.model_dump(), of_checkpoint.model_dump())
-    precisions = {
-        e.name: (e.precision, precision_of(load_engine(pipeline.bundle / e.name), e)) for e in manifest.engines
+    graphs = {entry.name: load_engine(pipeline.bundle / entry.name) for entry in manifest.engines}
+    right: dict[str, Precision] = {
+        entry.name: "fp32" if entry.role in ALWAYS_FP32 else manifest.precision for entry in manifest.engines
     }
-    right = {e.name: ("fp32" if e.role in ALWAYS_FP32 else manifest.precision,) * 2 for e in manifest.engines}
-    yield equality_row("input", "precision of the engines, by the manifest and by their weights", precisions, right)
+    precisions = {entry.name: (entry.precision, precision_of(graphs[entry.name], entry)) for entry in manifest.engines}
+    pairs = {name: (precision, precision) for name, precision in right.items()}
+    yield equality_row("input", "precision of the engines, by the manifest and by their weights", precisions, pairs)
+    faults = [f"{name}: {fault}" for name, graph in graphs.items() for fault in foreign_types(graph, right[name])]
+    yield differences_row("input", "types of the engines' graphs", faults)
+    if manifest.precision == "int8":
+        said = {entry.name: _products_of(entry.quantization) for entry in manifest.engines}
+        found = {name: quantized_products(graph) if right[name] == "int8" else None for name, graph in graphs.items()}
+        yield equality_row("input", "quantised products", said, found)
     if reference.folder is not None:
+        hashes = (manifest.checkpoint_sha256, reference.sha256)
+        yield equality_row("input", "hash of the checkpoint", *hashes)
         names = [file.path for file in manifest.tokenizer_files if (reference.folder / file.path).is_file()]
-        pairs = ({name: sha256_of(folder / name) for name in names} for folder in (pipeline.bundle, reference.folder))
-        yield equality_row("input", "files of tokenizer and processor", *pairs)
+        files = ({name: sha256_of(folder / name) for name in names} for folder in (pipeline.bundle, reference.folder))
+        yield equality_row("input", "files of tokenizer and processor", *files)
     tokens = [pipeline.chat.prompt_tokens(prompt) for prompt in PROMPTS]
     yield equality_row("input", f"tokens of {len(PROMPTS)} prompts", tokens, reference.prompt_tokens)
     dialogue = pipeline.chat.encode_conversations([DIALOGUE]).input_ids[0].tolist()
@@ -139,13 +151,18 @@ def _input_rows(pipeline: LatteFlowPipeline, reference: Reference, _: Tolerances
             yield relative_row("input", f"pixels of {what}", given.reshape(-1, pixels.shape[1]), pixels, PIXELS)
 
 
+def _products_of(quantization: Quantization | None) -> dict[str, list[str]] | None:
+    if quantization is None:
+        return None
+    return {"quantized": sorted(quantization.quantized), "kept": sorted(quantization.kept)}
+
+
 def _weight_rows(pipeline: LatteFlowPipeline, reference: Reference, _: Tolerances) -> Iterator[ParityRow]:
-    """Compares weights with the checkpoint's, rounded to the engine's precision. Fused weights are not compared."""
+    """Compares weights with the checkpoint's, rounded to the engine's precision."""
     for entry in pipeline.manifest.engines:
         differing, count = differing_weights(pipeline.bundle, entry, reference.model)
         if count or differing:
-            what = f"{count} weights of {entry.name}"
-            yield differences_row("weights", what, differing, group=entry.group)
+            yield differences_row("weights", f"{count} weights of {entry.name}", differing, group=entry.group)
 
 
 def _graph_rows(pipeline: LatteFlowPipeline, reference: Reference, _: Tolerances) -> Iterator[ParityRow]:
@@ -187,6 +204,7 @@ def _engine_rows(pipeline: LatteFlowPipeline, reference: Reference, tolerances: 
     for case in cases:
         value = pipeline.decode(case.latents)
         yield psnr_row("engine", f"vae_decoder, {case.size}", value, case.images, FP32.image_psnr_db)
+        yield bias_row("engine", f"vae_decoder's rounding, {case.size}", value, case.images, BIAS)
 
 
 def _language_rows(pipeline: LatteFlowPipeline, case: EngineCase, tolerances: Tolerances) -> Iterator[ParityRow]:

@@ -13,16 +13,20 @@ import torch
 from onnx_ir.traversal import RecursiveGraphIterator
 
 from export.engines import load_engine
+from export.graphs import CONSTANT
 from export.integer_products import LEVELS as ACTIVATION_LEVELS
-from export.integer_products import ZERO_POINT
+from export.integer_products import ZERO_POINT, products_of
 from export.weights import LoadedWeights, weights_of
 from latte.model import LatteFlow
 from runtime.errors import CheckpointError
 from runtime.manifest import EngineEntry, Precision
 
-ORT_DOMAIN = "com.microsoft"
-CONSTANT = "constant_"
-"""Initializers of this name are numbers of the graph, not weights."""
+NARROW = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+"""The floating type that engines of half precision have besides fp32."""
+TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
+"""Attributes of operators that name the type of their result."""
+BLOCK_BYTES = 16 << 20
+"""Memory for the part of a matrix that is compared at once."""
 LEVELS, SCALES = ".levels", ".scales"
 """A quantised weight `[N, K]` is two initializers of its name with these endings, `[K, N]` int8 and `[N]` float32."""
 
@@ -35,7 +39,6 @@ def differing_weights(bundle: Path, entry: EngineEntry, model: LatteFlow) -> tup
     """
     graph = load_engine(bundle / entry.name)
     initializers = graph.graph.initializers
-    fused = is_fused(graph)
     precision: Precision = "fp32" if entry.precision == "int8" else entry.precision
     weight = weights_of(entry.role, model, LoadedWeights(model), precision, entry.group)
     differing, count = [], 0
@@ -47,8 +50,7 @@ def differing_weights(bundle: Path, entry: EngineEntry, model: LatteFlow) -> tup
         try:
             expected = weight(source)
         except (AttributeError, CheckpointError):
-            if not fused:  # fusing makes new weights of several
-                differing.append(f"{source}, which the checkpoint does not have")
+            differing.append(f"{source}, which the checkpoint does not have")
             continue
         if source != name:
             scales = initializers[source + SCALES].const_value if source + SCALES in initializers else None
@@ -62,11 +64,6 @@ def differing_weights(bundle: Path, entry: EngineEntry, model: LatteFlow) -> tup
     return differing + quantization_faults(graph), count
 
 
-def is_fused(graph: ir.Model) -> bool:
-    """Returns whether a graph has operators of ONNX Runtime's own."""
-    return any(node.domain == ORT_DOMAIN for node in RecursiveGraphIterator(graph.graph))
-
-
 def precision_of(graph: ir.Model, entry: EngineEntry) -> Precision:
     """Returns the precision of an engine by its weights, whatever its entry says."""
     initializers = graph.graph.initializers
@@ -76,6 +73,32 @@ def precision_of(graph: ir.Model, entry: EngineEntry) -> Precision:
     if entry.precision == "int8" and entry.quantization is not None and not entry.quantization.quantized:
         return "int8"  # every product was too sensitive
     return "fp16" if ir.DataType.FLOAT16 in dtypes else "bf16" if ir.DataType.BFLOAT16 in dtypes else "fp32"
+
+
+def foreign_types(graph: ir.Model, precision: Precision) -> list[str]:
+    """Describes each value of a floating type that engines of a precision do not have, such as bf16 in fp16 engines."""
+    own = {ir.DataType.FLOAT, NARROW.get(precision, ir.DataType.FLOAT)}
+
+    def fault(what: str, dtype: ir.DataType | None) -> list[str]:
+        is_foreign = dtype is not None and dtype.is_floating_point() and dtype not in own
+        return [f"{what} is {dtype.name} in an engine of {precision}"] if is_foreign and dtype is not None else []
+
+    values = [*graph.graph.inputs, *graph.graph.initializers.values()]
+    faults = [line for value in values for line in fault(str(value.name), value.dtype)]
+    for node in RecursiveGraphIterator(graph.graph):
+        name = f"{node.op_type} {node.name or node.outputs[0].name}"
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR:
+                faults += fault(name, attribute.as_tensor().dtype)
+            elif attribute.name in TYPE_ATTRIBUTES and attribute.type == ir.AttributeType.INT:
+                faults += fault(name, ir.DataType(attribute.as_int()))
+    return faults
+
+
+def quantized_products(graph: ir.Model) -> dict[str, list[str]]:
+    """Returns the names of the weights whose products are quantised in a graph, and of those whose are not, sorted."""
+    levels = [name.removesuffix(LEVELS) for name in graph.graph.initializers if name.endswith(LEVELS)]
+    return {"quantized": sorted(levels), "kept": sorted({product.name for product in products_of(graph)})}
 
 
 def quantization_faults(graph: ir.Model) -> list[str]:
@@ -114,8 +137,20 @@ def is_quantized(weight: np.ndarray, levels: np.ndarray, scales: np.ndarray, lim
     """
     if levels.shape != weight.shape[::-1] or scales.shape != weight.shape[:1] or not (scales > 0).all():
         return False
-    used = np.maximum(levels.max(axis=0), -levels.min(axis=0).astype(np.int16))  # [N]
-    off = np.abs(levels.T - weight / scales[:, None])
+    # The matrix of a vocabulary is large, so a few outputs at a time.
+    rows = max(1, BLOCK_BYTES // max(1, 4 * weight.shape[1]))
+    return all(
+        _is_quantized(
+            weight[start : start + rows], levels[:, start : start + rows].T, scales[start : start + rows], limit
+        )
+        for start in range(0, len(weight), rows)
+    )
+
+
+def _is_quantized(weight: np.ndarray, levels: np.ndarray, scales: np.ndarray, limit: int) -> bool:
+    """Compares a weight and its levels, both `[N, K]`."""
+    used = np.maximum(levels.max(axis=1), -levels.min(axis=1).astype(np.int16))  # [N]
+    off = np.abs(levels - weight / scales[:, None])
     full = (used == limit) | (np.abs(weight).max(axis=1) == 0)
     return bool((off <= 0.5 + 1e-3).all() and full.all())
 

@@ -1,7 +1,7 @@
 """The graphs of a bundle in fp32 with the checkpoint's weights, so that what a graph does is seen apart from rounding.
 
 In fp16, bf16 and INT8 a verification must tolerate the error of the precision, and a wrong connection whose effect is
-smaller than that would pass. In fp32 it cannot. Fused graphs are left out: their weights are made of several.
+smaller than that would pass. In fp32 it cannot.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.traversal import RecursiveGraphIterator
 
-from export.engines import bind, load_engine, save_engine
-from export.weight_check import CONSTANT, LEVELS, is_fused, precision_of
+from export.engines import bind, load_engine, write_files
+from export.graphs import CONSTANT
+from export.weight_check import LEVELS, precision_of
 from export.weights import LoadedWeights, weights_of
 from latte.model import LatteFlow
 from runtime.manifest import EngineEntry, Manifest, TensorSpec, file_entry, load_manifest, save_manifest
@@ -28,7 +29,7 @@ HALF = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 def is_widened_by(graph: ir.Model, entry: EngineEntry) -> bool:
     """Returns whether an engine differs from its form in fp32."""
-    return precision_of(graph, entry) != "fp32" and not is_fused(graph)
+    return precision_of(graph, entry) != "fp32"
 
 
 def widened_bundle(bundle: Path, model: LatteFlow, folder: Path) -> Manifest:
@@ -46,7 +47,7 @@ def widened_bundle(bundle: Path, model: LatteFlow, folder: Path) -> Manifest:
         if is_widened_by(graph, entry):
             widen(graph, constants)
         graph = bind(graph, weights_of(entry.role, model, LoadedWeights(model), "fp32", entry.group))
-        files = save_engine(graph, folder / entry.name)
+        files = write_files(graph, folder / entry.name)
         engines.append(
             entry.model_copy(
                 update={

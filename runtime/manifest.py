@@ -177,7 +177,7 @@ class ParityRow(_Frozen):
     what: str
     group: int | None = None
     step: int | None = None
-    metric: Literal["relative_error", "psnr_db", "differences"]
+    metric: Literal["relative_error", "psnr_db", "bias_levels", "differences"]
     value: float | None = Field(description="None if it is not finite")
     tolerance: float
     passed: bool

@@ -19,8 +19,8 @@ from rich.table import Table
 from export.benchmarks.report import Against, AsJson, Publisher, app, bundle_for_the_run
 from export.benchmarks.timing import take_turns
 from export.commands import staged
-from export.parity import psnr_db
-from export.quantization import GUIDANCE_SCALES, QUANTIZED_ROLES, QuantizationSettings, quantize_bundle, relative_error
+from export.parity import psnr_db, relative_error
+from export.quantization import GUIDANCE_SCALES, QUANTIZED_ROLES, QuantizationSettings, quantize_bundle
 from latte.shapes.score import held_out_prompts, score_answers, score_drawing
 from runtime.backends import to_host
 from runtime.console import progress_bar, stdout

@@ -8,6 +8,7 @@ the same expert in fp32.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -127,7 +128,8 @@ def study(name: str, flow: FlowTransformer, precisions: Sequence[Precision] = ("
             ) -> float | None:
                 with RoundedParts(parts, config, dtype) if parts else nullcontext():
                     velocity = narrow(latents.to(dtype), t, kv.to(dtype), mask, group)
-                return relative_error(velocity.float().numpy(), reference)
+                found = relative_error(velocity.float().numpy(), reference)
+                return found if math.isfinite(found) else None
 
             yield Deviation(name, precision, "nothing: the recipe", error(()))
             for part in PARTS:

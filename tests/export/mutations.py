@@ -262,6 +262,27 @@ def coarser_activations(model: onnx.ModelProto) -> None:
     assert chosen
 
 
+def become(kind: str) -> Callable[[onnx.NodeProto], None]:
+    """Replaces an operator by one with the same inputs."""
+
+    def change(node: onnx.NodeProto) -> None:
+        node.op_type = kind
+
+    return change
+
+
+def other_range(manifest: Any) -> None:
+    """Gives an engine's weights the other number of bits."""
+    quantization = next(engine["quantization"] for engine in manifest["engines"] if engine["name"] == "expert_0")
+    quantization["reduced_range"] = not quantization["reduced_range"]
+
+
+def fewer_products(manifest: Any) -> None:
+    """Calls a quantised product one that was kept."""
+    quantization = next(engine["quantization"] for engine in manifest["engines"] if engine["name"] == "vlm")
+    quantization["kept"].append(quantization["quantized"].pop())
+
+
 def swap_inputs(node: onnx.NodeProto) -> None:
     """Exchanges the first two inputs."""
     node.input[0], node.input[1] = node.input[1], node.input[0]
@@ -311,6 +332,7 @@ MUTATIONS = (
         "red and blue are exchanged",
         on_output("vae_decoder", "image", [("Cast", TensorProto.INT32), ("Gather", (3, [2, 1, 0])), ("Cast", None)]),
     ),
+    Mutation("the decoder rounds down", rewired("vae_decoder", "Round", 0, become("Floor"))),
     Mutation("an epsilon of the norms is 0.01", number("expert_0", 1e-5, 1e-2)),
     Mutation("attention scores are not scaled", number("expert_1", 8**-0.5, 1.0)),
     # schedule and guidance
@@ -327,12 +349,15 @@ MUTATIONS = (
     Mutation(
         "time goes through fp16",
         on_input("expert_1", "timestep", [("Cast", FP16), ("Cast", None)]),
-        {"fp16": ROUNDING, "bf16": ROUNDING, "int8": ROUNDING},
+        {"fp16": ROUNDING},
+    ),
+    Mutation(
+        "time goes through bf16", on_input("expert_1", "timestep", [("Cast", BF16), ("Cast", None)]), {"bf16": ROUNDING}
     ),
     Mutation(
         "the VLM's keys and values go through fp16",
         on_output("vlm", "kv_0", [("Cast", FP16), ("Cast", None)]),
-        {"fp16": "they are fp16 already", "bf16": ROUNDING, "int8": ROUNDING},
+        {"fp16": "they are fp16 already"},
     ),
     Mutation(
         "latents go through fp16 in the solver", on_input("solver_step", "velocity", [("Cast", FP16), ("Cast", None)])
@@ -373,6 +398,9 @@ MUTATIONS = (
     ),
     Mutation("the manifest gives another precision", document("manifest.json", other_precision)),
     Mutation("activations come back with another scale", graph("expert_0", coarser_activations), only=("int8",)),
+    Mutation("weights have another number of bits", document("manifest.json", other_range), only=("int8",)),
+    Mutation("fewer products are quantised", document("manifest.json", fewer_products), only=("int8",)),
+    Mutation("the checkpoint is another", document("manifest.json", lambda m: m.update(checkpoint_sha256="0" * 64))),
     Mutation(
         "another token ends an answer",
         document("manifest.json", lambda m: m["understanding"].update(eos_token_ids=[5])),

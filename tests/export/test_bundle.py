@@ -115,20 +115,6 @@ def test_blend_and_half_precision_export_and_verify(tmp_path: Path) -> None:
         assert pipe("a red star", num_inference_steps=2, output_type="np").images.shape == (1, 24, 32, 3)
 
 
-def test_a_fused_bundle_says_so_and_still_verifies(checkpoint: Path, tmp_path: Path) -> None:
-    manifest, failed = export_bundle(checkpoint, tmp_path / "bundle", fuse=True)
-    assert not failed
-    assert {engine.name for engine in manifest.engines if engine.fused} == {
-        "vision_encoder",
-        "vlm",
-        "expert_0",
-        "expert_1",
-        "vae_decoder",
-    }
-    graph = onnx.load(tmp_path / "bundle" / "expert_0" / "model.onnx", load_external_data=False).graph
-    assert "SimplifiedLayerNormalization" in {node.op_type for node in graph.node}
-
-
 def test_an_interrupted_export_leaves_no_bundle(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

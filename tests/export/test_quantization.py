@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 from export.bundle import export_bundle
 from export.engines import save_engine
 from export.integer_products import quantize_graph
+from export.parity import relative_error
 from export.quantization import (
     GUIDANCE_SCALES,
     TO_CHOOSE,
@@ -24,7 +25,6 @@ from export.quantization import (
     QuantizationSettings,
     quantize_bundle,
     record_runs,
-    relative_error,
     rewrite_engine,
     what_counts,
 )

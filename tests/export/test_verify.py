@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from diffusers.models.attention_processor import SanaMultiscaleLinearAttention
 
 from export.dc_ae import LinearAttentionProcessor
-from export.parity import psnr_db, relative_error
+from export.parity import bias_levels, psnr_db, relative_error, relative_row
 from export.reference import Reference
 from export.verify import FiniteWatch, verify_bundle
 from runtime.backends import open_backend
@@ -90,9 +91,14 @@ def test_a_checkpoint_of_another_form_is_said_so(bundle: Path) -> None:
 
 def test_a_reference_that_is_constant_or_not_finite_proves_nothing() -> None:
     same = np.ones((2, 3))
-    assert relative_error(same, same) is None
-    assert relative_error(np.arange(3.0), np.array([0.0, 1.0, np.nan])) is None
-    assert relative_error(np.array([0.0, np.inf, 2.0]), np.arange(3.0)) is None
+    for value, reference in (
+        (same, same),
+        (np.arange(3.0), np.array([0.0, 1.0, np.nan])),
+        (np.array([0.0, np.inf, 2.0]), np.arange(3.0)),
+    ):
+        row = relative_row("engine", "x", value, reference, tolerance=1.0)
+        assert (row.value, row.passed) == (None, False)
+    assert bias_levels(np.zeros((4, 4), np.uint8), np.zeros((4, 4), np.uint8)) is None
     assert psnr_db(np.zeros((4, 4), np.uint8), np.zeros((4, 4), np.uint8)) is None
 
 
@@ -101,6 +107,10 @@ def test_the_measures_are_what_they_say() -> None:
     a = np.array([[0, 255]], np.uint8)
     assert psnr_db(a, a) == 100.0
     assert psnr_db(np.array([[10, 255]], np.uint8), a) == pytest.approx(10 * np.log10(255**2 / 50))
+    assert bias_levels(np.array([[10, 253]], np.uint8), a) == 10
+    assert bias_levels(np.array([[0, 253]], np.uint8), a) == -2
+    assert relative_error(np.zeros(2), np.zeros(2)) == 0
+    assert relative_error(np.zeros(2), np.zeros(3)) == math.inf
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (8, 8), (5, 9)])

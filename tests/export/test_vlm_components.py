@@ -107,9 +107,7 @@ def test_it_answers_as_transformers_does(name: str, foreign: tuple[LatteFlow, La
     embeds = None if inputs.images is None else answerer.encode_images(inputs.images)
     output = answerer.language.forward(inputs.input_ids, inputs.attention_mask, inputs.position_ids, embeds)
     expected = reference_logits(model, processor, images, question)
-    error = relative_error(output.logits.numpy(), expected.numpy())
-    assert error is not None
-    assert error < 1e-4
+    assert relative_error(output.logits.numpy(), expected.numpy()) < 1e-4
     tokens = [int(token[0]) for token in answerer.tokens(inputs, AnswerSettings(max_new_tokens=32))]
     reference = reference_tokens(model, processor, images, question, 32)
     assert tokens[: len(reference)] == reference
