@@ -28,7 +28,7 @@ from export.weights import ALWAYS_FP32, WeightFiles, weights_of
 from latte.checkpoint import load_outline, resolve_checkpoint
 from latte.model import LatteFlow
 from runtime.chat import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
-from runtime.errors import CheckpointError, InputError
+from runtime.errors import InputError
 from runtime.files import check_replaceable, replaced_directory, write_text
 from runtime.image_processor import PROCESSOR_FILE, load_processor_config
 from runtime.manifest import (
@@ -128,10 +128,7 @@ def _copy_tokenizer_files(model: LatteFlow, checkpoint: Path, folder: Path) -> N
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, folder / name)
     if not (folder / TEMPLATE_FILE).is_file():  # older tokenizers keep it in their config
-        template = model.tokenizer.chat_template
-        if not isinstance(template, str):
-            raise CheckpointError(f"{checkpoint} has no {TEMPLATE_FILE}; save the VLM's chat template there")
-        write_text(folder / TEMPLATE_FILE, template)
+        write_text(folder / TEMPLATE_FILE, model.tokenizer.chat_template)
 
 
 def _export_engines(

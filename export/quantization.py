@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from export.engines import GRAPH_FILE, load_engine, save_engine
 from export.integer_products import SWITCHES, products_of, quantize_graph, weight_bits
 from export.parity import relative_error
+from export.reference import shortened
 from runtime.backends import Backend, open_backend, to_host
 from runtime.backends.observed import ObservedBackend, ObservedRun
 from runtime.flow_time import ExpertSchedule, initial_latents
@@ -126,7 +127,8 @@ def record_runs(bundle: Path, calibration: CalibrationSet) -> dict[str, list[Fee
         geometry = pipe.manifest.geometry
         seeds = [calibration.first_seed + image for image in range(count)]
         noise = initial_latents(seeds, (geometry.latent_channels, *geometry.latent_size))
-        sampler = pipe.sampler(calibration.prompts, [""] * count, calibration.guidance_scales)
+        prompts = [shortened(prompt, pipe.chat.encode_prompts) for prompt in calibration.prompts]
+        sampler = pipe.sampler(prompts, [""] * count, calibration.guidance_scales)
         images = pipe.decode(sampler.run(noise, calibration.times(pipe.manifest.schedule)))
         pipe.ask(list(images[:2]), [calibration.question] * 2, max_new_tokens=ANSWER_TOKENS)
     return recorder.feeds

@@ -8,7 +8,7 @@ tests compare with formulas of their own.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 from latte.checkpoint import check_trained, load_checkpoint, load_image_processor, resolve_checkpoint
 from latte.model import LatteFlow
 from latte.sampling import SampleStep, guided
+from runtime.errors import InputError
 from runtime.files import sha256_of
 from runtime.flow_time import initial_latents, time_grid
 
@@ -31,6 +32,7 @@ SIZES = ((1, 0, (0, 0)), (2, 3, (0, 0)), (3, 17, (1, 2)), (2, None, (0, 0)))
 STEPS = 8
 ANSWER_TOKENS = 4
 PROMPTS = ("a", "a small red circle", "a large green star above a small blue square on a white background", "")
+"""Those that are longer than the model allows lose their last words."""
 SCALES = (3.0, 1.0, 5.0, 1.5)
 """Guidance scale of each prompt."""
 QUESTIONS = (((3, 4), (5, 2)), PROMPTS[1]), (((2, 2),), "what is this?"), ((), "what colour is it?")
@@ -139,9 +141,14 @@ class Reference:
         return None if self.folder is None else checkpoint_hash(self.folder)
 
     @cached_property
+    def prompts(self) -> list[str]:
+        """`PROMPTS`, short enough for the model."""
+        return [shortened(prompt, self.model.tokenize) for prompt in PROMPTS]
+
+    @cached_property
     def prompt_tokens(self) -> list[list[int]]:
-        """The tokens of `PROMPTS`."""
-        return self.model.tokenize(PROMPTS)
+        """The tokens of the prompts."""
+        return self.model.tokenize(self.prompts)
 
     @cached_property
     def dialogue_tokens(self) -> list[int]:
@@ -167,7 +174,7 @@ class Reference:
         self, rows: int, more: int | None, larger: tuple[int, int], generator: torch.Generator
     ) -> EngineCase:
         model, config = self.model, self.model.config
-        longest = config.max_prompt_tokens if more is None else 1 + more + rows
+        longest = config.max_prompt_tokens if more is None else min(1 + more + rows, config.max_prompt_tokens)
         ids, mask = self._random_prompts(rows, longest, generator)
         prefix = model.encode_tokens(ids, mask)
         shape = (config.latent_channels, config.latent_size[0] + larger[0], config.latent_size[1] + larger[1])
@@ -212,10 +219,10 @@ class Reference:
     def sampling(self) -> SamplingCase:
         """`STEPS` steps from seeds 0, 1, …; guidance leads away from the empty prompt."""
         config = self.model.config
-        noise = initial_latents(range(len(PROMPTS)), (config.latent_channels, *config.latent_size))
+        noise = initial_latents(range(len(self.prompts)), (config.latent_channels, *config.latent_size))
         steps: list[SampleStep] = []
         final = self.model.generate(
-            PROMPTS,
+            self.prompts,
             num_inference_steps=STEPS,
             guidance_scale=SCALES,
             latents=torch.from_numpy(noise),
@@ -279,6 +286,23 @@ class Reference:
     def _rendered(self, messages: Sequence[Mapping[str, Any]]) -> str:
         text: str = self.model.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return text
+
+
+def shortened(prompt: str, tokenize: Callable[[list[str]], object]) -> str:
+    """Returns a prompt without the last words that are too many.
+
+    Args:
+        tokenize: raises `InputError` for prompts that are too long.
+    """
+    words = prompt.split()
+    while words:
+        try:
+            tokenize([" ".join(words)])
+        except InputError:
+            words.pop()
+        else:
+            break
+    return " ".join(words)
 
 
 def checkpoint_hash(path: Path) -> str:

@@ -26,7 +26,7 @@ import numpy as np
 from export.components import geometry_of, prompt_format_of, understanding_of
 from export.engines import load_engine
 from export.parity import bias_row, differences_row, equality_row, psnr_row, relative_row
-from export.reference import ANSWER_TOKENS, DIALOGUE, PROMPTS, SCALES, EngineCase, QuestionCase, Reference
+from export.reference import ANSWER_TOKENS, DIALOGUE, SCALES, EngineCase, QuestionCase, Reference
 from export.weight_check import differing_weights, foreign_types, precision_of, quantized_products
 from export.weights import ALWAYS_FP32
 from export.widened import is_widened_by, widened_bundle
@@ -136,8 +136,8 @@ def _input_rows(pipeline: LatteFlowPipeline, reference: Reference, _: Tolerances
         names = [file.path for file in manifest.tokenizer_files if (reference.folder / file.path).is_file()]
         files = ({name: sha256_of(folder / name) for name in names} for folder in (pipeline.bundle, reference.folder))
         yield equality_row("input", "files of tokenizer and processor", *files)
-    tokens = [pipeline.chat.prompt_tokens(prompt) for prompt in PROMPTS]
-    yield equality_row("input", f"tokens of {len(PROMPTS)} prompts", tokens, reference.prompt_tokens)
+    tokens = [pipeline.chat.prompt_tokens(prompt) for prompt in reference.prompts]
+    yield equality_row("input", f"tokens of {len(tokens)} prompts", tokens, reference.prompt_tokens)
     dialogue = pipeline.chat.encode_conversations([DIALOGUE]).input_ids[0].tolist()
     yield equality_row("input", "tokens of a dialogue", dialogue, reference.dialogue_tokens)
     for case in reference.questions:
@@ -220,7 +220,8 @@ def _language_rows(pipeline: LatteFlowPipeline, case: EngineCase, tolerances: To
 
 def _sampling_rows(pipeline: LatteFlowPipeline, reference: Reference, tolerances: Tolerances) -> Iterator[ParityRow]:
     case = reference.sampling
-    sampler = pipeline.sampler(list(PROMPTS), negative_prompts=[""] * len(PROMPTS), guidance_scales=list(SCALES))
+    prompts = reference.prompts
+    sampler = pipeline.sampler(prompts, negative_prompts=[""] * len(prompts), guidance_scales=list(SCALES))
     for step, inputs in zip(case.steps, sampler.step_inputs(case.times), strict=True):
         latents = case.latents_before(step.index)
         value = sampler.step(latents, sampler.rows_of(latents), inputs)[0].numpy()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -106,7 +107,7 @@ def load_checkpoint(name_or_path: str | Path, dtype: torch.dtype = torch.float32
     _check_geometry(config, vlm, vae)
     flow = FlowTransformer(config)
     load_flow(flow, path / "model.safetensors")
-    model = LatteFlow(config, cast_parameters(flow, dtype), vlm, vae, load_tokenizer(path))
+    model = LatteFlow(config, cast_parameters(flow, dtype), vlm, vae, _prompt_tokenizer(path, config))
     if config.variant == "blend":
         share_with_vlm(flow, vlm)
     return model.eval()
@@ -131,17 +132,19 @@ def load_outline(name_or_path: str | Path) -> LatteFlow:
     config = load_config(path)
     _check_kind(Qwen2VLForConditionalGeneration, path / "vlm")
     _check_kind(AutoencoderDC, path / "vae")
-    with init_empty_weights(include_buffers=False), quiet_libraries():
-        vlm_config = Qwen2VLConfig.from_pretrained(path / "vlm", local_files_only=True)
-        vlm = Qwen2VLForConditionalGeneration._from_config(vlm_config, attn_implementation="eager")
-        vae = AutoencoderDC.from_config(AutoencoderDC.load_config(path / "vae", local_files_only=True))
+    with init_empty_weights(include_buffers=False):
+        with _loading(Qwen2VLForConditionalGeneration, path / "vlm"):
+            vlm_config = Qwen2VLConfig.from_pretrained(path / "vlm", local_files_only=True)
+            vlm = Qwen2VLForConditionalGeneration._from_config(vlm_config, attn_implementation="eager")
+        with _loading(AutoencoderDC, path / "vae"):
+            vae = AutoencoderDC.from_config(AutoencoderDC.load_config(path / "vae", local_files_only=True))
         _check_geometry(config, vlm, vae)
         flow = FlowTransformer(config)
     if (path / "vlm" / "generation_config.json").is_file():
         vlm.generation_config = GenerationConfig.from_pretrained(path / "vlm", local_files_only=True)
     if config.variant == "blend":
         share_with_vlm(flow, vlm)
-    return LatteFlow(config, flow, vlm, vae, load_tokenizer(path)).eval()
+    return LatteFlow(config, flow, vlm, vae, _prompt_tokenizer(path, config)).eval()
 
 
 def load_vlm(path: Path, dtype: torch.dtype = torch.float32) -> Qwen2VLForConditionalGeneration:
@@ -163,14 +166,34 @@ def load_vae(path: Path, dtype: torch.dtype = torch.float32) -> AutoencoderDC:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """Loads the tokenizer of a local folder.
+    """Loads the tokenizer of a local folder, with its chat template.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: one of them is missing.
     """
     if not (path / "tokenizer.json").is_file():
         raise CheckpointError(f"{path} contains no tokenizer.json; save the VLM's tokenizer there")
-    return Qwen2Tokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer = Qwen2Tokenizer.from_pretrained(path, local_files_only=True)
+    if not isinstance(tokenizer.chat_template, str):
+        raise CheckpointError(f"{path} contains no chat_template.jinja; save the VLM's chat template there")
+    return tokenizer
+
+
+def _prompt_tokenizer(path: Path, config: LatteFlowConfig) -> Any:
+    """Loads a tokenizer whose chat template leaves room for a prompt; raises `CheckpointError` otherwise."""
+    tokenizer = load_tokenizer(path)
+    try:
+        empty = tokenizer.apply_chat_template(
+            [{"role": "user", "content": ""}], tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+    except Exception as error:  # a template is a program, which can raise anything
+        raise CheckpointError(f"the chat template of {path} cannot be used: {one_line(error)}") from error
+    if len(empty) > config.max_prompt_tokens:
+        raise CheckpointError(
+            f"{path / 'config.json'} has max_prompt_tokens {config.max_prompt_tokens}, but an empty prompt has "
+            f"{len(empty)} tokens in the chat template; expected at least as many"
+        )
+    return tokenizer
 
 
 def load_image_processor(path: Path) -> Qwen2VLImageProcessorPil:
@@ -206,23 +229,33 @@ def _from_pretrained(kind: Any, path: Path, dtype: torch.dtype, **options: Any) 
         if escaping := sorted(name for name in names if Path(name).name != name):
             raise CheckpointError(f"{index} names {escaping[0]}, which is not a file in the same folder")
     option = "dtype" if kind is Qwen2VLForConditionalGeneration else "torch_dtype"
-    try:
-        with quiet_libraries():
-            model, info = kind.from_pretrained(
-                path,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-                **{option: dtype},
-                **options,
-            )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be loaded as a {kind.__name__}: {one_line(error)}") from error
+    with _loading(kind, path):
+        model, info = kind.from_pretrained(
+            path,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **{option: dtype},
+            **options,
+        )
     problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
     problems += [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
     problems += [f"{item[0]} has shape {tuple(item[1])}, expected {tuple(item[2])}" for item in info["mismatched_keys"]]
     _raise_all(path, problems)
     return model
+
+
+@contextmanager
+def _loading(kind: Any, path: Path) -> Iterator[None]:
+    """Raises `CheckpointError` if transformers or diffusers cannot make a model of a folder."""
+    try:
+        with quiet_libraries():
+            yield
+    except Exception as error:  # a value of a config that does not fit raises anything, a ZeroDivisionError too
+        detail = f"{type(error).__name__}: {one_line(error).rstrip('.')}"
+        raise CheckpointError(
+            f"{path} cannot be loaded as {kind.__name__}: {detail}; do its config.json and its weights fit together?"
+        ) from error
 
 
 def load_flow(flow: FlowTransformer, path: Path) -> None:
@@ -271,15 +304,23 @@ def _check_geometry(config: LatteFlowConfig, vlm: Qwen2VLForConditionalGeneratio
 
 
 def check_autoencoder(vae: AutoencoderDC, latent_size: tuple[int, int], name: str | Path) -> None:
-    """Decodes latents of zeros once.
+    """Checks an autoencoder's `scaling_factor`, and decodes latents of zeros once.
 
     Args:
         latent_size: height and width in latents.
         name: what to call the autoencoder in an error.
 
     Raises:
-        CheckpointError: the autoencoder cannot decode them, or not to RGB images of `vae_scale_factor` pixels a latent.
+        CheckpointError: the autoencoder cannot decode them, or not to RGB images of `vae_scale_factor` pixels a latent;
+            or its `scaling_factor` is no positive number.
     """
+    scaling = vae.config.scaling_factor
+    is_number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
+    if not is_number or not 0 < scaling < math.inf or math.isinf(1 / scaling):
+        raise CheckpointError(
+            f"{name} has the scaling_factor {scaling!r} in its config.json, expected a positive number: one divided by "
+            "the standard deviation of its latents"
+        )
     channels, factor = vae.config.latent_channels, vae_scale_factor(vae)
     latents = torch.zeros((1, channels, *latent_size), dtype=vae.dtype)
     expected = (1, 3, *(factor * size for size in latent_size))
@@ -298,8 +339,6 @@ def check_autoencoder(vae: AutoencoderDC, latent_size: tuple[int, int], name: st
         )
     if not torch.isfinite(image).all():
         raise CheckpointError(f"{name} decodes latents of zeros to pixels that are not finite; its weights are broken")
-    if not vae.config.scaling_factor:
-        raise CheckpointError(f"{name} has no scaling_factor in its config.json; set the standard deviation's inverse")
 
 
 def is_untrained(flow: FlowTransformer) -> bool:

@@ -36,6 +36,7 @@ from runtime.flow_time import (
     DEFAULT_STEPS,
     check_finite,
     check_guidance_scale,
+    check_moved,
     check_seeds,
     initial_latents,
     time_grid,
@@ -448,7 +449,7 @@ class LatteFlow(nn.Module):
 
         Raises:
             InputError: an argument cannot work, such as a prompt that is too long or a list of another length.
-            EngineError: the latents are not finite.
+            EngineError: the latents are not finite, or the flow layers are untrained.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
@@ -484,7 +485,9 @@ class LatteFlow(nn.Module):
 
         times = time_grid(num_inference_steps, shift)
         result = sample(velocity, latents.to(device), times, self.config.schedule, solver, callback_on_step_end)
-        check_finite(result.float().cpu().numpy())
+        on_host = result.float().cpu().numpy()
+        check_finite(on_host)
+        check_moved(latents.float().cpu().numpy(), on_host)
         if output_type == "latent":
             return result.cpu().numpy()
         return self.decode_latents(result).cpu().numpy()

@@ -121,8 +121,8 @@ def check_moved(noise: np.ndarray, latents: np.ndarray) -> None:
     """Raises `EngineError` if sampling left the noise as it was, as the velocity of untrained experts does."""
     if np.array_equal(noise, latents):
         raise EngineError(
-            "the experts predict no velocity, so the images are still noise: the bundle's checkpoint is untrained; "
-            "train its flow layers and export it again"
+            "the experts predict no velocity, so the images are still noise: the checkpoint is untrained; "
+            "train its flow layers, and export its bundle again"
         )
 
 

@@ -28,6 +28,7 @@ from export.quantization import (
     rewrite_engine,
     what_counts,
 )
+from export.weight_check import is_quantized
 from runtime.backends import open_backend
 from runtime.errors import InputError
 from runtime.flow_time import ExpertSchedule
@@ -222,6 +223,21 @@ def test_the_limit_decides_how_much_is_quantized(bundle: Path, tmp_path: Path) -
     assert np.array_equal(draw(tmp_path / "0.0"), draw(bundle))
     sizes = [sum(file.size for file in manifest.files()) for manifest in (nothing, some, everything)]
     assert sizes[0] > sizes[1] > sizes[2]
+
+
+def test_levels_are_compared_in_parts_as_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((7, 5)).astype(np.float32)
+    scales = np.abs(weight).max(axis=1) / 127
+    levels = np.rint(weight / scales[:, None]).astype(np.int8).T
+    for block in (1, 2 * 4 * 5, 1 << 20):  # one output at a time, two, and all of them
+        monkeypatch.setattr("export.weight_check.BLOCK_BYTES", block)
+        assert is_quantized(weight, levels, scales, 127)
+        for place in (0, 3, 6):
+            off = levels.copy()
+            off[2, place] += 1 if off[2, place] < 0 else -1
+            assert not is_quantized(weight, off, scales, 127)
+        assert not is_quantized(weight, levels, scales, 63)
 
 
 def test_seven_bits_are_seven_bits(bundle_copy: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import pytest
 import torch
 from diffusers.models.attention_processor import SanaMultiscaleLinearAttention
 
+from export.bundle import export_bundle
 from export.dc_ae import LinearAttentionProcessor
 from export.parity import bias_levels, psnr_db, relative_error, relative_row
 from export.reference import Reference
 from export.verify import FiniteWatch, verify_bundle
+from latte.model import LatteFlow
 from runtime.backends import open_backend
 from runtime.errors import EngineError, InputError
 from runtime.flow_time import ExpertSchedule
@@ -87,6 +90,20 @@ def test_a_checkpoint_of_another_form_is_said_so(bundle: Path) -> None:
     other.config = config
     with pytest.raises(InputError, match="another form"):
         verify_bundle(bundle, Reference(other, None))
+
+
+def test_the_shortest_prompts_that_a_template_allows_are_verified_and_calibrated(
+    checkpoint: Path, model: LatteFlow, tmp_path: Path
+) -> None:
+    """Prompts of a fixed length needed 32 tokens to verify and 42 to calibrate."""
+    (shortest,) = map(len, model.tokenize([""]))
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "short"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"max_prompt_tokens": shortest}))
+    manifest, failed = export_bundle(copy, tmp_path / "bundle", precision="int8")
+    assert not failed
+    assert manifest.prompt.max_tokens == shortest
+    assert any(engine.quantization and engine.quantization.quantized for engine in manifest.engines)
 
 
 def test_a_reference_that_is_constant_or_not_finite_proves_nothing() -> None:

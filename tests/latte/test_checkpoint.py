@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderDC
 from safetensors.torch import load_file, save_file
 
-from latte.checkpoint import SHIPPED, _as, load_checkpoint, load_outline, save_checkpoint
+from latte.checkpoint import SHIPPED, _as, load_checkpoint, load_outline, load_vae, save_checkpoint
 from latte.shapes.vlm import small_image_processor
 from runtime.errors import CheckpointError
 from tests.tiny import save_tiny, tiny_autoencoder, tiny_vlm
@@ -115,6 +115,7 @@ def test_a_checkpoint_written_halfway_is_never_loaded(
         ({"num_hidden_layers": 6}, "num_hidden_layers is 6 in config.json, 4 in vlm/ or vae/"),
         ({"schedule": {"boundaries": [0.0, 0.5]}}, "boundaries must rise"),
         ({"surprise": 1}, "surprise"),
+        ({"max_prompt_tokens": 3}, r"max_prompt_tokens 3, but an empty prompt has \d+ tokens in the chat template"),
         ({"latent_size": [0, 8]}, "latent_size.0: Input should be greater than or equal to 1"),
         ({"mrope_section": [6, -1, -1]}, "mrope_section.1: Input should be greater than or equal to 0"),
     ],
@@ -169,7 +170,7 @@ def test_init_makes_a_checkpoint_of_a_qwen2_vl_and_a_dc_ae(
     assert code == 0, error
     code, _, error = run_command("generate", tmp_path / "bundle", "a red circle", "-o", tmp_path / "images")
     assert code != 0
-    assert "the bundle's checkpoint is untrained" in error.strip().splitlines()[-1]
+    assert "the checkpoint is untrained" in error.strip().splitlines()[-1]
     assert not list(tmp_path.glob("images/*.png"))
 
 
@@ -182,7 +183,9 @@ def shallow_encoder(config: dict[str, Any]) -> None:
 BROKEN_AUTOENCODERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "another factor": (shallow_encoder, r"decodes latents of shape \(1, 4, 16, 16\) to \(1, 3, 64, 64\), expected"),
     "grey images": (lambda config: config.update(in_channels=1), r"to \(1, 1, 32, 32\), expected \(1, 3, 32, 32\)"),
-    "no scaling factor": (lambda config: config.update(scaling_factor=0.0), "has no scaling_factor"),
+    "no scaling factor": (lambda config: config.update(scaling_factor=0.0), "has the scaling_factor 0.0"),
+    "a negative scaling factor": (lambda config: config.update(scaling_factor=-1), "has the scaling_factor -1"),
+    "a scaling factor that is text": (lambda config: config.update(scaling_factor="x"), "has the scaling_factor 'x'"),
 }
 
 
@@ -206,6 +209,19 @@ def test_init_refuses_an_autoencoder_that_cannot_decode(
     assert not (tmp_path / "made").exists()
 
 
+@pytest.mark.parametrize(
+    "change", [{"attention_head_dim": 0}, {"decoder_block_types": ["ResBlock"]}, {"latent_channels": None}]
+)
+def test_a_config_of_which_diffusers_makes_nothing_is_one_line(change: dict[str, Any], broken: Path) -> None:
+    """Tracebacks of a ZeroDivisionError, an IndexError and a TypeError."""
+    path = broken / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    for load in (load_checkpoint, load_outline, lambda checkpoint: load_vae(checkpoint / "vae")):
+        with pytest.raises(CheckpointError, match=r"vae cannot be loaded as AutoencoderDC: .*") as caught:
+            load(broken)
+        assert "\n" not in str(caught.value)
+
+
 def test_init_refuses_an_autoencoder_whose_weights_are_not_numbers(
     tmp_path: Path, run_command: Callable[..., tuple[int, str, str]]
 ) -> None:
@@ -217,6 +233,24 @@ def test_init_refuses_an_autoencoder_whose_weights_are_not_numbers(
     code, _, error = run_command("init", tmp_path / "made", *arguments, "--height", 32, "--width", 32)
     assert code != 0
     assert "to pixels that are not finite" in error
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [(None, "contains no chat_template.jinja"), ("{% if", "the chat template of .* cannot be used")],
+)
+def test_a_checkpoint_without_a_chat_template_is_one_line(
+    template: str | None, message: str, broken: Path, tmp_path: Path, run_command: Callable[..., tuple[int, str, str]]
+) -> None:
+    if template is None:
+        (broken / "chat_template.jinja").unlink()
+    else:
+        (broken / "chat_template.jinja").write_text(template)
+    for options in ((), ("--no-verify",)):
+        code, _, error = run_command("export", broken, tmp_path / "bundle", *options)
+        assert code != 0
+        assert re.search(message, error.strip().splitlines()[-1])
+        assert not (tmp_path / "bundle").exists()
 
 
 def test_a_part_of_another_class_is_refused(broken: Path) -> None:

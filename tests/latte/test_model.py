@@ -10,7 +10,7 @@ import torch
 
 from latte.checkpoint import share_with_vlm
 from latte.model import FlowTransformer, LatteFlow, Prefix, residual_attention_scores
-from runtime.errors import InputError
+from runtime.errors import EngineError, InputError
 from tests.tiny import tiny_model
 
 PROMPTS = ("a red circle", "a small blue square above a large green star on a white background")
@@ -154,3 +154,12 @@ def test_guidance_outside_its_interval_is_none_and_throughout_is_guidance(model:
 def test_an_argument_that_cannot_work_is_refused(model: LatteFlow, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         model.generate(PROMPTS, num_inference_steps=1, **options)
+
+
+def test_a_model_that_was_never_trained_says_so() -> None:
+    model = tiny_model()
+    for head in model.flow.heads:
+        torch.nn.init.zeros_(head.get_parameter("proj.weight"))
+        torch.nn.init.zeros_(head.get_parameter("proj.bias"))
+    with pytest.raises(EngineError, match="the checkpoint is untrained"):
+        model.generate("a", num_inference_steps=1)
