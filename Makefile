@@ -11,10 +11,14 @@ TRITON_MODELS := $(wildcard model_repository/*/1/model.py)
 # A kustomization is no resource of a cluster, and has no schema there.
 KUBERNETES_FILES := $(filter-out %/kustomization.yaml,$(wildcard deploy/kubernetes*/*.yaml))
 
-.PHONY: demo test test-gpu bench-gpu lint check format clean
+.PHONY: demo data-emoji test test-gpu bench-gpu lint check format clean
 
 demo: $(DEMO_READY)
 	$(BIN)/latte-flow demo --out demo
+
+# 74 MB by npm, then a few minutes of drawing.
+data-emoji: $(TEST_READY)
+	$(BIN)/latte-flow data emoji data/emoji
 
 test: $(TEST_READY)
 	$(BIN)/python -m pytest

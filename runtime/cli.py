@@ -50,6 +50,7 @@ COMMANDS = {
     ),
     "init": _Command("latte.commands", "init", "Make a checkpoint from a Qwen2-VL and a DC-AE.", "export"),
     "train": _Command("latte.commands", "train", "Train a checkpoint like `shapes`, stage by stage.", "export"),
+    "data": _Command("latte.emoji.commands", "app", "Make data sets to train on.", "train"),
     "score": _Command("latte.commands", "score", "Score a checkpoint's images and answers.", "export"),
 }
 OUR_PACKAGES = ("runtime", "latte", "export", "model_repository")
