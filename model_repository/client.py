@@ -13,6 +13,7 @@ import io
 import os
 import random
 import time
+import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ from runtime.errors import (
 )
 from runtime.images import png_bytes
 
+Responses = SimpleQueue[tuple[Any, InferenceServerException | None]]
 _FIELDS = {field.name: field for field in INPUTS}
 RETRIES = 6
 FIRST_PAUSE_SECONDS = 0.2
@@ -50,6 +52,8 @@ GRACE_SECONDS = 10.0
 QUIET_SECONDS = 5.0
 """After so long without a response the client asks whether the model still answers."""
 PING_SECONDS = 10.0
+CANCEL_SECONDS = 2.0
+"""How long the service may take to end a request that was cancelled; after that its stream is cut."""
 REPLACED_SECONDS = 30.0
 """How long a request waits for a model that is being replaced, before it is sent again."""
 NOT_SERVING = ("Stub process", "Server is stopping")
@@ -188,11 +192,12 @@ class Client:
             give_up: the time on the monotonic clock at which to stop waiting.
             watch: ask whether the model still answers while nothing comes.
         """
-        responses: SimpleQueue[tuple[Any, InferenceServerException | None]] = SimpleQueue()
+        responses: Responses = SimpleQueue()
         tensors = [input_tensor(name, value) for name, value in inputs.items()]
         client = self._connection.open()
         finished = False
         begun = False
+        request_id = uuid.uuid4().hex
         last_sign = time.monotonic()
         try:
             client.start_stream(
@@ -201,7 +206,7 @@ class Client:
                 headers=dict(self._connection.headers),
             )
             with contextlib.suppress(InferenceServerException):  # a stream that broke at once: the callback is told why
-                client.async_stream_infer(MODEL, tensors)
+                client.async_stream_infer(MODEL, tensors, request_id=request_id)
             while not finished:
                 try:
                     result, error = responses.get(timeout=POLL_SECONDS)  # short waits, so that Ctrl-C works
@@ -221,6 +226,11 @@ class Client:
                 finished = response.event == "done"
                 begun = self._reached = True
                 yield response
+        except (GeneratorExit, KeyboardInterrupt):
+            if not finished:
+                own = {"client_id": inputs["client_id"]} if "client_id" in inputs else {}
+                finished = _cancel(client, responses, {"cancel": request_id} | own)
+            raise
         finally:
             client.stop_stream(cancel_requests=not finished)
             client.close()
@@ -319,6 +329,24 @@ class Client:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Nothing is kept open between calls."""
+
+
+def _cancel(client: grpc.InferenceServerClient, responses: Responses, inputs: Mapping[str, Any]) -> bool:
+    """Cancels a request by another one on the same stream; returns whether the service has ended both.
+
+    Server 2.51 now and then ends, or never unloads the model, when a stream is cut while its last response is sent.
+    """
+    give_up = time.monotonic() + CANCEL_SECONDS
+    with contextlib.suppress(InferenceServerException, Empty):
+        client.async_stream_infer(MODEL, [input_tensor(name, value) for name, value in inputs.items()])
+        ends = 0
+        while ends < 2:
+            result, error = responses.get(timeout=max(give_up - time.monotonic(), 0.0))
+            if error is not None and str(error.status()).startswith("StatusCode."):
+                return False  # the stream broke
+            ends += error is not None or result.as_numpy("event")[0] == b"done"
+        return True
+    return False
 
 
 def input_tensor(name: str, value: Any) -> Any:

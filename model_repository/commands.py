@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +13,7 @@ import typer
 from model_repository.layout import LogFormat, write_repository
 from model_repository.schema import Layout, Platform
 from model_repository.server import LOOPBACK, TritonServer
+from model_repository.signals import ends_by_interrupt, ignore_endings
 from model_repository.supervisor import Supervisor
 from runtime.backends import PROVIDERS
 from runtime.console import parse_pairs, stderr
@@ -36,8 +34,6 @@ Limit = Annotated[
     ),
 ]
 LogFormatOption = Annotated[LogFormat, typer.Option(help="Format of the service's lines in the server's log.")]
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that end `serve` in order."""
 LOOPBACK_HOSTS = ("127.", "localhost", "::1")
 LayoutOption = Annotated[Layout, typer.Option(help="All engines in one process, or each as a Triton model.")]
 
@@ -129,7 +125,7 @@ def serve(
       latte-flow serve bundle --limit max_queued_images=64 --limit max_steps=50 --log-file serve.log
       latte-flow serve bundle --http-port 0 --grpc-port 0 --metrics-port 0
     """
-    with _ends_by_interrupt(), tempfile.TemporaryDirectory(prefix="latte-flow-models-") as folder:
+    with ends_by_interrupt(), tempfile.TemporaryDirectory(prefix="latte-flow-models-") as folder:
         models = Path(folder) / "models"
         write_repository(
             bundle,
@@ -167,19 +163,5 @@ def serve(
                 if not server.drain():
                     raise ServiceError("some requests in flight were not finished") from None
         finally:
-            for number in ENDING:
-                signal.signal(number, signal.SIG_IGN)  # what follows is short, and leaves nothing behind
+            ignore_endings()  # what follows is short, and leaves nothing behind
             server.close(0)
-
-
-@contextmanager
-def _ends_by_interrupt() -> Iterator[None]:
-    """Lets SIGTERM, and the end of the terminal, do in the block what Ctrl-C does."""
-    before = {number: signal.getsignal(number) for number in ENDING}
-    for number in ENDING:
-        signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

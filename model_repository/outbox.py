@@ -21,7 +21,7 @@ import numpy as np
 
 from model_repository.schema import AskRequest, DrawRequest, ImageFormat, encode_image, write_images
 from runtime.errors import one_line
-from runtime.serving.requests import Event, Handle
+from runtime.serving.requests import Event, Handle, ServiceRequest
 from runtime.serving.worker import OnDeath, start_thread
 
 WATCH_SECONDS = 0.005
@@ -66,6 +66,7 @@ class Delivery:
         self.is_open = True
         self.lock = threading.Lock()
         """Held while the server is asked about the request and while it is told the end; asking later crashes it."""
+        self.request: ServiceRequest = wanted.generation if isinstance(wanted, DrawRequest) else wanted.answer
         self.image_format: ImageFormat = wanted.image_format if isinstance(wanted, DrawRequest) else "raw"
         self.streams = isinstance(wanted, AskRequest) and wanted.stream
         self._outbox = outbox
@@ -121,6 +122,19 @@ class Outbox:
         with self._changed:
             if delivery.is_open:
                 delivery.handle = handle
+
+    def cancel(self, request_id: str, client_id: str) -> int:
+        """Cancels the open requests with an id, of one client only; returns their number."""
+        with self._changed:
+            handles = [
+                delivery.handle
+                for delivery in self._open
+                if delivery.request.request_id == request_id and delivery.request.client_id == client_id
+            ]
+        found = [handle for handle in handles if handle is not None]
+        for handle in found:
+            handle.cancel()
+        return len(found)
 
     @property
     def open_requests(self) -> int:

@@ -1,7 +1,8 @@
 """Requests to the model `latte_flow`, and its responses: one table for configuration, model and client.
 
 The names are those of diffusers' pipelines, so that a JSON body for Triton's `generate` endpoint reads like a call.
-Every input has one value unless its dims say otherwise. A request has a `prompt`, a `question` or a `heartbeat`.
+Every input has one value unless its dims say otherwise. A request has a `prompt`, a `question`, a `heartbeat` or a
+`cancel`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import binascii
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -30,7 +31,7 @@ ENGINE_FILE = "engine.json"
 """The entry of an engine in the manifest, in its model's folder."""
 Layout = Literal["in-process", "per-engine"]
 Platform = Literal["python", "onnxruntime", "tensorrt"]
-RequestKind = Literal["prompt", "question", "heartbeat"]
+RequestKind = Literal["prompt", "question", "heartbeat", "cancel"]
 ImageFormat = Literal["raw", "png", "png_base64"]
 IMAGE_FORMATS: tuple[ImageFormat, ...] = ("raw", "png", "png_base64")
 MAX_TEXT_BYTES = 65_536
@@ -74,7 +75,7 @@ INPUTS = (
     Field("preview_every", "INT32", (1,), "number of steps between decoded previews", DRAW),
     Field("priority", "INT32", (1,), "-2 to 2; requests with a higher priority are served first", (*DRAW, *ASK)),
     Field("deadline", "FP32", (1,), "seconds after which the request fails", (*DRAW, *ASK)),
-    Field("client_id", "BYTES", (1,), "who asks; a client's requests share its quota", (*DRAW, *ASK)),
+    Field("client_id", "BYTES", (1,), "who asks; a client's requests share its quota", (*DRAW, *ASK, "cancel")),
     Field("question", "BYTES", (1,), "what to answer", ASK),
     Field("image", "BYTES", (-1,), "images that the question is about: PNG or JPEG files, or their base64", ASK),
     Field("max_new_tokens", "INT32", (1,), f"largest number of tokens, default {DEFAULT_MAX_NEW_TOKENS}", ASK),
@@ -82,6 +83,7 @@ INPUTS = (
     Field("top_p", "FP32", (1,), "sample from the most likely tokens with this probability", ASK),
     Field("stream", "BOOL", (1,), "send the answer piece by piece", ASK),
     Field("heartbeat", "BOOL", (1,), "ask only whether the service works; answered at once", ("heartbeat",)),
+    Field("cancel", "BYTES", (1,), "the id of an open request of the same client, which ends", ("cancel",)),
 )
 OUTPUTS = (
     Field("event", "BYTES", (1,), "progress, preview, text, and last done"),
@@ -126,6 +128,14 @@ class HeartbeatRequest:
     """A request that waits in no queue."""
 
 
+@dataclass(frozen=True)
+class CancelRequest:
+    """A request that ends another one of the same client."""
+
+    request_id: str
+    client_id: str
+
+
 def engine_model(engine: str) -> str:
     """Returns the name of an engine's own Triton model, in the layout per-engine."""
     return f"{MODEL}_{engine}"
@@ -133,7 +143,7 @@ def engine_model(engine: str) -> str:
 
 def read_request(
     tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any] = {}, request_id: str = ""
-) -> DrawRequest | AskRequest | HeartbeatRequest:
+) -> DrawRequest | AskRequest | HeartbeatRequest | CancelRequest:
     """Makes a request of its input tensors.
 
     Args:
@@ -141,10 +151,10 @@ def read_request(
         request_id: the client's name for the request.
 
     Raises:
-        InputError: an input is unknown or wrong, or there is not exactly one of prompt, question and heartbeat.
+        InputError: an input is unknown or wrong, or there is not exactly one of prompt, question, heartbeat and cancel.
     """
     values = {name: _value(name, array) for name, array in tensors.items()}
-    kinds: list[RequestKind] = [kind for kind in ("prompt", "question", "heartbeat") if kind in values]
+    kinds: list[RequestKind] = [kind for kind in get_args(RequestKind) if kind in values]
     if len(kinds) != 1:
         raise InputError("a request needs either a prompt, to draw, or a question, to be answered")
     (kind,) = kinds
@@ -158,6 +168,10 @@ def read_request(
     common = {"request_id": request_id} | {name: values.pop(name) for name in COMMON if name in values}
     if CLIENT_HEADER in parameters:
         common["client_id"] = str(parameters[CLIENT_HEADER])
+    if kind == "cancel":
+        if not values["cancel"]:
+            raise InputError("cancel must be the id of a request, got an empty text")
+        return CancelRequest(values["cancel"], common.get("client_id", ""))
     return _draw_request(values, common) if kind == "prompt" else _ask_request(values, common)
 
 

@@ -67,6 +67,7 @@ class TritonServer:
             InputError: the key file holds no key, or the server does not fit this environment.
             MissingExtraError: the bundled server is not installed.
         """
+        self.repository = repository
         self._reachable = LOOPBACK if host in ("0.0.0.0", "::") else host
         asked = (http_port, grpc_port, metrics_port)
         self._ports = [port or free for port, free in zip(asked, free_ports(len(asked)), strict=True)]
@@ -132,7 +133,7 @@ class TritonServer:
         """Returns the processes of Python models that live, with the name of each one's model."""
         found = {}
         for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # a process may end while it is looked at
+            with contextlib.suppress(OSError, IndexError):  # a process may begin or end while it is looked at
                 command = (entry / "cmdline").read_bytes().split(b"\0")
                 if command[0].endswith(STUB) and os.getpgid(int(entry.name)) == self.process.pid:
                     found[int(entry.name)] = Path(command[1].decode()).parents[1].name

@@ -184,12 +184,13 @@ def soak(
       latte-flow bench soak --requests 1000 --cancel 0.2 --kill-every 400 --reload-every 300 --seed 7 --json
     """
     from export.benchmarks.soak_run import run_soak
+    from model_repository.signals import ends_by_interrupt
 
     if not 1 <= deadline < float("inf"):
         raise InputError(f"--deadline must be at least 1 second, got {deadline}")
     publisher = Publisher(as_json)
     plan = Plan(requests, cancel, kill_every, reload_every, clients, deadline, seed)
-    with bundle_for_the_run(bundle) as bundle, own_temporary_folder() as folder:
+    with ends_by_interrupt(), bundle_for_the_run(bundle) as bundle, own_temporary_folder() as folder:
         record = run_soak(bundle.absolute(), plan, lambda line: stderr.print(line, markup=False, highlight=False))
         record.left_behind += sorted({path.name for path in folder.iterdir()} - NOT_OURS)
     broken = broken_promises(plan, record)

@@ -19,8 +19,10 @@ import numpy as np
 from export.benchmarks.soak import KINDS, End, Ended, MemorySample, Outage, Plan, Record
 from export.benchmarks.triton_server import settled_figures, triton_server
 from model_repository.client import GRACE_SECONDS, Client
+from model_repository.layout import VERSION
 from model_repository.schema import CANCELLED, DEADLINE, INTERNAL, INVALID, MODEL, UNAVAILABLE
 from model_repository.server import TritonServer
+from model_repository.signals import ignore_endings
 from model_repository.supervisor import LOOK_SECONDS, MAX_RESTARTS, RESTARTS_SECONDS, Supervisor
 from runtime.errors import CancelledError, DeadlineError, InputError, LatteFlowError, ServiceError, one_line
 from runtime.images import png_bytes
@@ -53,11 +55,16 @@ def run_soak(bundle: Path, plan: Plan, report: Callable[[str], None]) -> Record:
         client = Client(server.grpc_url)
 
         def one(index: int) -> None:
-            disturbance.wait_for_its_turn(index)
-            send(client, plan, index, image, record)
+            if disturbance.wait_for_its_turn(index):
+                send(client, plan, index, image, record)
 
         with disturbance.running(), ThreadPoolExecutor(plan.clients, thread_name_prefix="client") as pool:
-            list(pool.map(one, range(plan.requests)))
+            try:
+                list(pool.map(one, range(plan.requests)))
+            except KeyboardInterrupt:
+                ignore_endings()  # what follows takes as long as the requests in flight, and leaves nothing behind
+                disturbance.stop()
+                raise
         record.seconds = time.monotonic() - began
         try:
             settled_figures(server)
@@ -154,14 +161,23 @@ class _Disturbance:
         try:
             yield
         finally:
-            self._stop.set()
+            self.stop()
             for thread in threads:
                 thread.join()
 
-    def wait_for_its_turn(self, index: int) -> None:
-        """Waits while a kill or a reload is due that should come before this request, so that all meet requests."""
+    def stop(self) -> None:
+        """Kills and reloads no more, and lets no request begin."""
+        self._stop.set()
+
+    def wait_for_its_turn(self, index: int) -> bool:
+        """Waits while a kill or a reload is due that should come before this request, so that all meet requests.
+
+        Returns:
+            Whether the request may begin: False once the soak is to stop.
+        """
         while not self._stop.is_set() and self._is_behind(index - self._clients):
             time.sleep(POLL_SECONDS)
+        return not self._stop.is_set()
 
     def _is_behind(self, ended: int) -> bool:
         due = self._reloads[:1] + (self._kills[:1] if self._may_kill() else [])
@@ -226,6 +242,7 @@ class _Disturbance:
     def _reload(self) -> None:
         self._say(f"{len(self._record.ended)} requests: reload the model")
         outages = len(self._record.outages)
+        os.utime(self._server.repository / MODEL / VERSION / "model.py")  # Triton loads what has changed
         try:
             self._server.control.load()
         except ServiceError as error:

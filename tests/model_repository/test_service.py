@@ -15,8 +15,10 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ import tritonclient.grpc as grpc
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from model_repository.client import Client, Response
+from model_repository.client import Client, Response, input_tensor
 from model_repository.layout import write_repository
 from model_repository.server import TritonServer
 from runtime.errors import DeadlineError, InputError, ServiceError
@@ -210,6 +212,7 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "no image": ({"question": "a", "image": [b"GIF89a"]}, "an image must be a PNG or JPEG file"),
     "broken image": ({"question": "a", "image": [b"\x89PNG\r\n"]}, "cannot be opened"),
     "nine images": ({"question": "a", "image": [b"\x89PNG"] * 9}, "an image must be a PNG or JPEG"),
+    "cancel nothing": ({"cancel": ""}, "cancel must be the id of a request"),
     "temperature": ({"question": "a", "temperature": -1.0}, "temperature must be"),
 }
 
@@ -335,6 +338,52 @@ def test_a_cancelled_stream_frees_its_place(steps: int, server: TritonServer) ->
         next(stream)
     stream.close()
     assert quiet_metrics(server)['latte_flow_requests_total{kind="draw",outcome="cancelled"}'] == before + 1
+
+
+def test_an_old_model_goes_although_many_answers_were_cancelled(server: TritonServer) -> None:
+    """A stream that was cut while its last response was sent kept the old model, and its memory, for good.
+
+    One cancel in about twenty-five did so: of 120, all passed once in a hundred runs.
+    """
+
+    def leave(index: int) -> None:
+        stream = Client(server.grpc_url).stream(question="what?", max_new_tokens=2 + index % 15, stream=True)
+        next(stream)
+        stream.close()
+
+    (old,) = stubs_of(server)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(leave, range(120)))
+    os.utime(server.repository / "latte_flow" / "1" / "model.py")
+    server.control.load()
+    wait_for(lambda: not server.lives(old))
+
+
+def test_a_request_is_cancelled_by_its_id_and_only_by_its_own_client(server: TritonServer) -> None:
+    def ends(client_id: str) -> tuple[list[str], str]:
+        """How a long request of "mine" and a cancel of a client ended."""
+        told: SimpleQueue[tuple[Any, Any]] = SimpleQueue()
+        client = grpc.InferenceServerClient(server.grpc_url)
+        client.start_stream(lambda result, error: told.put((result, error)))
+        long = {"prompt": "a", "num_inference_steps": 200, "num_images": 4, "client_id": "mine"}
+        for inputs in (long, {"cancel": "its-id", "client_id": client_id}):
+            tensors = [input_tensor(name, value) for name, value in inputs.items()]
+            client.async_stream_infer("latte_flow", tensors, request_id="its-id")
+        texts, how = [], ""
+        for _ in range(2):
+            result, error = told.get(timeout=60)
+            if error is not None:
+                how = error.message()
+            elif (text := result.as_numpy("text")) is not None:
+                texts.append(text[0].decode())
+            else:
+                how = "done"
+        client.stop_stream()
+        client.close()
+        return texts, how
+
+    assert ends("another") == (['{"cancelled": 0}'], "done")
+    assert ends("mine") == (['{"cancelled": 1}'], "CANCELLED: the request was cancelled")
 
 
 def test_a_client_that_is_killed_leaves_nothing_behind(server: TritonServer) -> None:

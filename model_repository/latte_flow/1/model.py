@@ -27,6 +27,7 @@ from model_repository.schema import (
     INVALID,
     UNAVAILABLE,
     AskRequest,
+    CancelRequest,
     HeartbeatRequest,
     read_request,
 )
@@ -95,6 +96,10 @@ class TritonPythonModel:
             if isinstance(wanted, HeartbeatRequest):
                 self.worker.check()
                 sender.send({"event": "done", "text": self._state()}, last=True)
+                return
+            if isinstance(wanted, CancelRequest):
+                cancelled = self.outbox.cancel(wanted.request_id, wanted.client_id)
+                sender.send({"event": "done", "text": json.dumps({"cancelled": cancelled})}, last=True)
                 return
         except Exception as error:
             sender.fail(error)
