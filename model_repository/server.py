@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import uuid
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +35,23 @@ EXIT_SECONDS = 10.0
 """How long a server without requests may take to end."""
 SHARED_MEMORY = Path("/dev/shm")
 STUB = b"triton_python_backend_stub"
+
+
+@dataclass(frozen=True)
+class Stub:
+    """The process of a Python model."""
+
+    pid: int
+    model: str
+    region: Path
+    """Its shared memory. The server removes it with the process, unless that died with requests in flight."""
+
+    @property
+    def lives(self) -> bool:
+        try:  # empty for one that ended and is not collected yet
+            return bool(Path(f"/proc/{self.pid}/cmdline").read_bytes())
+        except OSError:
+            return False
 
 
 class TritonServer:
@@ -129,23 +147,16 @@ class TritonServer:
             time.sleep(0.1)
         raise ServiceError(f"the Triton server did not answer within {START_SECONDS:g} s: {self._last_lines()}")
 
-    def stubs(self) -> dict[int, str]:
-        """Returns the processes of Python models that live, with the name of each one's model."""
-        found = {}
+    def stubs(self) -> set[Stub]:
+        """Returns the processes of Python models that live; it takes some milliseconds."""
+        found = set()
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError, IndexError):  # a process may begin or end while it is looked at
                 command = (entry / "cmdline").read_bytes().split(b"\0")
                 if command[0].endswith(STUB) and os.getpgid(int(entry.name)) == self.process.pid:
-                    found[int(entry.name)] = Path(command[1].decode()).parents[1].name
+                    model, region = Path(command[1].decode()).parents[1].name, SHARED_MEMORY / command[2].decode()
+                    found.add(Stub(int(entry.name), model, region))
         return found
-
-    @staticmethod
-    def lives(stub: int) -> bool:
-        """Returns whether a process that `stubs` named still runs."""
-        try:
-            return bool(Path(f"/proc/{stub}/cmdline").read_bytes())  # empty for one that ended and is not collected yet
-        except OSError:
-            return False
 
     def restart(self) -> None:
         """Ends the server at once, so that requests in flight fail, and starts it again on the same ports.

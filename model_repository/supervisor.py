@@ -7,12 +7,14 @@ from collections import deque
 from collections.abc import Callable
 
 from model_repository.client import Client
-from model_repository.server import TritonServer
+from model_repository.server import Stub, TritonServer
 from runtime.errors import ServiceError
 
 LOOK_SECONDS = 0.5
 PING_EVERY_SECONDS = 10.0
 PING_SECONDS = 20.0
+REMOVAL_SECONDS = 2.0
+"""The shared memory of a process that ended in order is removed within so many seconds."""
 MAX_RESTARTS = 5
 RESTARTS_SECONDS = 300.0
 """More restarts within so many seconds are given up: a restart does not cure what is wrong."""
@@ -38,7 +40,9 @@ class Supervisor:
         self._report = report
         self._client = Client(server.grpc_url, retries=0)
         self._restarts: deque[float] = deque(maxlen=MAX_RESTARTS + 1)
-        self._stubs: set[int] = set()
+        self._stubs: set[Stub] = set()
+        self._ended: dict[Stub, float] = {}
+        """Processes whose shared memory is still there, and when they were missed."""
         self._models: set[str] = set()
         self._pinged = 0.0
         self._remember()
@@ -68,17 +72,30 @@ class Supervisor:
         """Returns what is wrong with the server, or None."""
         if (code := self._server.process.poll()) is not None:
             return f"the Triton server ended with code {code}"
-        if not all(map(self._server.lives, self._stubs)):
-            stubs = self._server.stubs()
-            # A process that ended may have belonged to a model that was replaced or unloaded.
-            for model in self._models - set(stubs.values()):
-                if self._server.control.is_ready(model):
-                    return f"the process of the model {model} ended"
-            self._stubs = set(stubs)
+        if (fault := self._fault_of_stubs()) is not None:
+            return fault
         if time.monotonic() - self._pinged > PING_EVERY_SECONDS:
             self._pinged = time.monotonic()
             if not self._client.answers(PING_SECONDS):
                 return f"the model did not answer within {PING_SECONDS:g} s"
+        return None
+
+    def _fault_of_stubs(self) -> str | None:
+        before, self._stubs = self._stubs, self._server.stubs()
+        ended = before - self._stubs
+        for stub in ended:
+            self._ended[stub] = time.monotonic()
+        if ended:
+            # A process that ended may have belonged to a model that was replaced or unloaded.
+            for model in self._models - {stub.model for stub in self._stubs}:
+                if self._server.control.is_ready(model):
+                    return f"the process of the model {model} ended"
+        for stub, moment in list(self._ended.items()):
+            if not stub.region.exists():
+                del self._ended[stub]
+            elif time.monotonic() - moment > REMOVAL_SECONDS:
+                # Triton finishes what the other process of the model does, and never answers what this one did.
+                return f"a process of the model {stub.model} ended with requests in flight while it was replaced"
         return None
 
     def _restart(self, fault: str) -> None:
@@ -97,6 +114,7 @@ class Supervisor:
                 return
 
     def _remember(self) -> None:
-        stubs = self._server.stubs()
-        self._stubs, self._models = set(stubs), set(stubs.values())
+        self._stubs = self._server.stubs()
+        self._models = {stub.model for stub in self._stubs}
+        self._ended.clear()
         self._pinged = time.monotonic()

@@ -21,7 +21,7 @@ from export.benchmarks.triton_server import settled_figures, triton_server
 from model_repository.client import GRACE_SECONDS, Client
 from model_repository.layout import VERSION
 from model_repository.schema import CANCELLED, DEADLINE, INTERNAL, INVALID, MODEL, UNAVAILABLE
-from model_repository.server import TritonServer
+from model_repository.server import Stub, TritonServer
 from model_repository.signals import ignore_endings
 from model_repository.supervisor import LOOK_SECONDS, MAX_RESTARTS, RESTARTS_SECONDS, Supervisor
 from runtime.errors import CancelledError, DeadlineError, InputError, LatteFlowError, ServiceError, one_line
@@ -71,7 +71,7 @@ def run_soak(bundle: Path, plan: Plan, report: Callable[[str], None]) -> Record:
         except ServiceError as error:
             record.faults.append(one_line(error))
     record.left_behind += [f"{region}" for region in server.regions()]
-    record.left_behind += [f"process {stub} of {model}" for stub, model in server.stubs().items()]
+    record.left_behind += [f"process {stub.pid} of {stub.model}" for stub in server.stubs()]
     return record
 
 
@@ -144,13 +144,15 @@ class _Disturbance:
         self._clients = plan.clients
         self._record = record
         self._say = report
-        rng = np.random.default_rng((plan.seed, plan.requests))
-        self._kills = moments(rng, plan.kill_every, plan.requests)
-        self._reloads = moments(rng, plan.reload_every, plan.requests)
+        self._rng = np.random.default_rng((plan.seed, plan.requests))
+        self._kills = moments(self._rng, plan.kill_every, plan.requests)
+        self._reloads = moments(self._rng, plan.reload_every, plan.requests)
         self._faults: list[str] = []
         self._supervisor = Supervisor(server, self._report)
         self._killed = 0.0
         """When a kill is under way: its time on the monotonic clock."""
+        self._replaced: Stub | None = None
+        """What was killed, if the model was being replaced; with no requests in flight nothing is wrong then."""
         self._stop = threading.Event()
 
     @contextmanager
@@ -194,6 +196,8 @@ class _Disturbance:
             looked = time.monotonic()
             try:
                 if not self._supervisor.look():
+                    if self._killed and self._replaced and not self._replaced.region.exists():
+                        self._killed = 0.0
                     if self._killed and looked - self._killed > NOTICE_SECONDS:
                         raise ServiceError(f"a kill was not noticed within {NOTICE_SECONDS:g} s")
                     continue
@@ -222,22 +226,24 @@ class _Disturbance:
         return sum(outage.ended > window for outage in self._record.outages) < KILLS_AT_ONCE
 
     def _kill(self) -> bool:
-        """Kills the model's process; returns False if there are two, since the model is being replaced."""
+        """Kills the model's process, or one of two while the model is being replaced; returns whether it did."""
         stubs = self._stubs()
-        if len(stubs) != 1:
+        if not stubs:
             return False
-        self._say(f"{len(self._record.ended)} requests: kill the model's process")
+        victim = stubs[self._rng.integers(len(stubs))]
+        self._say(f"{len(self._record.ended)} requests: kill the model's process{', one of two' * (len(stubs) > 1)}")
+        self._replaced = victim if len(stubs) > 1 else None
         self._killed = time.monotonic()
         try:
-            os.kill(stubs[0], signal.SIGKILL)
+            os.kill(victim.pid, signal.SIGKILL)
         except ProcessLookupError:  # it ended by itself
             self._killed = 0.0
             return False
         self._record.kills += 1
         return True
 
-    def _stubs(self) -> list[int]:
-        return [stub for stub, model in self._server.stubs().items() if model == MODEL]
+    def _stubs(self) -> list[Stub]:
+        return [stub for stub in self._server.stubs() if stub.model == MODEL]
 
     def _reload(self) -> None:
         self._say(f"{len(self._record.ended)} requests: reload the model")
@@ -257,7 +263,7 @@ class _Disturbance:
             if len(stubs) != 1 or self._killed:
                 continue
             with contextlib.suppress(OSError):  # a process may end meanwhile
-                server, model = resident(self._server.process.pid), resident(stubs[0])
+                server, model = resident(self._server.process.pid), resident(stubs[0].pid)
                 self._record.memory.append(MemorySample(len(self._record.ended), server, model))
 
 

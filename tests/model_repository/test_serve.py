@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -112,9 +113,9 @@ def test_a_server_that_dies_again_and_again_is_given_up(repository: Path, monkey
         supervisor = Supervisor(server, told.append)
         supervisor._restarts = type(supervisor._restarts)(maxlen=2)
         assert supervisor.fault() is None
-        (stub,) = stubs_of(server)
-        os.kill(stub, signal.SIGKILL)
-        wait_for(lambda: not server.lives(stub))
+        (stub,) = server.stubs()
+        os.kill(stub.pid, signal.SIGKILL)
+        wait_for(lambda: not stub.lives)
         assert supervisor.fault() in (
             "the process of the model latte_flow ended",
             "the Triton server ended with code -11",
@@ -130,6 +131,36 @@ def test_a_server_that_dies_again_and_again_is_given_up(repository: Path, monkey
         wait_for(lambda: not stubs_of(server))
         assert supervisor.fault() is None
     assert told == ["a fault; starting the server again"]
+
+
+def test_a_process_that_dies_while_it_is_replaced_loses_no_request_silently(repository: Path) -> None:
+    """The new process answered in its place, so nobody noticed, and its clients waited until their own deadline."""
+    told: list[str] = []
+    with TritonServer(repository) as server:
+        supervisor = Supervisor(server, told.append)
+        client = Client(server.grpc_url)
+        (old,) = server.stubs()
+        stream = client.stream(**ENDLESS)
+        next(stream)
+        os.utime(repository / "latte_flow" / "1" / "model.py")
+        server.control.load()
+        assert len(server.stubs()) == 2
+        os.kill(old.pid, signal.SIGKILL)
+        with ThreadPoolExecutor(1) as pool:
+            failed = pool.submit(list, stream)
+            wait_for(supervisor.look)
+            with pytest.raises(ServiceError):
+                failed.result(10)
+        assert client.is_alive()
+        # One that ends in order while it is replaced is no fault.
+        os.utime(repository / "latte_flow" / "1" / "model.py")
+        server.control.load()
+        wait_for(lambda: len(server.stubs()) == 1)
+        for _ in range(6):
+            assert not supervisor.look()
+            time.sleep(0.5)
+    (line,) = told
+    assert line.startswith("a process of the model latte_flow ended with requests in flight while it was replaced")
 
 
 def test_a_new_repository_reaches_a_server_that_has_the_folder_mounted(

@@ -351,12 +351,12 @@ def test_an_old_model_goes_although_many_answers_were_cancelled(server: TritonSe
         next(stream)
         stream.close()
 
-    (old,) = stubs_of(server)
+    (old,) = server.stubs()
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(leave, range(120)))
     os.utime(server.repository / "latte_flow" / "1" / "model.py")
     server.control.load()
-    wait_for(lambda: not server.lives(old))
+    wait_for(lambda: not old.lives)
 
 
 def test_a_request_is_cancelled_by_its_id_and_only_by_its_own_client(server: TritonServer) -> None:
