@@ -14,8 +14,8 @@ from latte.data.images import BadRowError, Size
 from latte.data.order import RowOrder
 from runtime.errors import InputError, TrainingError
 
-CHOICES = 0
-"""Tag of the random numbers of a row."""
+CHOICES, SUBSTITUTES = 0, 3
+"""Tags of the random numbers of this module."""
 CAPTION_DROPOUT = 0.1
 """Share of rows with the empty prompt, which gives guidance its unconditional velocity (arXiv 2207.12598)."""
 ATTEMPTS = 32
@@ -23,18 +23,47 @@ ATTEMPTS = 32
 
 
 @dataclass(frozen=True)
+class Choices:
+    """The random choices of a row, each in [0, 1)."""
+
+    caption: float
+    dropout: float
+    flip: float
+    place: float
+
+    @staticmethod
+    def draw(seed: int, index: int, rows: range) -> list[Choices]:
+        """Draws the choices of some rows of the global micro-batch `index`.
+
+        They are drawn for all rows up to the last, and all of them whatever the settings: a row's choices depend on
+        neither. One generator for the batch, because making one for each row would cost more than reading the row.
+        """
+        draws = np.random.default_rng([seed, CHOICES, index]).random((max(rows, default=-1) + 1, 4))
+        return [Choices(*draws[row].tolist()) for row in rows]
+
+    def caption_of(self, count: int) -> int:
+        """Returns which of a row's captions is chosen."""
+        return int(self.caption * count)
+
+    @property
+    def is_flipped(self) -> bool:
+        """Whether the image is mirrored, where images are mirrored at all."""
+        return self.flip < 0.5
+
+
+@dataclass(frozen=True)
 class Row:
     """A row as it goes into a batch."""
 
     name: str
-    captions: tuple[str, ...]
+    prompt: str
     pixels: np.ndarray | None = None
     """`[height, width, 3]` uint8."""
     latents: np.ndarray | None = None
     """`[C, H, W]` float32."""
     questions: tuple[tuple[str, str], ...] = ()
-    token_ids: tuple[tuple[int, ...], ...] | None = None
-    """The captions' token ids."""
+    token_ids: tuple[int, ...] | None = None
+    """Of the prompt."""
 
 
 class Rows(Protocol):
@@ -53,41 +82,21 @@ class Rows(Protocol):
         """The bucket of each row, `[N]`; -1 for rows that are known to be bad."""
 
     @property
-    def flips(self) -> bool:
-        """Whether half of the images are mirrored."""
-
-    @property
     def empty_prompt(self) -> tuple[int, ...] | None:
         """Token ids of the empty prompt, where they are cached."""
 
     def name_of(self, row: int) -> str:
         """Returns what to call a row in messages."""
 
-    def load(self, row: int, bucket: int, place: float, flip: bool) -> Row:
-        """Reads a row in the size of a bucket.
+    def substitutes(self, bucket: int) -> np.ndarray:
+        """Returns the rows that may replace one that cannot be used."""
 
-        Args:
-            place: where a random crop is, in [0, 1).
-            flip: mirror the image.
+    def load(self, row: int, bucket: int, choices: Choices) -> Row:
+        """Reads a row in the size of a bucket, with the caption, crop and orientation that its choices select.
 
         Raises:
             BadRowError: it cannot be used.
         """
-
-
-@dataclass(frozen=True)
-class Choices:
-    """The random choices of a row, each in [0, 1)."""
-
-    caption: float
-    dropout: float
-    flip: float
-    place: float
-
-    @staticmethod
-    def of(rng: np.random.Generator) -> Choices:
-        """Draws the choices, always all of them, so that no setting changes another one's."""
-        return Choices(*rng.random(4).tolist())
 
 
 class ImageTextBatches:
@@ -132,22 +141,23 @@ class ImageTextBatches:
         bucket, numbers = self.order.rows(index, rows, total)
         bad: list[tuple[str, str]] = []
         loaded = []
-        for place, number in zip(rows, numbers, strict=True):
-            rng = np.random.default_rng([self.seed, CHOICES, index, place])
-            choices = Choices.of(rng)
-            loaded.append((self._load(int(number), bucket, choices, rng, bad), choices))
+        for row, number, choices in zip(rows, numbers.tolist(), Choices.draw(self.seed, index, rows), strict=True):
+            loaded.append((self._load(number, bucket, choices, (index, row), bad), choices))
         return collate(loaded, self.caption_dropout, self.rows.empty_prompt, bad)
 
     def _load(
-        self, number: int, bucket: int, choices: Choices, rng: np.random.Generator, bad: list[tuple[str, str]]
+        self, number: int, bucket: int, choices: Choices, where: tuple[int, int], bad: list[tuple[str, str]]
     ) -> Row:
-        members = self.order.members[bucket]
+        """Loads a row, or one that replaces it; `where` is its index and row in the batches."""
+        rng = None
         for _ in range(ATTEMPTS):
             try:
-                return self.rows.load(number, bucket, choices.place, self.rows.flips and choices.flip < 0.5)
+                return self.rows.load(number, bucket, choices)
             except BadRowError as error:
                 bad.append((self.rows.name_of(number), str(error)))
-            number = int(members[rng.integers(len(members))])
+            rng = rng or np.random.default_rng([self.seed, SUBSTITUTES, *where])
+            substitutes = self.rows.substitutes(bucket)
+            number = int(substitutes[rng.integers(len(substitutes))])
         raise hopeless(self.rows.name, bad)
 
 
@@ -172,24 +182,21 @@ def collate(
     empty_prompt: tuple[int, ...] | None,
     bad: Sequence[tuple[str, str]],
 ) -> ImageTextBatch:
-    """Puts rows of one size together, each with the caption that its choices select."""
-    prompts: list[str] = []
-    token_ids: list[tuple[int, ...]] = []
-    for row, choices in loaded:
-        chosen = int(choices.caption * len(row.captions))
-        is_dropped = choices.dropout < caption_dropout
-        prompts.append("" if is_dropped else row.captions[chosen])
-        if row.token_ids is not None and empty_prompt is not None:
-            token_ids.append(empty_prompt if is_dropped else row.token_ids[chosen])
+    """Puts rows of one size together, and drops the captions that their choices drop."""
+    is_dropped = [choices.dropout < caption_dropout for _, choices in loaded]
     rows = [row for row, _ in loaded]
     pixels = [row.pixels for row in rows if row.pixels is not None]
     latents = [row.latents for row in rows if row.latents is not None]
     return ImageTextBatch(
         names=tuple(row.name for row in rows),
-        prompts=tuple(prompts),
+        prompts=tuple("" if dropped else row.prompt for row, dropped in zip(rows, is_dropped, strict=True)),
         pixels=pixels_from_uint8(pixels) if pixels else None,
         latents=torch.from_numpy(np.stack(latents)) if latents else None,
         conversations=tuple(row.questions for row in rows),
-        token_ids=tuple(token_ids) if token_ids else None,
+        token_ids=None
+        if empty_prompt is None
+        else tuple(
+            empty_prompt if dropped else row.token_ids or () for row, dropped in zip(rows, is_dropped, strict=True)
+        ),
         bad=tuple(dict.fromkeys(bad)),
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from latte.data.batches import Row
+from latte.data.batches import Choices, Row
 from latte.data.images import BadRowError, ImagePolicy, Size, check_enlargement, render, upright_size
 from latte.data.source import ImageTextDataSet, Record, RowReader
 from runtime.errors import InputError
@@ -46,22 +46,22 @@ class PixelRows:
     def sizes(self) -> tuple[Size, ...]:
         return self.policy.sizes
 
-    @property
-    def flips(self) -> bool:
-        return self.policy.flip
-
     def name_of(self, row: int) -> str:
         return self.data_set.name_of(row)
 
-    def load(self, row: int, bucket: int, place: float, flip: bool) -> Row:
-        return load_pixels(self.data_set.record(row), self.policy, self.sizes[bucket], place, flip)
+    def substitutes(self, bucket: int) -> np.ndarray:
+        # An image of any aspect ratio can be cropped to the bucket's: a bucket may have a single image, and that bad.
+        return np.flatnonzero(self.bucket_of >= 0)
+
+    def load(self, row: int, bucket: int, choices: Choices) -> Row:
+        return load_pixels(self.data_set.record(row), self.policy, self.sizes[bucket], choices)
 
     def _probe(self) -> None:
         bad = []
         probes = np.unique(np.linspace(0, len(self.data_set) - 1, PROBES).astype(int)).tolist()
-        for row in probes:
+        for row, choices in zip(probes, Choices.draw(0, 0, range(len(probes))), strict=True):
             try:
-                self.load(row, 0, 0.5, False)
+                self.load(row, 0, choices)
             except BadRowError as error:
                 bad.append((self.name_of(row), str(error)))
         refuse_majority(self.name, bad, len(probes))
@@ -79,10 +79,13 @@ class PixelRows:
         return np.array(headers["bucket"], dtype=np.int16)
 
 
-def load_pixels(record: Record, policy: ImagePolicy, size: Size, place: float, flip: bool) -> Row:
+def load_pixels(record: Record, policy: ImagePolicy, size: Size, choices: Choices) -> Row:
     """Decodes a record's image in a size, see `Rows.load`."""
-    pixels = render(record.image, policy, size, place if policy.crop == "random" else 0.5)
-    return Row(record.name, record.captions, pixels[:, ::-1] if flip else pixels, questions=record.questions)
+    pixels = render(record.image, policy, size, choices.place if policy.crop == "random" else 0.5)
+    if policy.flip and choices.is_flipped:
+        pixels = pixels[:, ::-1]
+    prompt = record.captions[choices.caption_of(len(record.captions))]
+    return Row(record.name, prompt, pixels, questions=record.questions)
 
 
 def read_header(row: Mapping[str, Any], number: int, reader: RowReader, policy: ImagePolicy) -> dict[str, Any]:
