@@ -81,28 +81,34 @@ def _files_of_folder(root: Path, split: str) -> LocalFiles:
     images: list[Path] = []
     others: list[Path] = []
     extensions = {extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    links: list[Path] = []  # folders that `datasets` does not look into unless it is told to
+    seen = {os.path.realpath(root)}
     for folder, folders, names in os.walk(root, followlinks=True):
+        for name in [name for name in folders if os.path.islink(os.path.join(folder, name))]:
+            target = os.path.realpath(os.path.join(folder, name))
+            if target in seen or os.path.realpath(root).startswith(f"{target}{os.sep}"):
+                folders.remove(name)  # a circle
+            elif not name.startswith("."):
+                seen.add(target)
+                links.append(Path(folder, name))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if not name.startswith("."):
                 is_image = os.path.splitext(name)[1].lower() in extensions
                 (images if is_image else others).append(Path(folder, name))
     if images:
-        return _files_of_images(root, images, others, split)
+        return _files_of_images(root, images, others, links, split)
     for layout in ("parquet", "webdataset"):
         if files := [path for path in others if layout_of_name(path.name) == layout]:
             return _split_of_files(str(root), layout, files, root, split)
     raise InputError(f"{root} contains no images: found {_summary(others)}; {EXPECTED}")
 
 
-def _files_of_images(root: Path, images: list[Path], others: list[Path], split: str) -> LocalFiles:
+def _files_of_images(root: Path, images: list[Path], others: list[Path], links: list[Path], split: str) -> LocalFiles:
     # The names of image files say nothing of splits: test_1.png may be any image.
     folders = {path.relative_to(root).parts[0].lower(): path.relative_to(root).parts[0] for path in images}
     folders_of_splits = {
-        name: folders[word]
-        for name, words in SPLIT_WORDS.items()
-        for word in words
-        if (root / word).is_dir() and word in folders
+        name: folders[word] for name, words in SPLIT_WORDS.items() for word in words if word in folders
     }
     describes_all = any(path.name in METADATA and path.parent == root for path in others)
     if folders_of_splits and len(folders_of_splits) == len(folders) and not describes_all:
@@ -112,7 +118,8 @@ def _files_of_images(root: Path, images: list[Path], others: list[Path], split: 
     else:
         _check_split(root, split, {"train": ""})
         top = root
-    patterns = (f"{glob.escape(str(top))}/**",)
+    tops = [top, *(link for link in links if link.is_relative_to(top) and link != top)]
+    patterns = tuple(f"{glob.escape(str(folder))}/**" for folder in tops)
     if any(path.name in METADATA for path in others):
         return LocalFiles("imagefolder", patterns, top)
     texts = {path.with_suffix("") for path in others if path.suffix == ".txt"}

@@ -160,9 +160,12 @@ def test_two_processes_fill_what_one_fills(images: Path, model: LatteFlow, tmp_p
         assert parts[0].prompts == parts[1].prompts
         assert parts[0].token_ids == parts[1].token_ids
         torch.testing.assert_close(parts[0].latents, parts[1].latents, atol=2e-5, rtol=1e-4)
+    many = fill(LatentCache(tmp_path / "many", model), images, world=12)  # two of them have nothing to do
+    assert many.mean == pytest.approx(one.mean, rel=1e-6)
+    assert sum(encoded) == 30
     # Another number of processes uses what is there.
     fill(LatentCache(tmp_path / "two", model), images, world=3)
-    assert sum(encoded) == 20
+    assert sum(encoded) == 30
 
 
 def test_half_of_the_processes_are_not_enough(images: Path, model: LatteFlow, tmp_path: Path) -> None:

@@ -69,6 +69,17 @@ def test_class_folders_become_prompts(streaming: bool, tmp_path: Path) -> None:
     assert prompts[3] == ("a tabby", "tabby!", "a cat", "cat!")
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    folder_of_classes(tmp_path / "everything", ["cat", "dog", "horse"], 2)
+    (tmp_path / "some" / "dog").mkdir(parents=True)
+    (tmp_path / "some" / "cat").symlink_to(tmp_path / "everything" / "cat")
+    (tmp_path / "some" / "dog" / "one.png").symlink_to(tmp_path / "everything" / "dog" / "test_0.png")
+    (tmp_path / "some" / "dog" / "again").symlink_to(tmp_path / "some")
+    data_set = open_data_set(tmp_path / "some")
+    assert sorted(data_set.record(row).name for row in range(3)) == ["cat/test_0.png", "cat/test_1.png", "dog/one.png"]
+    assert {data_set.captions_of(row) for row in range(3)} == {("a photo of cat",), ("a photo of dog",)}
+
+
 def test_a_column_of_classes_becomes_prompts(tmp_path: Path) -> None:
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
     rows = {"img": [{"bytes": image_bytes(i), "path": None} for i in range(3)], "label": [0, 1, -1]}

@@ -66,11 +66,14 @@ def parquet_file(path: Path, numbers: range, images: Sequence[bytes] | None = No
     return path
 
 
-def tar_file(path: Path, numbers: range) -> Path:
+def tar_file(path: Path, numbers: range, images: Sequence[bytes] | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
-        for i in numbers:
-            members = {"png": image_bytes(i), "json": json.dumps({"caption": captions(i)}).encode()}
+        for place, i in enumerate(numbers):
+            members = {
+                "png": images[place] if images else image_bytes(i),
+                "json": json.dumps({"caption": captions(i)}).encode(),
+            }
             for suffix, data in members.items():
                 info = tarfile.TarInfo(f"{i:03}.{suffix}")
                 info.size = len(data)
