@@ -13,6 +13,7 @@ import copy
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -455,6 +456,36 @@ def save_checkpoint(model: LatteFlow, image_processor: Any, path: Path, dtype: t
     image_processor.save_pretrained(path)
     _save_tensors(own_state(model.flow), path / "model.safetensors", dtype)
     write_text(path / "config.json", model.config.model_dump_json(indent=2) + "\n")
+
+
+def save_changed(
+    source: Path,
+    target: Path,
+    dtype: torch.dtype,
+    *,
+    flow: Mapping[str, Tensor] | None = None,
+    vlm: Qwen2VLForConditionalGeneration | None = None,
+    vae: AutoencoderDC | None = None,
+    config: LatteFlowConfig | None = None,
+) -> None:
+    """Writes a checkpoint that differs from another in some parts, and has copies of all its other files.
+
+    Args:
+        source: the other checkpoint.
+        target: the folder to write, which is replaced if it exists.
+        dtype: dtype of the changed weights on disk.
+        flow: tensors of `model.safetensors`, all of them.
+    """
+    with replaced_directory(target) as folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+        if flow is not None:
+            _save_tensors(flow, folder / "model.safetensors", dtype)
+        if vlm is not None:
+            save_part(_as(vlm, dtype), folder / "vlm")
+        if vae is not None:
+            save_part(_as(vae, dtype), folder / "vae")
+        if config is not None:
+            write_text(folder / "config.json", config.model_dump_json(indent=2) + "\n")
 
 
 def save_part(module: Any, path: Path, *processors: Any) -> None:

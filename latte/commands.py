@@ -1,4 +1,4 @@
-"""The commands of the reference: `init`, `train` and `score`."""
+"""The commands of the reference: `init` and `score`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-import torch
 import typer
 from PIL import Image
 from rich.progress import Progress
@@ -30,7 +29,6 @@ from latte.checkpoint import (
 )
 from latte.model import LatteFlow
 from latte.shapes.reader import ATTRIBUTES
-from latte.shapes.recipe import RECIPE, STAGES, run_stage
 from latte.shapes.score import AnswerScore, DrawingScore, answer, score_answers, score_drawing
 from runtime.console import progress_bar, renamed_option, stdout
 from runtime.errors import InputError
@@ -41,8 +39,6 @@ Variant = Literal["couple", "blend"]
 Precision = Literal["fp32", "fp16", "bf16"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 PRECISION_OF: dict[str, Precision] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-StageName = Literal["autoencoder", "vision", "vlm", "flow", "all"]
-TrainingPrecision = Literal["fp32", "bf16"]
 
 
 def init(
@@ -95,41 +91,6 @@ def _latent_size(vae: object, height: int, width: int) -> tuple[int, int]:
             f"height and width must be positive multiples of {factor} for this autoencoder, got {height}x{width}"
         )
     return height // factor, width // factor
-
-
-def train(
-    run: Annotated[Path, typer.Argument(help="Folder of the run; a run that was stopped continues.")],
-    stage: Annotated[StageName, typer.Option(help="Stage to train, or all of them.")] = "all",
-    steps: Annotated[int | None, typer.Option(help="Number of steps. Default: the recipe's.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows per step. Default: the recipe's.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the recipe's.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    precision: Annotated[
-        TrainingPrecision, typer.Option(help="bf16 is faster on processors that support it.")
-    ] = "fp32",
-    device: Annotated[str, typer.Option(help="Device to train on: cpu or cuda.")] = "cpu",
-    start_from: Annotated[str | None, typer.Option(help="Checkpoint whose weights to start from.")] = None,
-) -> None:
-    """Train a checkpoint like `shapes`: autoencoder, vision tower, VLM, flow layers.
-
-    \b
-    Examples:
-      latte-flow train run --precision bf16
-      latte-flow train run --stage flow --steps 20000 --device cuda
-      latte-flow train finer --stage vlm --start-from shapes --learning-rate 1e-3
-    """
-    changes: dict[str, object] = {"seed": seed, "precision": precision, "device": device}
-    given = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
-    changes |= {name: value for name, value in given.items() if value is not None}
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device {device} is not available: PyTorch finds no CUDA device; use --device cpu")
-    if min(value for value in (steps, batch_size, learning_rate, 1) if value is not None) <= 0:
-        raise InputError("steps, batch size and learning rate must be positive")
-    start = None if start_from is None else resolve_checkpoint(start_from)
-    for name in STAGES if stage == "all" else (stage,):
-        settings = RECIPE[name].model_validate(RECIPE[name].model_dump() | changes)
-        run_stage(name, run, settings, start_from=start)
-    typer.echo(str(run))
 
 
 KINDS_OF_PROMPTS = {"1 shape": (1, False), "2 shapes": (2, False), "1 shape, unseen words": (1, True)}

@@ -406,7 +406,11 @@ class LatteFlow(nn.Module):
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Encodes pixels `[B, 3, height, width]` in [-1, 1] as normalised latents, `[B, C, H, W]`."""
-        return (self.vae.encode(pixels).latent - self.latents_mean) / self.latents_std
+        return self.normalize_latents(self.vae.encode(pixels).latent)
+
+    def normalize_latents(self, encoded: Tensor) -> Tensor:
+        """Normalises what the autoencoder makes of images, `[B, C, H, W]`."""
+        return (encoded - self.latents_mean) / self.latents_std
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Decodes normalised latents `[B, C, H, W]` to images, `[B, height, width, 3]` uint8."""

@@ -49,7 +49,7 @@ COMMANDS = {
         "export.benchmarks.commands", "app", "Measure speed, memory and quality on this machine.", "export,cpu"
     ),
     "init": _Command("latte.commands", "init", "Make a checkpoint from a Qwen2-VL and a DC-AE.", "export"),
-    "train": _Command("latte.commands", "train", "Train a checkpoint like `shapes`, stage by stage.", "export"),
+    "train": _Command("latte.training.commands", "train", "Train a checkpoint on images and captions.", "export"),
     "data": _Command("latte.emoji.commands", "app", "Make data sets to train on.", "train"),
     "score": _Command("latte.commands", "score", "Score a checkpoint's images and answers.", "export"),
 }

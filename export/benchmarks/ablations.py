@@ -20,14 +20,16 @@ from rich.table import Table
 
 from export.benchmarks.report import AsJson, Publisher, app
 from latte.checkpoint import assemble, load_checkpoint
-from latte.commands import TrainingPrecision
 from latte.model import LatteFlow
 from latte.shapes.autoencoder import to_pixels
 from latte.shapes.captions import training_caption
-from latte.shapes.flow import FlowStage
-from latte.shapes.recipe import RECIPE
+from latte.shapes.flow import ShapesFlowStage
+from latte.shapes.recipe import Shapes
 from latte.shapes.scenes import draw, sample_scene
-from latte.training import TrainSettings, train
+from latte.training.commands import MixedPrecision
+from latte.training.log import LOG
+from latte.training.loop import train
+from latte.training.settings import TrainSettings
 from runtime.console import stdout
 
 HELD_OUT_IMAGES = 256
@@ -93,8 +95,8 @@ def train_variant(variant: Variant, base: LatteFlow, settings: TrainSettings, ou
             if layer.attention_gate is not None:
                 layer.attention_gate.requires_grad_(False)  # zero at initialisation
     folder = out / variant.name
-    train(FlowStage(model, settings.batch_size, settings.seed, settings.device), settings, folder)
-    rows = [json.loads(line) for line in (folder / "flow.jsonl").read_text(encoding="utf-8").splitlines()]
+    train(ShapesFlowStage(model, settings.seed), settings, folder)
+    rows = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
     steps, losses = smoothed(rows)
     return VariantResult(
         variant=variant.name,
@@ -123,7 +125,7 @@ def held_out_loss(model: LatteFlow, seed: int) -> float:
     for first in range(0, HELD_OUT_IMAGES, EVALUATION_BATCH):
         scenes = [sample_scene(rng, held_out=True) for _ in range(EVALUATION_BATCH)]
         data = model.encode_images(
-            to_pixels(np.stack([draw(scene) for scene in scenes]), model.latents_mean.device.type)
+            to_pixels(np.stack([draw(scene) for scene in scenes])).to(model.latents_mean.device)
         ).float()
         prefix = model.encode_prompts([training_caption(scene, rng)[0] for scene in scenes])
         noise = torch.randn(data.shape, generator=generator)
@@ -160,11 +162,11 @@ def ablations(
         str, typer.Option(help="`shapes`, or a checkpoint like it: its VLM and autoencoder.")
     ] = "shapes",
     steps: Annotated[int, typer.Option(help="Number of steps of each variant.", min=20)] = 4000,
-    batch_size: Annotated[int, typer.Option(help="Rows per step.", min=1)] = RECIPE["flow"].batch_size,
+    batch_size: Annotated[int, typer.Option(help="Rows per step.", min=1)] = Shapes.settings["flow"].train_batch_size,
     seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0)] = 0,
-    precision: Annotated[
-        TrainingPrecision, typer.Option(help="bf16 is faster on processors that support it.")
-    ] = "fp32",
+    mixed_precision: Annotated[
+        MixedPrecision, typer.Option(help="bf16 is faster on processors that support it.")
+    ] = "no",
     plot: Annotated[Path | None, typer.Option(help="Write a plot of the losses to this file.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -173,11 +175,16 @@ def ablations(
     \b
     Examples:
       latte-flow bench ablations --out ablations
-      latte-flow bench ablations --out ablations --steps 8000 --precision bf16 --plot ablations.png
+      latte-flow bench ablations --out ablations --steps 8000 --mixed-precision bf16 --plot ablations.png
     """
     publisher = Publisher(as_json)
-    changes = {"steps": steps, "batch_size": batch_size, "seed": seed, "precision": precision}
-    settings = TrainSettings.model_validate(RECIPE["flow"].model_dump() | changes)
+    changes = {
+        "max_train_steps": steps,
+        "train_batch_size": batch_size,
+        "seed": seed,
+        "mixed_precision": mixed_precision,
+    }
+    settings = TrainSettings.model_validate(Shapes.settings["flow"].model_dump() | changes)
     base = load_checkpoint(checkpoint)
     results = [train_variant(variant, base, settings, out) for variant in VARIANTS]
     if plot is not None:
@@ -185,7 +192,7 @@ def ablations(
 
     def show() -> None:
         shown = [f"loss at {share:.0%}" for share in SHARES]
-        title = f"{steps} steps of {batch_size} rows, seed {seed}, {precision}"
+        title = f"{steps} steps of {batch_size} rows, seed {seed}, mixed precision: {mixed_precision}"
         table = Table("variant", "layers in a step", "ms per step", *shown, "held-out loss", title=title)
         for result in results:
             places = [int(np.searchsorted(result.steps, share * steps)) for share in SHARES]

@@ -1,21 +1,11 @@
-"""Stage 2: the vision tower, which learns to classify what each of its tokens shows.
-
-Without this stage the language model ignores the image for thousands of steps, because answers are a weak training
-signal for a tower with random weights. The classification heads are discarded afterwards.
-"""
+"""What the vision tower of `shapes` learns: to classify what each of its tokens shows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import Qwen2VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from latte.shapes.scenes import BACKGROUNDS, CELLS, COLOURS, KINDS, RADII, Scene, coverage, draw, sample_busy_scene
+from latte.training.stage import Rows
 
 TOKENS_PER_SIDE = 4
 """Rows and columns of tokens of an image, after the tower has merged patches 2x2."""
@@ -63,45 +53,14 @@ def token_labels(scene: Scene) -> np.ndarray:
     return labels
 
 
-class VisionStage:
-    """Trains the vision tower with the cross-entropy of each token and head, summed over heads."""
+class LabelledScenes:
+    """Scenes for the vision tower, by index, with the labels of their tokens."""
 
-    name = "vision"
+    heads = HEADS
 
-    def __init__(
-        self,
-        vlm: Qwen2VLForConditionalGeneration,
-        image_processor: Qwen2VLImageProcessorPil,
-        batch_size: int,
-        device: str = "cpu",
-    ) -> None:
-        width = vlm.config.vision_config.hidden_size
-        self.tower = vlm.model.visual
-        self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, classes in HEADS.items()})
-        self.module = nn.ModuleDict({"tower": self.tower, "heads": self.heads}).to(device)
-        self.image_processor = image_processor
-        self.batch_size = batch_size
-        self.device = device
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
 
-    def trainable(self) -> nn.Module:
-        return self.module
-
-    def frozen(self) -> Sequence[nn.Module]:
-        return ()
-
-    def losses(self, step: int, rng: np.random.Generator) -> Iterator[tuple[str, Tensor]]:
-        scenes = [sample_busy_scene(rng) for _ in range(self.batch_size)]
-        # [B*16, 5]
-        labels = torch.from_numpy(np.concatenate([token_labels(scene) for scene in scenes])).to(self.device)
-        pixels = self.image_processor([draw(scene) for scene in scenes], return_tensors="pt")
-        tokens = self.tower(
-            pixels["pixel_values"].to(self.device), pixels["image_grid_thw"].to(self.device)
-        ).pooler_output  # [B*16, width]
-        # Most tokens show no shape. Weights balance them: tokens with and without a shape count equally in total.
-        seen = labels[:, 0] > 0
-        weight = torch.where(seen, 0.5 / seen.float().mean(), 0.5 / (~seen).float().mean())
-        total = tokens.new_zeros(())
-        for column, name in enumerate(HEADS):
-            loss = F.cross_entropy(self.heads[name](tokens).float(), labels[:, column], reduction="none")
-            total = total + (loss * weight).mean()
-        yield "loss", total
+    def batch(self, index: int, rows: range, total: int) -> tuple[list[np.ndarray], np.ndarray]:
+        scenes = [sample_busy_scene(rng) for rng in Rows(self.seed, rows, total).generators(0, index)]
+        return [draw(scene) for scene in scenes], np.concatenate([token_labels(scene) for scene in scenes])

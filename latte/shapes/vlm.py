@@ -1,4 +1,4 @@
-"""Stage 3: the VLM, a Qwen2-VL of a few million parameters.
+"""The VLM of `shapes`, a Qwen2-VL of a few million parameters, and what it is taught.
 
 It learns three tasks, all as chat turns with loss on the answers only: to answer questions about an image, to answer
 questions about a caption, and to restate a caption in canonical form. The last two make a prompt's keys and values
@@ -8,14 +8,10 @@ encode which colour, size and place belong to which shape, and the flow layers a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -23,6 +19,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from latte.shapes.captions import caption, describe, rephrase, training_caption
 from latte.shapes.questions import DESCRIBE, questions, relation_questions
 from latte.shapes.scenes import IMAGE_SIZE, draw, sample_scene
+from latte.training.conversations import Conversation
+from latte.training.stage import Rows
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -145,16 +143,6 @@ def small_vlm(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
     return Qwen2VLForConditionalGeneration._from_config(config, attn_implementation="eager")
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """Chat turns about one image, or about the caption in the first turn."""
-
-    turns: tuple[tuple[str, str], ...]
-    """(question, answer) of each turn."""
-    image: np.ndarray | None = None
-    """`[height, width, 3]` uint8."""
-
-
 def sample_conversation(rng: np.random.Generator) -> Conversation:
     """Samples a conversation to train on."""
     scene = sample_scene(rng)
@@ -171,133 +159,11 @@ def _some(asked: Sequence[tuple[str, str]], rng: np.random.Generator) -> tuple[t
     return tuple(asked[i] for i in rng.permutation(len(asked))[:TURNS])
 
 
-@dataclass(frozen=True)
-class VlmBatch:
-    """Conversations as a batch, padded on the right, ready for Qwen2-VL."""
+class ShapesConversations:
+    """Conversations about scenes, by index."""
 
-    input_ids: Tensor
-    """`[B, T]` int64."""
-    attention_mask: Tensor
-    """`[B, T]` int64; 1 for tokens, 0 for padding."""
-    position_ids: Tensor
-    """M-RoPE positions, `[3, B, T]` int64."""
-    labels: Tensor
-    """`[B, T]` int64; -100 where there is no loss."""
-    pixel_values: Tensor | None
-    """Patches of all images, `[patches, 3*2*8*8]` float32: channels, frames, height, width."""
-    image_grid_thw: Tensor | None
-    """Frames, rows and columns of patches of each image, `[images, 3]` int64."""
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
 
-
-class ConversationEncoder:
-    """Encodes conversations as batches: the chat template in tokens, images in patches."""
-
-    def __init__(self, tokenizer: Qwen2Tokenizer, image_processor: Qwen2VLImageProcessorPil) -> None:
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
-        self._cache: dict[str, list[int]] = {}
-
-    def tokens(self, text: str) -> list[int]:
-        """Returns the token ids of a text, cached."""
-        ids = self._cache.get(text)
-        if ids is None:
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            if len(self._cache) < 50_000:
-                self._cache[text] = ids
-        return ids
-
-    def encode(self, conversations: Sequence[Conversation], device: str = "cpu") -> VlmBatch:
-        """Returns conversations as a batch on a device."""
-        rows = [self._row(conversation) for conversation in conversations]
-        width = max(len(ids) for ids, _, _ in rows)
-        pad = self.tokenizer.pad_token_id
-        input_ids = np.full((len(rows), width), pad, np.int64)
-        mask = np.zeros((len(rows), width), np.int64)
-        labels = np.full((len(rows), width), -100, np.int64)
-        positions = np.zeros((3, len(rows), width), np.int64)
-        for i, (ids, has_loss, position) in enumerate(rows):
-            length = len(ids)
-            input_ids[i, :length] = ids
-            mask[i, :length] = 1
-            labels[i, :length] = np.where(has_loss, ids, -100)
-            positions[:, i, :length] = position
-        images = [conversation.image for conversation in conversations if conversation.image is not None]
-        pixels = self.image_processor(images, return_tensors="pt") if images else None
-        return VlmBatch(
-            input_ids=torch.from_numpy(input_ids).to(device),
-            attention_mask=torch.from_numpy(mask).to(device),
-            position_ids=torch.from_numpy(positions).to(device),
-            labels=torch.from_numpy(labels).to(device),
-            pixel_values=pixels["pixel_values"].to(device) if pixels is not None else None,
-            image_grid_thw=pixels["image_grid_thw"].to(device) if pixels is not None else None,
-        )
-
-    def _row(self, conversation: Conversation) -> tuple[list[int], list[bool], np.ndarray]:
-        """Returns a conversation's token ids, whether each has loss, and M-RoPE positions `[3, T]` int64."""
-        ids = list(self.tokens("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"))
-        has_loss = [False] * len(ids)
-        image_start = 0
-        side = IMAGE_SIZE // PATCH_SIZE // 2
-        for turn, (question, answer) in enumerate(conversation.turns):
-            ids += self.tokens("<|im_start|>user\n")
-            if turn == 0 and conversation.image is not None:
-                ids += self.tokens("<|vision_start|>")
-                image_start = len(ids)
-                ids += self.tokens("<|image_pad|>") * (side * side) + self.tokens("<|vision_end|>")
-            ids += [*self.tokens(question), *self.tokens("<|im_end|>\n<|im_start|>assistant\n")]
-            has_loss += [False] * (len(ids) - len(has_loss))
-            ids += [*self.tokens(answer), *self.tokens("<|im_end|>")]
-            has_loss += [True] * (len(ids) - len(has_loss))
-            ids += self.tokens("\n")
-            has_loss.append(False)
-        position = np.tile(np.arange(len(ids)), (3, 1))
-        if image_start:
-            rows, columns = np.divmod(np.arange(side * side), side)
-            end = image_start + side * side
-            position[:, image_start:end] = image_start + np.stack([rows * 0, rows, columns])
-            position[:, end:] -= side * side - side
-        return ids, has_loss, position
-
-
-class VlmStage:
-    """Trains the language model with the cross-entropy of the answers' tokens; the vision tower is frozen.
-
-    A tower that is trained jointly forgets the kinds of shapes within the first hundred steps, before the language
-    model has learned to read them.
-    """
-
-    name = "vlm"
-
-    def __init__(
-        self,
-        vlm: Qwen2VLForConditionalGeneration,
-        encoder: ConversationEncoder,
-        batch_size: int,
-        device: str = "cpu",
-    ) -> None:
-        self.vlm = vlm.to(device)
-        self.vlm.model.visual.requires_grad_(False)
-        self.encoder = encoder
-        self.batch_size = batch_size
-        self.device = device
-
-    def trainable(self) -> nn.Module:
-        return self.vlm
-
-    def frozen(self) -> Sequence[nn.Module]:
-        return ()  # the vision tower is a part of the module
-
-    def losses(self, step: int, rng: np.random.Generator) -> Iterator[tuple[str, Tensor]]:
-        batch = self.encoder.encode([sample_conversation(rng) for _ in range(self.batch_size)], self.device)
-        hidden = self.vlm.model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            pixel_values=batch.pixel_values,
-            image_grid_thw=batch.image_grid_thw,
-            use_cache=False,
-        ).last_hidden_state  # [B, T, hidden]
-        labels = batch.labels[:, 1:]
-        chosen = labels != -100
-        logits = self.vlm.lm_head(hidden[:, :-1][chosen])  # [chosen tokens, vocabulary]
-        yield "loss", F.cross_entropy(logits.float(), labels[chosen])
+    def batch(self, index: int, rows: range, total: int) -> list[Conversation]:
+        return [sample_conversation(rng) for rng in Rows(self.seed, rows, total).generators(0, index)]

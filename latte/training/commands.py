@@ -1,0 +1,158 @@
+"""The command `train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from pydantic import ValidationError
+
+from latte.checkpoint import resolve_checkpoint, save_checkpoint
+from latte.shapes.recipe import Shapes
+from latte.shapes.recipe import untrained as untrained_shapes
+from latte.training.run import RunOptions, run_stage
+from latte.training.settings import TrainSettings
+from latte.training.states import states_of
+from latte.training.world import STAGES, World, settings_of
+from runtime.errors import InputError
+
+Stages = Literal["autoencoder", "vision", "vlm", "flow", "all"]
+Precision = Literal["fp32", "fp16", "bf16"]
+MixedPrecision = Literal["no", "bf16"]
+Scheduler = Literal["cosine", "linear", "constant"]
+Sharding = Literal["none", "fsdp2"]
+TRACKERS = ("tensorboard", "wandb", "jsonl")
+"""Where a run can report to; the log in JSON lines is always written."""
+FRESH = "new"
+"""The checkpoint to name for a model that is trained from nothing."""
+OF_MODEL = "Model and data"
+OF_OPTIMISATION = "Optimisation"
+OF_RUN = "Run"
+
+
+def train(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(help="A checkpoint folder, `shapes`, or `new`: an untrained model for the data."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; a run that was stopped continues.")],
+    data: Annotated[str, typer.Option(help="`shapes`: scenes that are drawn as they are needed.")],
+    stage: Annotated[Stages, typer.Option(help="Part to train: `flow`, or from nothing `all` in a row.")] = "flow",
+    precision: Annotated[Precision, typer.Option(help="Precision of the trained weights on disk.")] = "fp16",
+    max_train_steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
+    train_batch_size: Annotated[int | None, typer.Option(help="Rows of a process in a forward pass.")] = None,
+    gradient_accumulation_steps: Annotated[
+        int | None, typer.Option(help="Forward passes whose gradients are averaged.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    lr_scheduler: Annotated[Scheduler | None, typer.Option(help="Decay after the warm-up.")] = None,
+    lr_warmup_steps: Annotated[int | None, typer.Option(help="Steps of linear warm-up.")] = None,
+    adam_beta1: Annotated[float | None, typer.Option(help="AdamW's β₁.")] = None,
+    adam_beta2: Annotated[float | None, typer.Option(help="AdamW's β₂.")] = None,
+    adam_weight_decay: Annotated[float | None, typer.Option(help="Of matrices; norms and biases are spared.")] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="Clip the gradient to this norm.")] = None,
+    ema_decay: Annotated[float | None, typer.Option(help="Of the weights' moving average; 0 disables it.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0)] = 0,
+    mixed_precision: Annotated[MixedPrecision, typer.Option(help="bf16: autocast, with weights in fp32.")] = "no",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations again instead of keeping them.")
+    ] = False,
+    sharding: Annotated[Sharding, typer.Option(help="fsdp2: split the flow layers' weights over processes.")] = "none",
+    cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU even where there is a GPU.")] = False,
+    dataloader_num_workers: Annotated[int | None, typer.Option(help="Processes that prepare batches.")] = None,
+    checkpointing_steps: Annotated[int | None, typer.Option(help="Save a state every so many steps.")] = None,
+    checkpoints_total_limit: Annotated[int | None, typer.Option(help="Number of states to keep.")] = None,
+    resume_from_checkpoint: Annotated[
+        str, typer.Option(help="`latest`, or the folder of a state in --out.")
+    ] = "latest",
+    report_to: Annotated[
+        list[str] | None, typer.Option(help="tensorboard or wandb, besides the log in --out; may be repeated.")
+    ] = None,
+) -> None:
+    """Train a stage of a checkpoint on images and captions; by default its flow layers.
+
+    The result is a checkpoint again, in OUT/checkpoint. Options that are not given have the values that suit the data.
+    With torchrun, several processes share each step's rows; `accelerate launch` works too.
+
+    \b
+    Examples:
+      latte-flow train shapes --data shapes --out finer --max-train-steps 2000 --learning-rate 2e-4
+      latte-flow train new --data shapes --stage all --out run --mixed-precision bf16
+      torchrun --nproc-per-node 8 $(which latte-flow) train my-checkpoint --data shapes --out run
+    """
+    given: dict[str, Any] = {
+        "max_train_steps": max_train_steps,
+        "train_batch_size": train_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "learning_rate": learning_rate,
+        "lr_scheduler": lr_scheduler,
+        "lr_warmup_steps": lr_warmup_steps,
+        "adam_beta1": adam_beta1,
+        "adam_beta2": adam_beta2,
+        "adam_weight_decay": adam_weight_decay,
+        "max_grad_norm": max_grad_norm,
+        "ema_decay": ema_decay,
+        "seed": seed,
+        "mixed_precision": mixed_precision,
+        "gradient_checkpointing": gradient_checkpointing,
+        "sharding": sharding,
+        "cpu": cpu,
+        "dataloader_num_workers": dataloader_num_workers,
+        "checkpointing_steps": checkpointing_steps,
+        "checkpoints_total_limit": checkpoints_total_limit,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    world = _world(data, seed)
+    stages = STAGES if stage == "all" else (stage,)
+    settings = {name: _changed(settings_of(world, name), changes) for name in stages}
+    options = RunOptions(
+        report_to=_trackers(report_to or []),
+        resume_from=_state(resume_from_checkpoint, out),
+        precision=precision,
+    )
+    source = _start(out, world, seed) if checkpoint == FRESH else resolve_checkpoint(checkpoint)
+    for name in stages:
+        source = run_stage(name, source, world, out / name if stage == "all" else out, settings[name], options)
+    typer.echo(str(source))
+
+
+def _world(data: str, seed: int) -> World:
+    if data == Shapes.name:
+        return Shapes(seed)
+    raise InputError(f"no data at {data}; expected `{Shapes.name}`")
+
+
+def _trackers(names: list[str]) -> tuple[str, ...]:
+    if unknown := set(names) - set(TRACKERS):
+        raise InputError(f"--report-to must be one of {', '.join(TRACKERS)}, got {sorted(unknown)[0]}")
+    return tuple(name for name in names if name != "jsonl")
+
+
+def _changed(settings: TrainSettings, changes: dict[str, Any]) -> TrainSettings:
+    try:
+        return TrainSettings.model_validate(settings.model_dump() | changes)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        raise InputError(f"--{option} {first['input']}: {first['msg'].lower()}") from error
+
+
+def _start(out: Path, world: World, seed: int) -> Path:
+    """Writes the untrained model of a world into a run's folder, once."""
+    folder = out / "untrained"
+    if not (folder / "config.json").is_file():
+        model, image_processor = untrained_shapes(seed)
+        save_checkpoint(model, image_processor, folder, torch.float32)
+    return folder
+
+
+def _state(name: str, out: Path) -> Path | None:
+    if name == "latest":
+        return None
+    path = Path(name) if Path(name).is_dir() else out / name
+    if not path.is_dir():
+        known = ", ".join(state.name for state in states_of(out)) or "none yet"
+        raise InputError(f"no state at {name}; {out} contains: {known}")
+    return path

@@ -1,0 +1,127 @@
+"""A run: a stage of a checkpoint's training, whose result is a checkpoint again.
+
+A run is a folder: `checkpoint-<step>/` are states to resume from, `log.jsonl` and `loss.png` show the losses, and
+`checkpoint/` is the result, which has the trained part of the model, and all other files of the checkpoint that the run
+started from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from latte.checkpoint import (
+    TORCH_DTYPES,
+    copy_from_vlm,
+    is_untrained,
+    load_checkpoint,
+    load_image_processor,
+    own_state,
+    save_changed,
+)
+from latte.model import LatteFlow
+from latte.training.autoencoder import AutoencoderStage, latents_statistics
+from latte.training.conversations import ConversationEncoder
+from latte.training.flow import FlowStage
+from latte.training.log import LOG, plot_losses
+from latte.training.loop import Validation, make_accelerator, train
+from latte.training.settings import TrainSettings
+from latte.training.stage import Stage
+from latte.training.states import whole
+from latte.training.vision import VisionStage
+from latte.training.vlm import VlmStage
+from latte.training.world import StageName, World
+from runtime.errors import InputError
+
+RESULT = "checkpoint"
+PLOT = "loss.png"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run may be asked for beyond its settings."""
+
+    report_to: tuple[str, ...] = ()
+    """Accelerate's trackers."""
+    resume_from: Path | None = None
+    """A state to resume from; the newest by default."""
+    precision: str = "fp16"
+    """Precision of the trained weights on disk."""
+    make_validation: Callable[[LatteFlow, Path], Validation] | None = None
+    """Takes the model and the run's folder; returns what to do every so many steps of the flow stage."""
+    change_flow_stage: Callable[[FlowStage], FlowStage] = lambda stage: stage
+    """Changes the stage of the flow layers, such as to one group."""
+
+
+def run_stage(
+    name: StageName,
+    checkpoint: Path,
+    world: World,
+    run_dir: Path,
+    settings: TrainSettings,
+    options: RunOptions | None = None,
+) -> Path:
+    """Trains one stage of a checkpoint, or resumes it; returns the folder of the new checkpoint.
+
+    Raises:
+        InputError: the stage cannot be trained like this.
+        CheckpointError: the checkpoint cannot be loaded, or the run's state was written with other settings.
+        TrainingError: a loss or a gradient is not finite.
+    """
+    options = options or RunOptions()
+    if settings.sharding == "fsdp2" and name != "flow":
+        raise InputError(f"fsdp2 is for the flow layers; train the stage {name} without it")
+    accelerator = make_accelerator(settings, run_dir, options.report_to)
+    accelerator.init_trackers("latte-flow", config=settings.model_dump(mode="json"))
+    torch.manual_seed(settings.seed)
+    model = load_checkpoint(checkpoint)
+    if is_untrained(model.flow) and model.config.variant == "couple":
+        copy_from_vlm(model.flow, model.vlm)  # an earlier stage may have trained the VLM
+    stage = _make_stage(name, model, checkpoint, world, options)
+    validation = options.make_validation(model, run_dir) if options.make_validation and name == "flow" else None
+    trained = train(stage, settings, run_dir, accelerator, validation, options.resume_from)
+    flow = {key: whole(value) for key, value in own_state(model.flow).items()} if name == "flow" else None
+    if accelerator.is_main_process:
+        _save(name, model, flow, checkpoint, world, run_dir / RESULT, TORCH_DTYPES[options.precision])
+        plot_losses(run_dir / LOG, run_dir / PLOT)
+    accelerator.end_training()
+    del trained
+    return run_dir / RESULT
+
+
+def _make_stage(name: StageName, model: LatteFlow, checkpoint: Path, world: World, options: RunOptions) -> Stage:
+    if name == "flow":
+        return options.change_flow_stage(world.flow_stage(model))
+    model.flow.requires_grad_(False)
+    if name == "autoencoder":
+        return AutoencoderStage(model.vae.requires_grad_(True), world.images(model))
+    image_processor = load_image_processor(checkpoint)
+    if name == "vision":
+        return VisionStage(model.vlm, image_processor, world.labelled_images(model))
+    encoder = ConversationEncoder(model.tokenizer, image_processor)
+    return VlmStage(model.vlm, encoder, world.conversations(model))
+
+
+def _save(
+    name: StageName,
+    model: LatteFlow,
+    flow: Mapping[str, Tensor] | None,
+    source: Path,
+    world: World,
+    target: Path,
+    dtype: torch.dtype,
+) -> None:
+    if name == "flow":
+        save_changed(source, target, dtype, flow=flow)
+        return
+    model.cpu().eval()
+    if name == "autoencoder":
+        mean, std = latents_statistics(model.vae, world.flow_stage(model).batches)
+        changes = {"latents_mean": tuple(mean), "latents_std": tuple(std)}
+        save_changed(source, target, dtype, vae=model.vae, config=model.config.model_copy(update=changes))
+    else:
+        save_changed(source, target, dtype, vlm=model.vlm)

@@ -1,0 +1,53 @@
+"""What a model can be trained on: a world that is drawn, such as `shapes`, or a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, Protocol
+
+from latte.model import LatteFlow
+from latte.training.flow import Batches, FlowStage
+from latte.training.settings import TrainSettings
+from latte.training.vision import LabelledImages
+from latte.training.vlm import Conversations
+from runtime.errors import InputError
+
+StageName = Literal["autoencoder", "vision", "vlm", "flow"]
+STAGES: tuple[StageName, ...] = ("autoencoder", "vision", "vlm", "flow")
+"""The stages in the order in which a model is trained from nothing. A pretrained VLM and autoencoder need the last."""
+
+
+class World(Protocol):
+    """A source of batches for every stage that it supports, all of one seed."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages."""
+
+    @property
+    def settings(self) -> Mapping[StageName, TrainSettings]:
+        """The settings of each stage that it supports, for who says nothing else."""
+
+    def images(self, model: LatteFlow) -> Batches:
+        """Returns images for the autoencoder."""
+
+    def labelled_images(self, model: LatteFlow) -> LabelledImages:
+        """Returns images with labels for the vision tower."""
+
+    def conversations(self, model: LatteFlow) -> Conversations:
+        """Returns conversations for the language model."""
+
+    def flow_stage(self, model: LatteFlow) -> FlowStage:
+        """Returns the training of the flow layers of all groups."""
+
+
+def settings_of(world: World, stage: StageName) -> TrainSettings:
+    """Returns the settings of a world's stage.
+
+    Raises:
+        InputError: the world does not support the stage.
+    """
+    if stage not in world.settings:
+        supported = ", ".join(world.settings)
+        raise InputError(f"{world.name} cannot train the stage {stage}; it supports: {supported}")
+    return world.settings[stage]
