@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 from latte.config import LatteFlowConfig
 from latte.model import FlowTransformer, LatteFlow
 from runtime.errors import CheckpointError, InputError, one_line
-from runtime.files import make_writable_folder, replaced_directory, write_text
+from runtime.files import make_writable_folder, permit_like_new, replaced_directory, write_text
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 SHIPPED = {"shapes": Path(__file__).parent / "checkpoints" / "shapes"}
@@ -493,6 +493,8 @@ def save_part(module: Any, path: Path, *processors: Any) -> None:
     with replaced_directory(path) as part, quiet_libraries():
         for saved in (module, *processors):
             saved.save_pretrained(part)
+        for weights in part.glob("*.safetensors"):
+            permit_like_new(weights)
         # Diffusers records the path that the model was loaded from, which must not be published.
         config = part / "config.json"
         content = json.loads(config.read_text(encoding="utf-8"))
@@ -529,4 +531,5 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype)
     save_file(
         {name: t.detach().to(dtype).contiguous().cpu() for name, t in tensors.items()}, temporary, {"format": "pt"}
     )
+    permit_like_new(temporary)
     os.replace(temporary, path)

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase, Qwen2VLForConditionalGeneration
 
 from latte.config import LatteFlowConfig
@@ -227,6 +228,8 @@ class FlowTransformer(nn.Module):
     def __init__(self, config: LatteFlowConfig) -> None:
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False
+        """Whether the backward pass computes activations again instead of keeping them."""
         self.latent_embed = nn.Linear(config.latent_channels, config.hidden_size)
         self.time_embed = TimestepEmbedding(config.hidden_size)
         self.time_modulation = nn.Linear(config.hidden_size, 6 * config.hidden_size)
@@ -269,7 +272,11 @@ class FlowTransformer(nn.Module):
         hidden, time, modulation, rotary, mask = self.embed(latents, timestep, prefix_mask)
         scores = None
         for index, layer in enumerate(self.config.layers_of(group)):
-            hidden, scores = self.layers[layer](hidden, time, modulation, rotary, prefix_kv[index], mask, scores)
+            arguments = (hidden, time, modulation, rotary, prefix_kv[index], mask, scores)
+            if self.gradient_checkpointing:
+                hidden, scores = checkpoint(self.layers[layer], *arguments, use_reentrant=False)
+            else:
+                hidden, scores = self.layers[layer](*arguments)
         return self.heads[group](hidden, time).transpose(1, 2).reshape(latents.shape)  # [R, N, C] -> [R, C, H, W]
 
     def embed(

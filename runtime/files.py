@@ -111,6 +111,13 @@ def _exchange(new: Path, old: Path) -> None:
             os.replace(retired, new)
 
 
+def permit_like_new(path: Path) -> None:
+    """Gives a file the permissions of a new one: safetensors writes files that only their owner can read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
 def sha256_of(path: Path) -> str:
     """Returns the SHA-256 of a file as hexadecimal digits."""
     with path.open("rb") as file:

@@ -74,9 +74,10 @@ def test_the_rooms_of_the_runtime_are_stacked() -> None:
 
 def test_the_shapes_world_and_the_benchmarks_are_leaves() -> None:
     """The model knows nothing of `shapes`, and nothing of the product knows its benchmarks."""
-    for path in (ROOT / "latte").glob("*.py"):
-        shapes = {name for name in imports_of(path) if name.startswith("latte.shapes")}
-        assert not shapes or path.name == "commands.py", path
+    worlds = ("latte.shapes", "latte.emoji")
+    for path in (ROOT / "latte").rglob("*.py"):
+        if path.relative_to(ROOT / "latte").parts[0] not in ("shapes", "emoji") and path.name != "commands.py":
+            assert not {name for name in imports_of(path) if name.startswith(worlds)}, path
     for package in ("export", "model_repository", "runtime"):
         for path in (ROOT / package).rglob("*.py"):
             if "benchmarks" not in path.parts:

@@ -82,6 +82,8 @@ def run_stage(
     if is_untrained(model.flow) and model.config.variant == "couple":
         copy_from_vlm(model.flow, model.vlm)  # an earlier stage may have trained the VLM
     stage = _make_stage(name, model, checkpoint, world, options)
+    if settings.gradient_checkpointing:
+        _checkpoint_gradients(name, model)
     validation = options.make_validation(model, run_dir) if options.make_validation and name == "flow" else None
     trained = train(stage, settings, run_dir, accelerator, validation, options.resume_from)
     flow = {key: whole(value) for key, value in own_state(model.flow).items()} if name == "flow" else None
@@ -104,6 +106,15 @@ def _make_stage(name: StageName, model: LatteFlow, checkpoint: Path, world: Worl
         return VisionStage(model.vlm, image_processor, world.labelled_images(model))
     encoder = ConversationEncoder(model.tokenizer, image_processor)
     return VlmStage(model.vlm, encoder, world.conversations(model))
+
+
+def _checkpoint_gradients(name: StageName, model: LatteFlow) -> None:
+    if name == "flow":
+        model.flow.gradient_checkpointing = True
+    elif name == "vlm":
+        model.vlm.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        raise InputError(f"gradient checkpointing is for the stages flow and vlm; train the stage {name} without it")
 
 
 def _save(

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from latte.training.settings import BATCH_SIZES, CHANGEABLE, TrainSettings
 from runtime.console import stderr
 from runtime.errors import CheckpointError, one_line
-from runtime.files import make_writable_folder
+from runtime.files import make_writable_folder, permit_like_new
 
 STATE = "state.safetensors"
 PREFIX = "checkpoint-"
@@ -75,6 +75,7 @@ def save_state(run_dir: Path, trained: Trained, metadata: Mapping[str, str], lim
         shutil.rmtree(temporary, ignore_errors=True)
         make_writable_folder(temporary)
         save_file(tensors, temporary / STATE, dict(metadata))
+        permit_like_new(temporary / STATE)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
         for old in states_of(run_dir)[limit:]:

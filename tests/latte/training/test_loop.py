@@ -260,6 +260,17 @@ def test_one_group_can_be_trained_alone(tmp_path: Path) -> None:
         FlowStage(model, ScenePairs(), groups=[2])
 
 
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    gradients = []
+    for enabled in (False, True):
+        stage = make_stage("flow")
+        stage.module.gradient_checkpointing = enabled
+        sum(losses_of(stage, 0).values()).backward()
+        gradients.append({name: p.grad for name, p in stage.module.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
 def test_logit_normal_times_are_in_their_groups_interval_and_dense_in_the_middle() -> None:
     shares = (np.arange(1000) + 0.5) / 1000
     times = times_within((0.0, 1.0), shares, "logit_normal")
