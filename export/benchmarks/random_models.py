@@ -26,27 +26,11 @@ from export.vlm_components import language_component
 from latte.checkpoint import SHIPPED, own_state
 from latte.config import LatteFlowConfig
 from latte.model import FlowTransformer
+from latte.paper import DECODER_CHANNELS, PAPER, VISION, VOCABULARY, text_config_of, vae_config_of, vlm_config_of
 from runtime.files import write_text
 from runtime.flow_time import ExpertSchedule
 from runtime.manifest import EngineEntry, Precision
 
-PAPER = LatteFlowConfig(
-    schedule=ExpertSchedule(boundaries=(0.0, 0.25, 0.5, 0.75, 1.0)),
-    num_hidden_layers=28,
-    hidden_size=1536,
-    intermediate_size=8960,
-    num_attention_heads=12,
-    num_key_value_heads=2,
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
-    mrope_section=(16, 24, 24),
-    latent_channels=32,
-    latent_size=(8, 8),
-    vae_scale_factor=32,
-    latents_mean=(0.0,) * 32,
-    latents_std=(1.0,) * 32,
-)
-"""The paper's model: Qwen2-VL-2B's text layers in four groups of seven, DC-AE latents of 256x256 pixels."""
 OPSET = 18
 STD = 0.02
 """Standard deviation of random matrices, as in the initialisation of such models."""
@@ -56,27 +40,6 @@ DTYPES = {"FLOAT": torch.float32, "FLOAT16": torch.float16, "BFLOAT16": torch.bf
 def one_group(config: LatteFlowConfig, layers: int) -> LatteFlowConfig:
     """Returns a config with the same sizes and this number of layers, all in one expert group."""
     return config.model_copy(update={"num_hidden_layers": layers, "schedule": ExpertSchedule.uniform(1)})
-
-
-def text_config_of(config: LatteFlowConfig, vocabulary: int, **more: Any) -> dict[str, Any]:
-    """Returns the text config of a Qwen2-VL whose layers have the sizes of a model's flow layers."""
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "rms_norm_eps": config.rms_norm_eps,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": config.rope_theta,
-            "mrope_section": list(config.mrope_section),
-        },
-        **more,
-    }
 
 
 def export_random_expert(bundle: Path, precision: Precision, config: LatteFlowConfig = PAPER) -> EngineEntry:
@@ -123,11 +86,6 @@ def _random_weights(graph: ir.Model, component: Component, seed: int = 0) -> Cal
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-VISION = {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4}
-"""Sizes of Qwen2-VL-2B's vision tower."""
-VOCABULARY = 151_936
-DECODER_CHANNELS = (128, 256, 512, 512, 1024, 1024)
-"""Channels of a DC-AE with a factor of 32."""
 
 
 def write_random_checkpoint(
@@ -147,30 +105,11 @@ def write_random_checkpoint(
     for name in TOKENIZER_FILES:
         shutil.copyfile(source / name, path / name)
     Qwen2VLImageProcessorPil().save_pretrained(path)
-    vlm_config = Qwen2VLConfig(
-        text_config=text_config_of(
-            flow, vocabulary, eos_token_id=2, max_position_embeddings=32_768, tie_word_embeddings=True
-        ),
-        vision_config=dict(vision),
-        image_token_id=3,
-        tie_word_embeddings=True,
-    )
+    vlm_config = vlm_config_of(flow, vocabulary, vision)
     vlm_config.save_pretrained(path / "vlm")
-    blocks = ("ResBlock",) * (len(channels) // 2) + ("EfficientViTBlock",) * (len(channels) - len(channels) // 2)
     with init_empty_weights(include_buffers=False):
         vlm = Qwen2VLForConditionalGeneration._from_config(vlm_config)
-        vae = AutoencoderDC(
-            latent_channels=flow.latent_channels,
-            attention_head_dim=32,
-            encoder_block_types=blocks,
-            decoder_block_types=blocks,
-            encoder_block_out_channels=channels,
-            decoder_block_out_channels=channels,
-            encoder_layers_per_block=(2,) * len(channels),
-            decoder_layers_per_block=(2,) * len(channels),
-            encoder_qkv_multiscales=((5,),) * len(channels),
-            decoder_qkv_multiscales=((5,),) * len(channels),
-        )
+        vae = AutoencoderDC(**vae_config_of(flow.latent_channels, channels))
         layers = FlowTransformer(flow)
     vae.save_config(path / "vae")
     names = {name: _saved_name(name) for name, _ in vlm.named_parameters()}

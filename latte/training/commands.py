@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from latte.checkpoint import resolve_checkpoint, save_checkpoint
 from latte.shapes.recipe import Shapes
 from latte.shapes.recipe import untrained as untrained_shapes
+from latte.training.dry_run import PAPER_NAME, Sizes, needs_of, print_needs
 from latte.training.run import RunOptions, run_stage
 from latte.training.settings import TrainSettings
 from latte.training.states import states_of
@@ -67,6 +69,12 @@ def train(
     resume_from_checkpoint: Annotated[
         str, typer.Option(help="`latest`, or the folder of a state in --out.")
     ] = "latest",
+    groups: Annotated[
+        str | None, typer.Option(help="Expert groups to train, such as 2 or 0,1; all by default.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print parameters, memory, FLOPs and time, and train nothing.")
+    ] = False,
     report_to: Annotated[
         list[str] | None, typer.Option(help="tensorboard or wandb, besides the log in --out; may be repeated.")
     ] = None,
@@ -80,6 +88,7 @@ def train(
     Examples:
       latte-flow train shapes --data shapes --out finer --max-train-steps 2000 --learning-rate 2e-4
       latte-flow train new --data shapes --stage all --out run --mixed-precision bf16
+      latte-flow train paper --data shapes --out run --train-batch-size 64 --mixed-precision bf16 --dry-run
       torchrun --nproc-per-node 8 $(which latte-flow) train my-checkpoint --data shapes --out run
     """
     given: dict[str, Any] = {
@@ -105,6 +114,10 @@ def train(
     }
     changes = {name: value for name, value in given.items() if value is not None}
     world = _world(data, seed)
+    chosen = None if groups is None else _numbers(groups, "--groups")
+    if dry_run:
+        _dry_run(checkpoint, _changed(settings_of(world, "flow"), changes), chosen)
+        return
     stages = STAGES if stage == "all" else (stage,)
     settings = {name: _changed(settings_of(world, name), changes) for name in stages}
     options = RunOptions(
@@ -122,6 +135,20 @@ def _world(data: str, seed: int) -> World:
     if data == Shapes.name:
         return Shapes(seed)
     raise InputError(f"no data at {data}; expected `{Shapes.name}`")
+
+
+def _dry_run(checkpoint: str, settings: TrainSettings, groups: list[int] | None) -> None:
+    sizes = Sizes.of(checkpoint if checkpoint == PAPER_NAME else resolve_checkpoint(checkpoint))
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if int(os.environ.get("RANK", "0")) == 0:
+        print_needs(checkpoint, needs_of(sizes, settings, num_processes, groups), settings, num_processes)
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{option} must be numbers with commas between them, got {text!r}") from error
 
 
 def _trackers(names: list[str]) -> tuple[str, ...]:

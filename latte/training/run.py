@@ -16,6 +16,7 @@ from torch import Tensor
 
 from latte.checkpoint import (
     TORCH_DTYPES,
+    cast_parameters,
     copy_from_vlm,
     is_untrained,
     load_checkpoint,
@@ -23,6 +24,7 @@ from latte.checkpoint import (
     own_state,
     save_changed,
 )
+from latte.config import LatteFlowConfig
 from latte.model import LatteFlow
 from latte.training.autoencoder import AutoencoderStage, latents_statistics
 from latte.training.conversations import ConversationEncoder
@@ -81,6 +83,8 @@ def run_stage(
     model = load_checkpoint(checkpoint)
     if is_untrained(model.flow) and model.config.variant == "couple":
         copy_from_vlm(model.flow, model.vlm)  # an earlier stage may have trained the VLM
+    if name == "flow":
+        cast_parameters(model.vlm, frozen_dtype(model.config, settings))
     stage = _make_stage(name, model, checkpoint, world, options)
     if settings.gradient_checkpointing:
         _checkpoint_gradients(name, model)
@@ -106,6 +110,16 @@ def _make_stage(name: StageName, model: LatteFlow, checkpoint: Path, world: Worl
         return VisionStage(model.vlm, image_processor, world.labelled_images(model))
     encoder = ConversationEncoder(model.tokenizer, image_processor)
     return VlmStage(model.vlm, encoder, world.conversations(model))
+
+
+def frozen_dtype(config: LatteFlowConfig, settings: TrainSettings) -> torch.dtype:
+    """Returns the dtype of the VLM in memory while the flow layers are trained.
+
+    Autocast computes with weights in bf16 anyway. In the `blend` variant the flow layers share weights of the VLM, and
+    have one dtype.
+    """
+    half = settings.mixed_precision == "bf16" and config.variant == "couple"
+    return torch.bfloat16 if half else torch.float32
 
 
 def _checkpoint_gradients(name: StageName, model: LatteFlow) -> None:
