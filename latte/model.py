@@ -386,11 +386,15 @@ class LatteFlow(nn.Module):
         Raises:
             InputError: a prompt is longer than the model's limit.
         """
-        rows = self.tokenize(prompts)
+        return self.encode_token_rows(self.tokenize(prompts))
+
+    @torch.no_grad()
+    def encode_token_rows(self, rows: Sequence[Sequence[int]]) -> Prefix:
+        """Encodes the token ids of prompts, see `tokenize`."""
         device = self.latents_mean.device
         width = max(map(len, rows))
         pad = self.tokenizer.pad_token_id or 0
-        input_ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids in rows], device=device)
+        input_ids = torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in rows], device=device)
         mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in rows], device=device)
         return self.encode_tokens(input_ids, mask)
 

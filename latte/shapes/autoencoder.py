@@ -58,6 +58,7 @@ class Images:
     """`[B, 3, 64, 64]` float32 in [-1, 1]."""
     latents: None = None
     prompts: tuple[str, ...] = ()
+    token_ids: None = None
 
 
 def to_pixels(images: np.ndarray) -> Tensor:

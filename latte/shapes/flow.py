@@ -36,6 +36,7 @@ class ScenesWithOther:
     open_rows: tuple[int, ...]
     """Rows whose prompt does not determine the image."""
     latents: None = None
+    token_ids: None = None
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,15 @@ import typer
 from pydantic import ValidationError
 
 from latte.checkpoint import resolve_checkpoint, save_checkpoint
+from latte.data.batches import CAPTION_DROPOUT
+from latte.data.captions import TEMPLATES
+from latte.data.images import CropName
+from latte.data.source import open_data_set
 from latte.shapes.recipe import Shapes
 from latte.shapes.recipe import untrained as untrained_shapes
+from latte.training.data_set import DataOptions, DataSetWorld
 from latte.training.dry_run import PAPER_NAME, Sizes, needs_of, print_needs
+from latte.training.flow import TimestepSampling
 from latte.training.run import RunOptions, run_stage
 from latte.training.settings import TrainSettings
 from latte.training.states import states_of
@@ -40,7 +46,33 @@ def train(
         typer.Argument(help="A checkpoint folder, `shapes`, or `new`: an untrained model for the data."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; a run that was stopped continues.")],
-    data: Annotated[str, typer.Option(help="`shapes`: scenes that are drawn as they are needed.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Folder of images with captions, Parquet files, WebDataset tars, a name on the hub; or `shapes`: "
+            "scenes that are drawn as they are needed."
+        ),
+    ],
+    split: Annotated[str, typer.Option(help="Split of the data.")] = "train",
+    image_column: Annotated[str | None, typer.Option(help="Column of images. Default: the only one.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="Column of captions, one or a list.")] = None,
+    class_column: Annotated[str | None, typer.Option(help="Column of classes, for data without captions.")] = None,
+    class_names: Annotated[Path | None, typer.Option(help="JSON file with the names of classes.")] = None,
+    template: Annotated[
+        list[str] | None, typer.Option(help="Prompt of a class, with {class} for its name; may be repeated.")
+    ] = None,
+    resolution: Annotated[
+        str | None, typer.Option(help="Pixels, such as 256 or 256x384. Default: the checkpoint's.")
+    ] = None,
+    crop: Annotated[
+        CropName, typer.Option(help="Of images of another shape; `buckets`: batches of several aspect ratios.")
+    ] = "center",
+    random_flip: Annotated[
+        bool, typer.Option("--random-flip", help="Mirror half of the images; not where captions say left or right.")
+    ] = False,
+    caption_dropout: Annotated[
+        float, typer.Option(help="Share of rows with an empty prompt, for guidance.", min=0, max=1)
+    ] = CAPTION_DROPOUT,
     stage: Annotated[Stages, typer.Option(help="Part to train: `flow`, or from nothing `all` in a row.")] = "flow",
     precision: Annotated[Precision, typer.Option(help="Precision of the trained weights on disk.")] = "fp16",
     max_train_steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
@@ -72,6 +104,7 @@ def train(
     groups: Annotated[
         str | None, typer.Option(help="Expert groups to train, such as 2 or 0,1; all by default.")
     ] = None,
+    timestep_sampling: Annotated[TimestepSampling, typer.Option(help="Distribution of flow times.")] = "uniform",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print parameters, memory, FLOPs and time, and train nothing.")
     ] = False,
@@ -86,10 +119,11 @@ def train(
 
     \b
     Examples:
+      latte-flow train my-checkpoint --data my-images --out run --mixed-precision bf16
       latte-flow train shapes --data shapes --out finer --max-train-steps 2000 --learning-rate 2e-4
       latte-flow train new --data shapes --stage all --out run --mixed-precision bf16
       latte-flow train paper --data shapes --out run --train-batch-size 64 --mixed-precision bf16 --dry-run
-      torchrun --nproc-per-node 8 $(which latte-flow) train my-checkpoint --data shapes --out run
+      torchrun --nproc-per-node 8 $(which latte-flow) train my-checkpoint --data my-images --out run
     """
     given: dict[str, Any] = {
         "max_train_steps": max_train_steps,
@@ -113,7 +147,19 @@ def train(
         "checkpoints_total_limit": checkpoints_total_limit,
     }
     changes = {name: value for name, value in given.items() if value is not None}
-    world = _world(data, seed)
+    world: World = Shapes(seed)
+    if data != Shapes.name:
+        rows = open_data_set(
+            data,
+            split,
+            image_column=image_column,
+            caption_column=caption_column,
+            class_column=class_column,
+            class_names=class_names,
+            templates=template or TEMPLATES,
+        )
+        size = None if resolution is None else _size(resolution)
+        world = DataSetWorld(rows, DataOptions(size, crop, random_flip, caption_dropout), seed)
     chosen = None if groups is None else _numbers(groups, "--groups")
     if dry_run:
         _dry_run(checkpoint, _changed(settings_of(world, "flow"), changes), chosen)
@@ -121,6 +167,8 @@ def train(
     stages = STAGES if stage == "all" else (stage,)
     settings = {name: _changed(settings_of(world, name), changes) for name in stages}
     options = RunOptions(
+        groups=None if chosen is None else tuple(chosen),
+        timestep_sampling=timestep_sampling,
         report_to=_trackers(report_to or []),
         resume_from=_state(resume_from_checkpoint, out),
         precision=precision,
@@ -131,10 +179,14 @@ def train(
     typer.echo(str(source))
 
 
-def _world(data: str, seed: int) -> World:
-    if data == Shapes.name:
-        return Shapes(seed)
-    raise InputError(f"no data at {data}; expected `{Shapes.name}`")
+def _size(text: str) -> tuple[int, int]:
+    try:
+        sides = [int(part) for part in text.split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise InputError(f"--resolution must be a number of pixels, or height x width such as 256x384, got {text!r}")
+    return sides[0], sides[-1]
 
 
 def _dry_run(checkpoint: str, settings: TrainSettings, groups: list[int] | None) -> None:
@@ -168,6 +220,8 @@ def _changed(settings: TrainSettings, changes: dict[str, Any]) -> TrainSettings:
 
 def _start(out: Path, world: World, seed: int) -> Path:
     """Writes the untrained model of a world into a run's folder, once."""
+    if not isinstance(world, Shapes):
+        raise InputError(f"{world.name} brings no model along; give a checkpoint, such as one of `latte-flow init`")
     folder = out / "untrained"
     if not (folder / "config.json").is_file():
         model, image_processor = untrained_shapes(seed)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderDC
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
@@ -101,7 +101,7 @@ def needs_of(sizes: Sizes, settings: TrainSettings, num_processes: int, groups: 
     config = sizes.flow
     trained_groups = list(range(config.schedule.num_groups)) if groups is None else list(groups)
     bf16 = settings.mixed_precision == "bf16"
-    with FakeTensorMode(), _no_initialisation():
+    with FakeTensorMode():
         flow = FlowTransformer(config)
         dtype = frozen_dtype(config, settings)
         vlm = Qwen2VLForConditionalGeneration._from_config(sizes.vlm, attn_implementation="eager", dtype=dtype)
@@ -137,17 +137,6 @@ def needs_of(sizes: Sizes, settings: TrainSettings, num_processes: int, groups: 
         seconds=flops / (UTILISATION * TFLOPS * 1e12),
         rows=rows_of_a_step(settings, num_processes),
     )
-
-
-class _no_initialisation:
-    """Leaves the parameters of linear layers as they are: fake tensors have no values, and drawing takes time."""
-
-    def __enter__(self) -> None:
-        self._reset = nn.Linear.reset_parameters
-        nn.Linear.reset_parameters = lambda layer: None  # type: ignore[method-assign]
-
-    def __exit__(self, *error: object) -> None:
-        nn.Linear.reset_parameters = self._reset  # type: ignore[method-assign]
 
 
 def _parameters_of_group(flow: FlowTransformer, group: int) -> int:

@@ -36,6 +36,10 @@ class ImagesAndPrompts(Protocol):
     def latents(self) -> Tensor | None:
         """What the autoencoder makes of the images, not normalised: `[B, C, H, W]` float32."""
 
+    @property
+    def token_ids(self) -> Sequence[Sequence[int]] | None:
+        """The prompts' token ids in the chat template, where they are known."""
+
 
 class Batches(Protocol):
     """A source of batches: a data set, or a world that is drawn."""
@@ -55,38 +59,38 @@ class FlowBatch:
 
 
 class FlowStage:
-    """Trains the flow layers: the loss of flow matching, E|v(x_t, t) − (x₁ − x₀)|² (arXiv 2210.02747)."""
+    """Trains the flow layers: the loss of flow matching, E|v(x_t, t) − (x₁ − x₀)|² (arXiv 2210.02747).
+
+    Flow times are uniform, or logit-normal as in Stable Diffusion 3 (arXiv 2403.03206). A group gets the part of their
+    distribution that is in its interval.
+    """
 
     name = "flow"
 
-    def __init__(
-        self,
-        model: LatteFlow,
-        batches: Batches,
-        groups: Sequence[int] | None = None,
-        timestep_sampling: TimestepSampling = "uniform",
-    ) -> None:
-        """Prepares the training of some expert groups, or of all; the layers and heads of others are frozen.
+    def __init__(self, model: LatteFlow, batches: Batches) -> None:
+        self.model = model
+        self.batches = batches
+        self.groups = tuple(range(model.config.schedule.num_groups))
+        self.timestep_sampling: TimestepSampling = "uniform"
 
-        Args:
-            timestep_sampling: the distribution of flow times, of which a group gets the part in its interval: uniform,
-                or logit-normal as in Stable Diffusion 3 (arXiv 2403.03206).
+    @property
+    def steps_per_batch(self) -> int:
+        return len(self.groups)
+
+    def train_groups(self, groups: Sequence[int]) -> None:
+        """Trains some expert groups only; the layers and heads of all others are frozen.
 
         Raises:
             InputError: there is no such group.
         """
-        known = range(model.config.schedule.num_groups)
-        self.groups = tuple(known if groups is None else sorted(set(groups)))
-        if not self.groups or not set(self.groups) <= set(known):
-            raise InputError(f"groups to train must be from 0 to {known[-1]}, got {list(groups or ())}")
-        self.model = model
-        self.batches = batches
-        self.timestep_sampling = timestep_sampling
-        self.steps_per_batch = len(self.groups)
+        known = range(self.model.config.schedule.num_groups)
+        if not groups or not set(groups) <= set(known):
+            raise InputError(f"groups to train must be from 0 to {known[-1]}, got {list(groups)}")
+        self.groups = tuple(sorted(set(groups)))
         for group in set(known) - set(self.groups):
-            model.flow.heads[group].requires_grad_(False)
-            for layer in model.config.layers_of(group):
-                model.flow.layers[layer].requires_grad_(False)
+            self.model.flow.heads[group].requires_grad_(False)
+            for layer in self.model.config.layers_of(group):
+                self.model.flow.layers[layer].requires_grad_(False)
 
     @property
     def module(self) -> FlowTransformer:
@@ -102,7 +106,9 @@ class FlowStage:
     def prepare(self, batch: ImagesAndPrompts, device: torch.device) -> FlowBatch:
         if self.model.latents_mean.device != device:
             self.model.to(device)
-        return FlowBatch(self._latents(batch, device), self.model.encode_prompts(batch.prompts))
+        ids = batch.token_ids
+        prefix = self.model.encode_prompts(batch.prompts) if ids is None else self.model.encode_token_rows(ids)
+        return FlowBatch(self._latents(batch, device), prefix)
 
     def _latents(self, batch: ImagesAndPrompts, device: torch.device) -> Tensor:
         if batch.latents is not None:

@@ -206,7 +206,11 @@ class _Run:
         indices = range(self.step // per_batch, -(-settings.max_train_steps // per_batch))
         parts = [(index, rows) for index in indices for rows in self.rows]
         loader: DataLoader[Any] = DataLoader(
-            _Batches(self.stage), batch_size=None, sampler=parts, num_workers=settings.dataloader_num_workers
+            _Batches(self.stage),
+            batch_size=None,
+            sampler=parts,
+            num_workers=settings.dataloader_num_workers,
+            collate_fn=_as_it_is,
         )
         batches = iter(loader)
         for _ in indices:
@@ -331,6 +335,10 @@ class _Run:
 
 
 _Progress = Callable[[int, str], None]
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class _Batches(Dataset[Any]):

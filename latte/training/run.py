@@ -28,7 +28,7 @@ from latte.config import LatteFlowConfig
 from latte.model import LatteFlow
 from latte.training.autoencoder import AutoencoderStage, latents_statistics
 from latte.training.conversations import ConversationEncoder
-from latte.training.flow import FlowStage
+from latte.training.flow import TimestepSampling
 from latte.training.log import LOG, plot_losses
 from latte.training.loop import Validation, make_accelerator, train
 from latte.training.settings import TrainSettings
@@ -55,8 +55,10 @@ class RunOptions:
     """Precision of the trained weights on disk."""
     make_validation: Callable[[LatteFlow, Path], Validation] | None = None
     """Takes the model and the run's folder; returns what to do every so many steps of the flow stage."""
-    change_flow_stage: Callable[[FlowStage], FlowStage] = lambda stage: stage
-    """Changes the stage of the flow layers, such as to one group."""
+    groups: tuple[int, ...] | None = None
+    """The expert groups to train; all by default."""
+    timestep_sampling: TimestepSampling = "uniform"
+    """The distribution of flow times."""
 
 
 def run_stage(
@@ -101,7 +103,11 @@ def run_stage(
 
 def _make_stage(name: StageName, model: LatteFlow, checkpoint: Path, world: World, options: RunOptions) -> Stage:
     if name == "flow":
-        return options.change_flow_stage(world.flow_stage(model))
+        stage = world.flow_stage(model)
+        stage.timestep_sampling = options.timestep_sampling
+        if options.groups is not None:
+            stage.train_groups(options.groups)
+        return stage
     model.flow.requires_grad_(False)
     if name == "autoencoder":
         return AutoencoderStage(model.vae.requires_grad_(True), world.images(model))

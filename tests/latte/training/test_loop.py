@@ -249,7 +249,8 @@ def test_all_groups_are_trained_equally_often() -> None:
 def test_one_group_can_be_trained_alone(tmp_path: Path) -> None:
     model = tiny_model()
     before = {name: p.detach().clone() for name, p in model.flow.named_parameters()}
-    stage = FlowStage(model, ScenePairs(), groups=[1])
+    stage = FlowStage(model, ScenePairs())
+    stage.train_groups([1])
     train(stage, settings(3), tmp_path)
     changed = {name for name, p in model.flow.named_parameters() if not torch.equal(before[name], p)}
     assert any(name.startswith("layers.2.") for name in changed)
@@ -257,7 +258,7 @@ def test_one_group_can_be_trained_alone(tmp_path: Path) -> None:
     assert not {name for name in changed if name.startswith(("layers.0.", "layers.1.", "heads.0."))}
     assert set(json.loads((tmp_path / LOG).read_text())) >= {"group_1"}
     with pytest.raises(InputError, match="groups to train must be from 0 to 1, got"):
-        FlowStage(model, ScenePairs(), groups=[2])
+        stage.train_groups([2])
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:
