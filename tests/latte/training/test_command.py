@@ -1,0 +1,129 @@
+"""`latte-flow train` on data sets: from a folder of images to a checkpoint, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latte.checkpoint import load_checkpoint
+from latte.training.dry_run import Sizes, needs_of
+from latte.training.log import LOG
+from latte.training.settings import TrainSettings
+from runtime.cli import load_command
+from runtime.errors import InputError
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("command") / "tiny"
+    save_tiny(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
+        for i in range(12):
+            colour = rng.integers(0, 256, 3)
+            Image.fromarray(np.full((40, 40, 3), colour, np.uint8)).save(folder / f"{i}.png")
+            questions = [{"question": "what is it?", "answer": f"colour {i}"}]
+            row = {"file_name": f"{i}.png", "text": f"a wall of colour {i}", "questions": questions}
+            metadata.write(json.dumps(row) + "\n")
+    (folder / "3.png").write_bytes(b"no image")
+    return folder
+
+
+def run(*arguments: object) -> None:
+    options = ("--train-batch-size", 4, "--max-train-steps", 4, "--lr-warmup-steps", 0, "--cpu")
+    load_command("train").main([str(a) for a in (*arguments, *options)], standalone_mode=False)
+
+
+def test_a_folder_of_images_trains_the_flow_layers(
+    checkpoint: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(checkpoint, "--data", images, "--out", tmp_path, "--timestep-sampling", "logit_normal")
+    before, after = load_checkpoint(checkpoint), load_checkpoint(tmp_path / "checkpoint")
+    assert not torch.equal(before.flow.layers[0].q_proj.weight, after.flow.layers[0].q_proj.weight)
+    assert after.generate("a wall", num_inference_steps=2).shape == (1, 24, 32, 3)
+    assert (tmp_path / "loss.png").is_file()
+    assert "left out 3.png" in capsys.readouterr().err
+
+
+def test_questions_of_a_data_set_train_the_vlm(checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    run(checkpoint, "--data", images, "--out", tmp_path, "--stage", "vlm", "--learning-rate", 1e-3)
+    before, after = load_checkpoint(checkpoint).vlm, load_checkpoint(tmp_path / "checkpoint").vlm
+    assert not torch.equal(before.model.language_model.norm.weight, after.model.language_model.norm.weight)
+    for name, weight in before.model.visual.named_parameters():
+        assert torch.allclose(weight, after.model.visual.get_parameter(name), atol=2e-3), name  # fp16 on disk
+
+
+def test_groups_are_trained_apart(checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    run(checkpoint, "--data", images, "--out", tmp_path, "--groups", 1)
+    line = json.loads((tmp_path / LOG).read_text(encoding="utf-8"))
+    assert "group_1" in line
+    assert "group_0" not in line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--groups", "x"), "--groups must be numbers with commas between them, got 'x'"),
+        (("--groups", 7), "groups to train must be from 0 to 1, got"),
+        (("--resolution", "5y"), "--resolution must be a number of pixels"),
+        (("--resolution", 30), "multiples of 4"),
+        (("--learning-rate", -1), "--learning-rate -1.0: input should be greater than 0"),
+        (("--report-to", "paper"), "--report-to must be one of tensorboard, wandb, jsonl, got paper"),
+        (("--stage", "vision"), "cannot train the stage vision; it supports: autoencoder, vlm, flow"),
+        (("--stage", "autoencoder", "--gradient-checkpointing"), "is for the stages flow and vlm"),
+        (("--resume-from-checkpoint", "checkpoint-9"), "no state at checkpoint-9; .* contains: none yet"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(
+    options: tuple[object, ...], message: str, checkpoint: Path, images: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        run(checkpoint, "--data", images, "--out", tmp_path, *options)
+
+
+def test_a_new_model_needs_a_world_that_brings_one_along(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="brings no model along; give a checkpoint"):
+        run("new", "--data", images, "--out", tmp_path)
+
+
+def test_a_dry_run_counts_what_the_checkpoint_has(checkpoint: Path) -> None:
+    settings = TrainSettings(max_train_steps=1, train_batch_size=3, learning_rate=1e-3, ema_decay=0.5)
+    needs = needs_of(Sizes.of(checkpoint), settings, num_processes=1)
+    model = load_checkpoint(checkpoint)
+    flow = sum(p.numel() for p in model.flow.parameters())
+    assert needs.trained_parameters == flow
+    assert needs.frozen_parameters == sum(p.numel() for part in (model.vlm, model.vae) for p in part.parameters())
+    assert needs.weights == 4 * flow
+    assert needs.optimizer == 8 * flow
+    assert needs.average == 4 * flow
+    assert needs.active_parameters < flow
+    twice = needs_of(Sizes.of(checkpoint), settings.model_copy(update={"train_batch_size": 6}), num_processes=1)
+    assert twice.activations > 1.8 * needs.activations
+    assert twice.flops == 2 * needs.flops
+    fewer = needs_of(Sizes.of(checkpoint), settings.model_copy(update={"gradient_checkpointing": True}), 1)
+    assert fewer.activations < 0.7 * needs.activations
+    one = needs_of(Sizes.of(checkpoint), settings, 1, groups=[0])
+    assert one.trained_parameters == one.active_parameters == needs.active_parameters
+
+
+def test_a_dry_run_of_the_papers_size_needs_no_weights() -> None:
+    settings = TrainSettings(max_train_steps=1, train_batch_size=8, learning_rate=1e-4, mixed_precision="bf16")
+    needs = needs_of(Sizes.of("paper"), settings, num_processes=8)
+    assert 1.3e9 < needs.trained_parameters < 1.4e9
+    assert 3.4e8 < needs.active_parameters < 3.6e8
+    assert 1e12 < needs.flops < 3e12
+    shared = needs_of(Sizes.of("paper"), settings.model_copy(update={"sharding": "fsdp2"}), num_processes=8)
+    assert shared.optimizer == needs.optimizer // 8
+    assert shared.memory < needs.memory
