@@ -43,7 +43,7 @@ def fetch(out: Path, tarball: Path | None = None) -> Path:
     Raises:
         InputError: the folder has other content, npm is not installed or fails, or the tarball is not this package.
     """
-    if _has_package(out):
+    if is_package(out):
         return out
     check_replaceable(out, "package.json", "package", force=True)
     if tarball is not None:
@@ -54,7 +54,8 @@ def fetch(out: Path, tarball: Path | None = None) -> Path:
     return out
 
 
-def _has_package(folder: Path) -> bool:
+def is_package(folder: Path) -> bool:
+    """Returns whether a folder is what `fetch` makes."""
     try:
         _check_identity(json.loads((folder / "package.json").read_text(encoding="utf-8")), folder)
     except (OSError, ValueError):

@@ -24,7 +24,7 @@ def questions(scene: Scene, names: Sequence[str], rng: np.random.Generator) -> l
     """
     present = [emoji.name for emoji in scene.emoji]
     asked = [
-        (WHAT if rng.random() < 0.7 else choose(rng, _WHAT[len(present)]), " and ".join(present)),
+        (WHAT if rng.random() < 0.7 else choose(rng, _WHAT[len(present)]), " and ".join(_in_order(scene))),
         (choose(rng, ("how many emoji are there?", "how many emoji are in the image?")), _NUMBERS[len(present)]),
     ]
     if scene.background is not None:
@@ -37,6 +37,12 @@ def questions(scene: Scene, names: Sequence[str], rng: np.random.Generator) -> l
     other = choose(rng, present if rng.random() < 0.5 else names)
     asked.append((f"is there {article_of(other)} {other}?", "yes" if other in present else "no"))
     return asked
+
+
+def _in_order(scene: Scene) -> list[str]:
+    """Returns the names as a viewer reads them, by place, or in alphabetical order where places are left open."""
+    names = [emoji.name for emoji in scene.emoji]
+    return sorted(names) if any(emoji.place is None for emoji in scene.emoji) else names
 
 
 _WHAT = {

@@ -141,3 +141,11 @@ def test_answers_are_those_of_the_scene(catalogue: Catalogue) -> None:
     alone = dict(questions(ONE, catalogue.names, np.random.default_rng(6)))
     assert "large" in alone.values()
     assert "at the top left" in alone.values()
+
+
+def test_names_have_an_order_that_the_scene_determines(catalogue: Catalogue) -> None:
+    """The places give the order; a caption that leaves them open may name either emoji first."""
+    open_scene = Scene(tuple(replace(emoji, place=None) for emoji in TWO.emoji), "navy")
+    for scene, expected in ((TWO, "red disc and green box"), (open_scene, "green box and red disc")):
+        for seed in range(5):
+            assert expected in dict(questions(scene, catalogue.names, np.random.default_rng(seed))).values()
