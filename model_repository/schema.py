@@ -136,6 +136,9 @@ class CancelRequest:
     client_id: str
 
 
+AnyWanted = DrawRequest | AskRequest | HeartbeatRequest | CancelRequest
+
+
 def engine_model(engine: str) -> str:
     """Returns the name of an engine's own Triton model, in the layout per-engine."""
     return f"{MODEL}_{engine}"
@@ -143,7 +146,7 @@ def engine_model(engine: str) -> str:
 
 def read_request(
     tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any] = {}, request_id: str = ""
-) -> DrawRequest | AskRequest | HeartbeatRequest | CancelRequest:
+) -> AnyWanted:
     """Makes a request of its input tensors.
 
     Args:

@@ -39,6 +39,8 @@ class Job:
     """On the scheduler's clock."""
     sharers: int = field(default=1, kw_only=True)
     """Number of jobs that share one weight: those of its client, or of its request if the client has no id."""
+    error: Exception | None = field(default=None, kw_only=True)
+    """Why it cannot be run: its question could not be read."""
 
     @property
     def rows(self) -> int:
@@ -88,11 +90,11 @@ class AnswerJob(Job):
     """One answer that is being written."""
 
     request: AnswerRequest
+    reading: bool = False
+    """Whether its question is being read, or was."""
     inputs: ChatInputs | None = None
     """The question, once its images are decoded and its text is tokenised."""
     answer: Answer | None = None
-    error: Exception | None = None
-    """Why the question could not be read."""
 
     def station(self, schedule: ExpertSchedule) -> Station | None:
         """Returns where it waits; None while its question is being read."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from runtime.serving.statistics import RequestRecord
 
 LogFormat = Literal["text", "json"]
 _LOG = logging.getLogger("latte_flow")
+_PLAIN = re.compile(r"[\w.:@/+-]+", re.ASCII)
 
 
 def set_up_logging(log_format: str) -> None:
@@ -35,8 +37,14 @@ def log_request(record: RequestRecord) -> None:
     """Logs the end of a request. Neither prompts nor images are logged."""
     known = {name: value for name, value in asdict(record).items() if value not in (None, "")}
     values = {name: round(value, 4) if isinstance(value, float) else value for name, value in known.items()}
-    text = " ".join(f"{name}={value}" for name, value in values.items())
+    text = " ".join(f"{name}={_quoted(value)}" for name, value in values.items())
     _LOG.info("request %s", text, extra={"fields": {"event": "request"} | values})
+
+
+def _quoted(value: str | int | float) -> str:
+    """Returns a value as text; one with other characters than those of a plain id is quoted, as in JSON."""
+    text = str(value)
+    return text if _PLAIN.fullmatch(text) else json.dumps(text)
 
 
 class JsonFormatter(logging.Formatter):
@@ -59,4 +67,5 @@ class OneLineFormatter(logging.Formatter):
         text = f"{moment} latte_flow {record.levelname.lower()}: {record.getMessage()}"
         if record.exc_info:
             text += " | " + " | ".join(self.formatException(record.exc_info).splitlines())
-        return text.replace("\r", "\\r").replace("\n", "\\n")  # a client chooses its ids
+        # A client chooses its ids, and what an error repeats.
+        return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

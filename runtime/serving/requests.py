@@ -25,6 +25,8 @@ from runtime.flow_time import (
 Listener = Callable[["Handle", "Event"], None]
 RequestKind = Literal["draw", "ask"]
 PRIORITIES = range(-2, 3)
+HALF_OF_THE_QUEUE = -1
+"""A quota that was not set: half of the queue, but room for one request of the largest size."""
 _LOG = logging.getLogger("latte_flow")
 
 
@@ -38,11 +40,11 @@ class Limits:
     """Images in the scheduler, waiting or running. More are refused rather than delayed without end."""
     max_rows_per_tick: int = 32
     """Rows in an expert's batch; a guided image has two. Plans may set a lower limit."""
-    max_images_per_client: int = 1024
-    """Images of one client in the scheduler. Set it below `max_queued_images` where clients have ids."""
+    max_images_per_client: int = HALF_OF_THE_QUEUE
+    """Images of one client in the scheduler; by default half of the queue, so that no client locks out the others."""
     max_queued_questions: int = 256
     """Questions in the scheduler, waiting or being answered."""
-    max_questions_per_client: int = 256
+    max_questions_per_client: int = HALF_OF_THE_QUEUE
     max_new_tokens: int = 1024
     """Tokens of an answer."""
     max_answers_at_once: int = 8
@@ -53,6 +55,11 @@ class Limits:
     """Ids of the clients that may set a priority, separated by commas; "*" for everyone, "" for nobody."""
 
     def __post_init__(self) -> None:
+        if self.max_images_per_client == HALF_OF_THE_QUEUE:
+            half = max(self.max_queued_images // 2, min(self.max_images_per_request, self.max_queued_images))
+            object.__setattr__(self, "max_images_per_client", half)
+        if self.max_questions_per_client == HALF_OF_THE_QUEUE:
+            object.__setattr__(self, "max_questions_per_client", max(1, self.max_queued_questions // 2))
         for name, value in asdict(self).items():
             if isinstance(value, int) and value < 1:
                 raise InputError(f"the limit {name} must be at least 1, got {value}")

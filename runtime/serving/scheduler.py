@@ -46,6 +46,8 @@ OnEnd = Callable[["RequestRecord"], None]
 _LOG = logging.getLogger("latte_flow")
 READERS = 2
 """Threads that decode the images of questions, so that no engine waits for them."""
+READ_AHEAD = 4
+"""Questions that are read before their answers begin."""
 
 
 class Scheduler:
@@ -111,9 +113,11 @@ class Scheduler:
             self._record(OpenRequest(request, [], now), "rejected", error)
             raise
         self.statistics.submitted += 1
-        if isinstance(jobs[0], AnswerJob):
-            self._readers.submit(self._read, jobs[0])
         return handle
+
+    def count_rejected(self, kind: RequestKind, request_id: str, client_id: str, error: Exception) -> None:
+        """Counts and logs a request that could not even be read, and so was never submitted."""
+        self._count_end(RequestRecord(kind, "rejected", request_id, client_id, 0, 0, 0.0, None, None, one_line(error)))
 
     def _jobs_of(self, request: AnyRequest, handle: Handle, now: float) -> list[Job]:
         expires = np.inf if request.deadline is None else now + request.deadline
@@ -156,6 +160,18 @@ class Scheduler:
             self._of_client[request.kind, request.client_id] += jobs
             if not self._of_client[request.kind, request.client_id]:
                 del self._of_client[request.kind, request.client_id]
+
+    def _read_ahead(self) -> None:
+        """Lets questions be read, few ahead of those that are answered: decoded images take much more memory."""
+        if not self._pending["ask"]:
+            return
+        with self._lock:
+            jobs = [job for opened in self._open.values() for job in opened.jobs if isinstance(job, AnswerJob)]
+        ahead = sum(job.reading and job.answer is None for job in jobs)
+        unread = sorted((job for job in jobs if not job.reading), key=lambda job: (-job.request.priority, job.number))
+        for job in unread[: max(0, READ_AHEAD - ahead)]:
+            job.reading = True
+            self._readers.submit(self._read, job)
 
     def _read(self, job: AnswerJob) -> None:
         try:
@@ -217,6 +233,7 @@ class Scheduler:
 
         A batch that fails is tried again by halves, so that only the jobs that cannot run fail their requests.
         """
+        self._read_ahead()
         self._drop_abandoned()
         waiting = self._waiting()
         if not waiting:
@@ -393,7 +410,7 @@ class Scheduler:
                 deadline = handle.request.deadline
                 message = f"the request was not finished within its deadline of {deadline:g} s"
                 self._end(handle, "expired", DeadlineError(message))
-            elif isinstance(job, AnswerJob) and job.error is not None:
+            elif job.error is not None:
                 self._fail(handle, job.error)
 
     def _fail(self, handle: Handle, error: Exception) -> None:
@@ -403,6 +420,8 @@ class Scheduler:
         """Tells a request its end, and then forgets it: a request that was not told is never forgotten."""
         opened = self._open[handle]
         handle.send(Event("done") if error is None else Event("failed", error=error))
+        for job in opened.jobs:
+            job.error = None  # it holds frames that hold the job: the request would wait for garbage collection
         with self._work:
             del self._open[handle]
             self._count(opened.request, -len(opened.jobs))
@@ -410,7 +429,9 @@ class Scheduler:
         self._record(opened, outcome, error)
 
     def _record(self, opened: OpenRequest, outcome: Outcome, error: Exception | None = None) -> None:
-        record = opened.record(outcome, self._clock(), error)
+        self._count_end(opened.record(outcome, self._clock(), error))
+
+    def _count_end(self, record: RequestRecord) -> None:
         self.statistics.count_end(record, self._clock())
         try:
             self._on_end(record)

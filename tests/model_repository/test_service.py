@@ -226,6 +226,20 @@ def test_a_bad_request_is_one_clear_line(name: str, server: TritonServer) -> Non
     assert "/" not in str(raised.value).replace("and/or", "")
 
 
+def test_a_request_that_cannot_be_read_is_counted_and_logged(server: TritonServer) -> None:
+    name = 'latte_flow_requests_total{{kind="{}",outcome="rejected"}}'
+    before = quiet_metrics(server)
+    for inputs in ({"prompt": "a", "image_format": "gif"}, {"question": "a", "image": [b"GIF89a"]}):
+        with Client(server.grpc_url, headers={"x-client-id": "hasty"}) as client, pytest.raises(InputError):
+            list(client.stream(**inputs))
+    after = quiet_metrics(server)
+    for kind in ("draw", "ask"):
+        assert after[name.format(kind)] == before[name.format(kind)] + 1
+    lines = server.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+    (line,) = (line for line in lines if "client_id=hasty" in line and "gif" in line)
+    assert "kind=draw outcome=rejected" in line
+
+
 def raw_infer(server: TritonServer, *tensors: grpc.InferInput) -> InferenceServerException:
     """The error of a request that no client of ours would send."""
     answers: list[InferenceServerException | None] = []

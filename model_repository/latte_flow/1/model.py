@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -21,11 +21,13 @@ from model_repository.metrics import Metrics
 from model_repository.outbox import Outbox
 from model_repository.schema import (
     CANCELLED,
+    CLIENT_HEADER,
     DEADLINE,
     DRAIN_SECONDS,
     INTERNAL,
     INVALID,
     UNAVAILABLE,
+    AnyWanted,
     AskRequest,
     CancelRequest,
     HeartbeatRequest,
@@ -91,8 +93,7 @@ class TritonPythonModel:
 
     def _take(self, request: Any, sender: TritonSender) -> None:
         try:
-            tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            wanted = read_request(tensors, json.loads(request.parameters() or "{}"), request.request_id())
+            wanted = self._read(request)
             if isinstance(wanted, HeartbeatRequest):
                 self.worker.check()
                 sender.send({"event": "done", "text": self._state()}, last=True)
@@ -110,6 +111,17 @@ class TritonPythonModel:
             self.outbox.attach(delivery, self.scheduler.submit(submitted, delivery.receive))
         except Exception as error:
             delivery.receive(None, Event("failed", error=error))
+
+    def _read(self, request: Any) -> AnyWanted:
+        tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        parameters = json.loads(request.parameters() or "{}")
+        try:
+            return read_request(tensors, parameters, request.request_id())
+        except Exception as error:
+            kind: Literal["draw", "ask"] = "ask" if "question" in tensors else "draw"
+            client = str(parameters.get(CLIENT_HEADER, ""))
+            self.scheduler.count_rejected(kind, request.request_id(), client, error)
+            raise
 
     def _state(self) -> str:
         """What a heartbeat answers, as JSON."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -20,7 +22,7 @@ from runtime.manifest import EngineEntry, load_manifest
 from runtime.pipeline import LatteFlowPipeline
 from runtime.serving.jobs import AnswerJob
 from runtime.serving.requests import AnswerRequest, Event, GenerationRequest, Handle, Limits
-from runtime.serving.scheduler import Scheduler
+from runtime.serving.scheduler import READ_AHEAD, Scheduler
 from runtime.serving.stations import PipelineStations
 from runtime.serving.worker import Worker
 from tests.runtime.serving.test_scheduler import ScriptedStations, request, run
@@ -137,6 +139,34 @@ def test_what_goes_wrong_with_a_question_is_its_own() -> None:
     with pytest.raises(EngineError):
         handles[2].answer(0)
     assert (scheduler.pending_questions, scheduler.statistics.finished, scheduler.statistics.failed) == (0, 2, 2)
+
+
+def test_few_questions_are_read_ahead_the_urgent_ones_first() -> None:
+    """All queued questions used to be read at once, and their decoded images filled the memory."""
+    scheduler, stations = make(Limits(max_answers_at_once=1))
+    read: list[str] = []
+    original = stations.read
+    stations.read = lambda wanted: read.append(wanted.conversation[0]["content"]) or original(wanted)  # type: ignore
+    handles = [scheduler.submit(question(f"{i}", priority=2 * (i == 9))) for i in range(10)]
+    assert read == []
+    answered = 0
+    while scheduler.tick():
+        answered = sum(handle not in scheduler._open for handle in handles)
+        assert len(read) <= answered + 1 + READ_AHEAD
+    assert answered == 10
+    assert read == ["9", *(f"{i}" for i in range(9))]
+
+
+def test_a_question_that_cannot_be_read_is_let_go_at_once() -> None:
+    """It waited for garbage collection, and so did the old model after a reload, which Triton keeps until then."""
+    scheduler, _ = make()
+    gc.disable()
+    try:
+        gone = weakref.ref(scheduler.submit(question("unreadable"), lambda handle, event: None))
+        run(scheduler)
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_worker_waits_for_questions_that_are_being_read_without_spinning() -> None:

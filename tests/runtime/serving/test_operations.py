@@ -31,6 +31,17 @@ def test_one_client_cannot_lock_out_the_others() -> None:
     assert not {name for (_, name) in scheduler._of_client} - {"greedy"}
 
 
+def test_a_client_has_half_of_the_queue_unless_something_else_was_said() -> None:
+    """The default was the whole queue, so one client locked out all others."""
+    assert (Limits().max_images_per_client, Limits().max_questions_per_client) == (512, 128)
+    small = Limits.from_parameters({"max_queued_images": "64", "max_queued_questions": "1"})
+    assert (small.max_images_per_client, small.max_questions_per_client) == (32, 1)
+    assert Limits(max_queued_images=20).max_images_per_client == 16  # one request of the largest size
+    assert Limits(max_queued_images=20, max_images_per_client=3).max_images_per_client == 3
+    with pytest.raises(InputError, match="max_images_per_client must be a whole number"):
+        Limits.from_parameters({"max_images_per_client": "-1"})
+
+
 def test_a_clients_requests_share_one_weight() -> None:
     stations = ScriptedStations(fixed=1e-4, each=1.2e-3)
     scheduler = Scheduler(stations, stations.clock, Limits(max_rows_per_tick=8))
@@ -107,8 +118,21 @@ def test_the_log_has_one_line_for_each_request(caplog: pytest.LogCaptureFixture)
     for formatter in (JsonFormatter(), OneLineFormatter()):
         assert "\n" not in formatter.format(told)
         assert "\n" not in formatter.format(failure)
+    assert ' request_id="r\\n1" ' in OneLineFormatter().format(told)
     with pytest.raises(InputError, match="log_format must be one of text, json, got 'xml'"):
         set_up_logging("xml")
+
+
+@pytest.mark.parametrize(
+    "forged", ["r1 outcome=finished", "r1\nrequest kind=draw", "r1\x1b[2K\rr2", "r1\u2028r2", 'r1" a="']
+)
+def test_an_id_forges_no_part_of_a_line(forged: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "latte_flow"):
+        log_request(RequestRecord("draw", "failed", forged, "client-1", 1, 0, 0.5, None, None))
+    line = OneLineFormatter().format(caplog.records[0])
+    assert len(line.splitlines()) == 1
+    assert line.isprintable()
+    assert f" outcome=failed request_id={json.dumps(forged)} client_id=client-1 jobs=1" in line
 
 
 def test_a_thread_that_dies_says_so_even_if_its_requests_cannot_be_told() -> None:
