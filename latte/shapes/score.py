@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ BATCH = 50
 EXAMPLES = 20
 """Number of images that a score keeps as examples."""
 
+SceneT = TypeVar("SceneT")
 Draw = Callable[[Sequence[str], Sequence[int]], np.ndarray]
 """Maps prompts and seeds to images, `[B, 64, 64, 3]` uint8."""
 Answer = Callable[[Sequence[np.ndarray], Sequence[str]], list[str]]
@@ -86,14 +87,37 @@ def score_drawing(
         unseen_words: take prompts in sentences that training never uses.
     """
     prompts = held_out_prompts(count, shapes, seed, unseen_words=unseen_words)
+
+    def judge_images(scenes: Sequence[Scene], images: np.ndarray) -> list[dict[str, bool]]:
+        return [judge(scene, read_image(image)) for scene, image in zip(scenes, images, strict=True)]
+
+    return score_prompts(draw_images, prompts, judge_images, ATTRIBUTES, seed, on_progress)
+
+
+def score_prompts(
+    draw_images: Draw,
+    prompts: Sequence[tuple[str, SceneT]],
+    judge_images: Callable[[Sequence[SceneT], np.ndarray], Sequence[dict[str, bool]]],
+    attributes: Sequence[str],
+    seed: int = 0,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> DrawingScore:
+    """Scores images of prompts by their pixels.
+
+    Args:
+        draw_images: generates images from prompts.
+        prompts: each with the scene that it states.
+        judge_images: says for each scene and image, `[B, 64, 64, 3]` uint8, which attributes are right, and `all`.
+        attributes: the attributes that a failure may name.
+        on_progress: called after each batch with its number of prompts.
+    """
     result = DrawingScore()
-    for start in range(0, count, BATCH):
+    for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
         seeds = [seed * 1_000_003 + start + i for i in range(len(part))]
-        for (prompt, stated), image_seed, image in zip(
-            part, seeds, draw_images([prompt for prompt, _ in part], seeds), strict=True
-        ):
-            verdict = judge(stated, read_image(image))
+        images = draw_images([prompt for prompt, _ in part], seeds)
+        verdicts = judge_images([stated for _, stated in part], images)
+        for (prompt, _), image_seed, image, verdict in zip(part, seeds, images, verdicts, strict=True):
             if len(result.examples) < EXAMPLES:
                 result.examples.append((prompt, image))
             result.prompts += 1
@@ -101,7 +125,7 @@ def score_drawing(
                 result.stated[attribute] = result.stated.get(attribute, 0) + 1
                 result.right[attribute] = result.right.get(attribute, 0) + right
             if not verdict["all"]:
-                wrong = tuple(name for name in ATTRIBUTES if not verdict.get(name, True))
+                wrong = tuple(name for name in attributes if not verdict.get(name, True))
                 result.failures.append(Failure(prompt, image_seed, image, wrong))
         on_progress(len(part))
     return result
@@ -132,12 +156,31 @@ def score_answers(
         on_progress: called after each batch with its number of questions.
     """
     rng = np.random.default_rng([seed, 7])
+    rows = [_sample_question(rng) for _ in range(count)]
+    asked = [(draw(scene), question, expected) for scene, question, expected in rows]
+    return score_questions(answer, asked, kind_of_question, on_progress)
+
+
+def score_questions(
+    answer: Answer,
+    asked: Sequence[tuple[np.ndarray, str, str]],
+    kind_of: Callable[[str], str],
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> AnswerScore:
+    """Scores answers to questions about images.
+
+    Args:
+        answer: answers questions about images.
+        asked: image, `[64, 64, 3]` uint8, question, and expected answer.
+        kind_of: returns what a question is about.
+        on_progress: called after each batch with its number of questions.
+    """
     result = AnswerScore()
-    for start in range(0, count, BATCH):
-        rows = [_sample_question(rng) for _ in range(min(BATCH, count - start))]
-        answers = answer([draw(scene) for scene, _, _ in rows], [question for _, question, _ in rows])
+    for start in range(0, len(asked), BATCH):
+        rows = asked[start : start + BATCH]
+        answers = answer([image for image, _, _ in rows], [question for _, question, _ in rows])
         for (_, question, expected), given in zip(rows, answers, strict=True):
-            kind = kind_of_question(question)
+            kind = kind_of(question)
             right = " ".join(given.split()) == expected
             result.asked[kind] = result.asked.get(kind, 0) + 1
             result.right[kind] = result.right.get(kind, 0) + right

@@ -8,7 +8,9 @@ encode which colour, size and place belong to which shape, and the flow layers a
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -64,13 +66,22 @@ IMAGE_SHARE = 0.7
 
 
 def train_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
-    """Trains a byte-level BPE on captions and questions of random scenes; adds Qwen2-VL's special tokens."""
+    """Trains a tokenizer on captions and questions of random scenes."""
     rng = np.random.default_rng(seed)
-    texts = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", DESCRIBE]
+    texts = [DESCRIBE]
     for _ in range(4000):
         scene = sample_scene(rng)
         texts += [caption(scene, rng)[0], rephrase(scene, rng)[0], describe(scene)]
         texts += [text for pair in questions(scene, rng) for text in pair]
+    return tokenizer_of_texts(texts, VOCABULARY_SIZE)
+
+
+def tokenizer_of_texts(texts: Iterable[str], vocabulary_size: int) -> Qwen2Tokenizer:
+    """Trains a byte-level BPE on texts and on the words of the chat template; adds Qwen2-VL's special tokens.
+
+    Args:
+        vocabulary_size: number of tokens, special tokens included.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -81,11 +92,13 @@ def train_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE - len(SPECIAL_TOKENS),
+        vocab_size=vocabulary_size - len(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(
+        chain(("system\nYou are a helpful assistant.", "user\n", "assistant\n"), texts), trainer
+    )
     state = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(pair) for pair in state["merges"]]
     result = Qwen2Tokenizer(
@@ -102,20 +115,47 @@ def small_image_processor() -> Qwen2VLImageProcessorPil:
     return Qwen2VLImageProcessorPil(patch_size=PATCH_SIZE, size={"shortest_edge": pixels, "longest_edge": 16 * pixels})
 
 
-def small_vlm(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
-    """Builds an untrained VLM.
+@dataclass(frozen=True)
+class VlmGeometry:
+    """The size of a small Qwen2-VL. Heads have 64 channels."""
 
-    It has 8 text layers of width 256 with 4 query and 2 key-value heads, and a vision tower of 4 layers of width 128.
-    """
+    vocabulary_size: int
+    """Number of tokens, special tokens included."""
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    vision_depth: int
+    vision_width: int
+    vision_heads: int
+
+
+GEOMETRY = VlmGeometry(
+    vocabulary_size=VOCABULARY_SIZE,
+    hidden_size=256,
+    intermediate_size=512,
+    num_layers=8,
+    num_heads=4,
+    num_key_value_heads=2,
+    vision_depth=4,
+    vision_width=128,
+    vision_heads=4,
+)
+"""Of the VLM of `shapes`."""
+
+
+def small_vlm(tokenizer: Qwen2Tokenizer, geometry: VlmGeometry = GEOMETRY) -> Qwen2VLForConditionalGeneration:
+    """Builds an untrained VLM for images of 64x64 pixels."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     config = Qwen2VLConfig(
         text_config={
-            "vocab_size": VOCABULARY_SIZE,
-            "hidden_size": 256,
-            "intermediate_size": 512,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
+            "vocab_size": geometry.vocabulary_size,
+            "hidden_size": geometry.hidden_size,
+            "intermediate_size": geometry.intermediate_size,
+            "num_hidden_layers": geometry.num_layers,
+            "num_attention_heads": geometry.num_heads,
+            "num_key_value_heads": geometry.num_key_value_heads,
             "max_position_embeddings": 1024,
             "rms_norm_eps": 1e-6,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
@@ -125,10 +165,10 @@ def small_vlm(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
             "tie_word_embeddings": True,
         },
         vision_config={
-            "depth": 4,
-            "embed_dim": 128,
-            "hidden_size": 256,
-            "num_heads": 4,
+            "depth": geometry.vision_depth,
+            "embed_dim": geometry.vision_width,
+            "hidden_size": geometry.hidden_size,
+            "num_heads": geometry.vision_heads,
             "mlp_ratio": 4,
             "patch_size": PATCH_SIZE,
             "spatial_merge_size": 2,

@@ -1,0 +1,154 @@
+"""What the stages of a model of emoji are trained on, and how it is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from latte.emoji.captions import describe
+from latte.emoji.catalogue import Catalogue
+from latte.emoji.questions import WHAT
+from latte.emoji.recipe import Emoji, untrained
+from latte.emoji.scenes import Placed, Scene, draw
+from latte.emoji.score import held_out_prompts, score_answers, score_drawing
+from latte.emoji.vision import token_labels
+from latte.emoji.vlm import emoji_tokenizer, texts_of
+from latte.model import LatteFlow
+from latte.training.autoencoder import AutoencoderStage
+from latte.training.conversations import ConversationEncoder
+from latte.training.stage import Rows, Stage
+from latte.training.vision import VisionStage
+from latte.training.vlm import VlmStage
+
+ROWS = Rows(0, range(2), 2)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model_and_processor(catalogue: Catalogue) -> tuple[LatteFlow, object]:
+    return untrained(catalogue)
+
+
+@pytest.fixture(scope="module")
+def world(package: Path) -> Emoji:
+    return Emoji(package)
+
+
+def test_every_stage_trains_on_the_world(world: Emoji, model_and_processor: tuple[LatteFlow, object]) -> None:
+    model, processor = model_and_processor
+    encoder = ConversationEncoder(model.tokenizer, processor)  # type: ignore[arg-type]
+    stages: Sequence[Stage] = (
+        AutoencoderStage(model.vae.requires_grad_(True), world.images(model)),
+        VisionStage(model.vlm, processor, world.labelled_images(model)),  # type: ignore[arg-type]
+        VlmStage(model.vlm, encoder, world.conversations(model)),
+        world.flow_stage(model),
+    )
+    assert [stage.name for stage in stages] == list(world.settings)
+    for stage in stages:
+        prepared = stage.prepare(stage.batch(0, ROWS), CPU)
+        (loss,) = stage.losses(stage.module, prepared, 0, ROWS).values()
+        loss.backward()
+        assert torch.isfinite(loss)
+
+
+def test_rows_do_not_depend_on_how_they_are_shared(world: Emoji, model_and_processor: tuple[LatteFlow, object]) -> None:
+    model, _ = model_and_processor
+    together = world.flow_stage(model).batches.batch(3, range(4), 4)
+    parts = [world.flow_stage(model).batches.batch(3, rows, 4) for rows in (range(2), range(2, 4))]
+    assert together.prompts == (*parts[0].prompts, *parts[1].prompts)
+    assert torch.equal(together.pixels, torch.cat([part.pixels for part in parts]))  # type: ignore[arg-type]
+
+
+def test_prompts_fit_the_model(world: Emoji, model_and_processor: tuple[LatteFlow, object]) -> None:
+    model, _ = model_and_processor
+    model.encode_prompts([prompt for prompt, _ in held_out_prompts(world.catalogue, 20, 2, 0, unseen_words=True)])
+
+
+def test_the_tokens_of_an_emoji_are_labelled_with_it(catalogue: Catalogue) -> None:
+    scene = Scene((Placed("red disc", "small", "left"), Placed("green box", "small", "right")), "navy")
+    emoji, size, place, background = token_labels(scene, catalogue).T.reshape(4, 4, 4)
+    red, green = catalogue.index("red disc") + 1, catalogue.index("green box") + 1
+    assert emoji.tolist() == [[0] * 4, [red, red, green, green], [red, red, green, green], [0] * 4]
+    assert size[1].tolist() == [2] * 4
+    assert place[1].tolist() == [4, 4, 6, 6]
+    assert np.all(background == 5)
+
+
+def test_a_large_emoji_fills_its_tokens(catalogue: Catalogue) -> None:
+    labels = token_labels(Scene((Placed("lol", "large", "bottom right"),), "pink"), catalogue)
+    assert (labels[:, 0].reshape(4, 4) > 0).tolist() == [[False] * 4, *([[False, True, True, True]] * 3)]
+
+
+def test_conversations_have_the_answers_of_their_scene(world: Emoji) -> None:
+    seen_image = seen_text = False
+    for conversation in world.conversations(None).batch(0, range(40), 40):  # type: ignore[arg-type]
+        if conversation.image is not None:
+            seen_image = True
+            assert len(conversation.turns) == 4
+        else:
+            seen_text = True
+            _, canonical = conversation.turns[0]
+            names = [name for name in world.catalogue.names if name in canonical]
+            assert names
+    assert seen_image
+    assert seen_text
+
+
+def test_the_tokenizer_knows_all_names(catalogue: Catalogue) -> None:
+    tokenizer = emoji_tokenizer(texts_of(catalogue))
+    for name in catalogue.names:
+        ids = tokenizer(f"a {name}")["input_ids"]
+        assert tokenizer.decode(ids) == f"a {name}"
+        assert len(ids) <= 2 * len(f"a {name}".split())
+
+
+@pytest.mark.parametrize(("emoji", "unseen_words"), [(1, False), (2, True)])
+def test_perfect_images_score_100_percent_and_wrong_ones_0(
+    catalogue: Catalogue, emoji: int, unseen_words: bool
+) -> None:
+    prompts = dict(held_out_prompts(catalogue, 30, emoji, 1, unseen_words=unseen_words))
+    sized = {
+        prompt: Scene(tuple(Placed(e.name, e.size or "small", e.place) for e in scene.emoji), scene.background)
+        for prompt, scene in prompts.items()
+    }
+
+    def right(texts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+        return np.stack([draw(sized[text], catalogue) for text in texts])
+
+    def wrong(texts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+        return np.stack([right(texts, seeds)[i - 1] for i in range(len(texts))])
+
+    perfect = score_drawing(right, catalogue, 30, emoji, 1, unseen_words=unseen_words)
+    assert perfect.share() == 1
+    assert perfect.prompts == 30
+    assert not perfect.failures
+    poor = score_drawing(wrong, catalogue, 30, emoji, 1, unseen_words=unseen_words)
+    assert poor.share() < 0.1
+    assert "emoji" in poor.failures[0].wrong
+
+
+def test_answers_are_scored_by_kind(catalogue: Catalogue) -> None:
+    asked = []
+
+    def answer(images: Sequence[np.ndarray], questions: Sequence[str]) -> list[str]:
+        asked.extend(questions)
+        return ["two" if question.startswith("how many") else "?" for question in questions]
+
+    result = score_answers(answer, catalogue, 120, seed=1)
+    assert sum(result.asked.values()) == len(asked) == 120
+    assert set(result.asked) >= {"count", "background", "place", "emoji", "presence", "description"}
+    assert 0 < result.right["count"] < result.asked["count"]
+    only = score_answers(answer, catalogue, 5, only=WHAT)
+    assert only.asked == {"emoji": 5}
+    assert all(expected in catalogue.names for _, expected, _ in only.failures)
+
+
+def test_descriptions_are_canonical(catalogue: Catalogue) -> None:
+    """A prompt that states everything and the description of its image are one text."""
+    for _, stated in held_out_prompts(catalogue, 20, 1, 0):
+        (emoji,) = stated.emoji
+        assert describe(stated).startswith(f"{emoji.size} {emoji.name} ")
