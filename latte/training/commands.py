@@ -15,6 +15,9 @@ from latte.data.batches import CAPTION_DROPOUT
 from latte.data.captions import TEMPLATES
 from latte.data.images import CropName
 from latte.data.source import open_data_set
+from latte.emoji.package import is_package
+from latte.emoji.recipe import Emoji
+from latte.emoji.recipe import untrained as untrained_emoji
 from latte.shapes.recipe import Shapes
 from latte.shapes.recipe import untrained as untrained_shapes
 from latte.training.data_set import DataOptions, DataSetWorld
@@ -49,8 +52,8 @@ def train(
     data: Annotated[
         str,
         typer.Option(
-            help="Folder of images with captions, Parquet files, WebDataset tars, a name on the hub; or `shapes`: "
-            "scenes that are drawn as they are needed."
+            help="Folder of images with captions, Parquet files, WebDataset tars, a name on the hub; `shapes`, or the "
+            "package that `latte-flow data emoji` fetched: scenes that are drawn as they are needed."
         ),
     ],
     split: Annotated[str, typer.Option(help="Split of the data.")] = "train",
@@ -121,6 +124,7 @@ def train(
     Examples:
       latte-flow train my-checkpoint --data my-images --out run --mixed-precision bf16
       latte-flow train shapes --data shapes --out finer --max-train-steps 2000 --learning-rate 2e-4
+      latte-flow train new --data data/emoji-package --stage all --out emoji --mixed-precision bf16
       latte-flow train new --data shapes --stage all --out run --mixed-precision bf16
       latte-flow train paper --data shapes --out run --train-batch-size 64 --mixed-precision bf16 --dry-run
       torchrun --nproc-per-node 8 $(which latte-flow) train my-checkpoint --data my-images --out run
@@ -147,8 +151,12 @@ def train(
         "checkpoints_total_limit": checkpoints_total_limit,
     }
     changes = {name: value for name, value in given.items() if value is not None}
-    world: World = Shapes(seed)
-    if data != Shapes.name:
+    world: World
+    if data == Shapes.name:
+        world = Shapes(seed)
+    elif is_package(Path(data)):
+        world = Emoji(Path(data), seed)
+    else:
         rows = open_data_set(
             data,
             split,
@@ -220,11 +228,14 @@ def _changed(settings: TrainSettings, changes: dict[str, Any]) -> TrainSettings:
 
 def _start(out: Path, world: World, seed: int) -> Path:
     """Writes the untrained model of a world into a run's folder, once."""
-    if not isinstance(world, Shapes):
-        raise InputError(f"{world.name} brings no model along; give a checkpoint, such as one of `latte-flow init`")
     folder = out / "untrained"
     if not (folder / "config.json").is_file():
-        model, image_processor = untrained_shapes(seed)
+        if isinstance(world, Shapes):
+            model, image_processor = untrained_shapes(seed)
+        elif isinstance(world, Emoji):
+            model, image_processor = untrained_emoji(world.catalogue, seed)
+        else:
+            raise InputError(f"{world.name} brings no model along; give a checkpoint, such as one of `latte-flow init`")
         save_checkpoint(model, image_processor, folder, torch.float32)
     return folder
 
