@@ -11,7 +11,7 @@ from latte.emoji.data_set import TEST_COUNT, TRAIN_COUNT, build
 from latte.emoji.package import NAME, VERSION, fetch
 from runtime.console import command_group, stdout
 
-app = command_group("Make data sets to train on.")
+app = command_group("Make data sets to train on.\n\n\b\nExample:\n  latte-flow data emoji data/emoji")
 
 
 @app.command("emoji", no_args_is_help=True)
@@ -32,8 +32,9 @@ def emoji(
     """Draw scenes of emoji with captions and questions, from the images of an npm package (74 MB).
 
     \b
-    latte-flow data emoji data/emoji
-    latte-flow data emoji data/emoji --count 20000 --force
+    Examples:
+      latte-flow data emoji data/emoji
+      latte-flow data emoji data/emoji --count 20000 --force
     """
     unpacked = fetch(package if package is not None else out.with_name(f"{out.name}-package"), tarball)
     build(unpacked, out, count, seed, test_count=test_count, force=force)

@@ -38,6 +38,7 @@ from latte.training.vision import VisionStage
 from latte.training.vlm import VlmStage
 from latte.training.world import StageName, World
 from runtime.errors import InputError
+from runtime.files import make_writable_folder
 
 RESULT = "checkpoint"
 PLOT = "loss.png"
@@ -77,6 +78,7 @@ def run_stage(
         TrainingError: a loss or a gradient is not finite.
     """
     options = options or RunOptions()
+    make_writable_folder(run_dir)
     if settings.sharding == "fsdp2" and name != "flow":
         raise InputError(f"fsdp2 is for the flow layers; train the stage {name} without it")
     accelerator = make_accelerator(settings, run_dir, options.report_to)

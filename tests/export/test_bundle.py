@@ -154,7 +154,8 @@ def test_a_place_that_cannot_be_written_is_said_before_any_work(
     checkpoint: Path, tmp_path: Path, run_command: Callable[..., tuple[int, str, str]]
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    for command in (("export", checkpoint, tmp_path / "file" / "bundle"), ("train", tmp_path / "file" / "run")):
+    blocked = tmp_path / "file" / "folder"
+    for command in (("export", checkpoint, blocked), ("train", checkpoint, "--data", "shapes", "--out", blocked)):
         code, out, error = run_command(*command)
         assert (code, out) == (2, "")
         assert error.strip().splitlines()[-1].startswith("error: cannot write to")
