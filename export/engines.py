@@ -20,6 +20,7 @@ from torch import Tensor
 
 from export.components import Component
 from export.fusion import fuse_for_onnxruntime
+from runtime.errors import BundleError
 from runtime.manifest import EngineEntry, Precision, file_entry
 
 GRAPH_FILE = "model.onnx"
@@ -103,8 +104,28 @@ def write_engine(
 
 
 def load_engine(folder: Path) -> ir.Model:
-    """Reads the graph that `save_engine` wrote; its weights stay in their file until they are needed."""
-    return ir.load(folder / GRAPH_FILE)
+    """Reads the graph that `save_engine` wrote; its weights stay in their file until they are needed.
+
+    The file may have several hard links, as a Triton model repository makes them, which `ir.load` would refuse: it
+    checks the path of each tensor that has a base directory. Here the only path is a file's name in the same folder.
+
+    Raises:
+        BundleError: the graph names another file than `weights.safetensors`.
+    """
+    model = ir.load(folder / GRAPH_FILE)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        if str(tensor.location) != WEIGHTS_FILE:
+            raise BundleError(
+                f"{folder / GRAPH_FILE}: weights must be in {WEIGHTS_FILE} beside it, got {tensor.location!r} for "
+                f"{value.name}; export the checkpoint again"
+            )
+        value.const_value = ir.ExternalTensor(
+            folder / WEIGHTS_FILE, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=value.name or ""
+        )
+    return model
 
 
 def write_files(model: ir.Model, folder: Path) -> list[str]:

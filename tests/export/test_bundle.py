@@ -12,9 +12,10 @@ import pytest
 
 from export.bundle import export_bundle
 from export.components import expert_weight_source
+from export.engines import load_engine
 from latte.config import LatteFlowConfig
 from latte.model import LatteFlow
-from runtime.errors import InputError
+from runtime.errors import BundleError, InputError
 from runtime.manifest import load_manifest
 from runtime.pipeline import LatteFlowPipeline
 from tests.tiny import save_tiny
@@ -79,6 +80,16 @@ def test_external_data_is_a_safetensors_file_beside_the_graph(bundle: Path) -> N
         }
         assert locations <= {"weights.safetensors"}
         assert [file.path for file in engine.files[1:]] == [f"{engine.name}/{name}" for name in locations]
+
+
+def test_weights_elsewhere_are_refused(bundle_copy: Path) -> None:
+    file = bundle_copy / "expert_1" / "model.onnx"
+    graph = onnx.load(file, load_external_data=False)
+    outside = next(tensor for tensor in graph.graph.initializer if tensor.external_data)
+    outside.external_data[0].value = "../expert_0/weights.safetensors"
+    file.write_bytes(graph.SerializeToString())
+    with pytest.raises(BundleError, match=r"must be in weights\.safetensors beside it, got '\.\./expert_0"):
+        load_engine(file.parent)
 
 
 def test_one_expert_graph_serves_all_groups(bundle: Path) -> None:
