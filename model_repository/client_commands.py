@@ -10,6 +10,7 @@ import typer
 
 from model_repository.client import TIMEOUT_SECONDS, Client, Response
 from model_repository.connection import TOKEN_VARIABLE
+from model_repository.control_commands import Ca, Tls
 from runtime.answers import DEFAULT_MAX_NEW_TOKENS
 from runtime.commands import AsJson, GuidanceScale, MaxNewTokens, NegativePrompt, Shift, Steps
 from runtime.console import command_group, parse_pairs, progress_bar
@@ -23,8 +24,6 @@ app = command_group(
     '\b\nExample:\n  latte-flow client generate "a red star" --seed 7'
 )
 Url = Annotated[str, typer.Option(help="Address of Triton's gRPC endpoint.")]
-Tls = Annotated[bool, typer.Option("--tls", help="Connect over TLS.")]
-Ca = Annotated[Path | None, typer.Option(help="PEM file of the authorities to trust; implies --tls.")]
 Header = Annotated[
     list[str] | None, typer.Option(metavar="NAME=VALUE", help="Header of every request; may be repeated.")
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from dataclasses import fields
@@ -10,11 +11,13 @@ from typing import Annotated
 
 import typer
 
+from model_repository.connection import TOKEN_VARIABLE
 from model_repository.layout import LogFormat, write_repository
 from model_repository.schema import Layout, Platform
 from model_repository.server import LOOPBACK, TritonServer
 from model_repository.signals import ends_by_interrupt, ignore_endings
 from model_repository.supervisor import Supervisor
+from model_repository.transport import is_loopback
 from runtime.backends import PROVIDERS
 from runtime.console import parse_pairs, stderr
 from runtime.errors import InputError, ServiceError
@@ -34,7 +37,6 @@ Limit = Annotated[
     ),
 ]
 LogFormatOption = Annotated[LogFormat, typer.Option(help="Format of the service's lines in the server's log.")]
-LOOPBACK_HOSTS = ("127.", "localhost", "::1")
 LayoutOption = Annotated[Layout, typer.Option(help="All engines in one process, or each as a Triton model.")]
 
 
@@ -48,6 +50,10 @@ def _limits(pairs: list[str] | None) -> Limits:
 def _provider_options(pairs: list[str] | None, device: int | None) -> dict[str, str]:
     options = parse_pairs(pairs, "--provider-option")
     return options if device is None else {"device_id": str(device)} | options
+
+
+def _warn(message: str) -> None:
+    stderr.print(f"warning: {message}", style="yellow", markup=False)
 
 
 def repository(
@@ -137,13 +143,15 @@ def serve(
             log_format=log_format,
             execution_environment=Path(sys.prefix),
         )
-        if not host.startswith(LOOPBACK_HOSTS):
-            stderr.print(
-                f"warning: whoever reaches {host} can send requests, unencrypted, and a malformed one can end the "
-                "bundled server; put a proxy in front of it (docs/serving.md)",
-                style="yellow",
-                markup=False,
+        if not is_loopback(host):
+            _warn(
+                f"whoever reaches {host} can send requests, unencrypted, and a malformed one can end the bundled "
+                "server; put a proxy in front of it (docs/serving.md)"
             )
+            if os.environ.get(TOKEN_VARIABLE):
+                _warn(
+                    f"{TOKEN_VARIABLE} is set, but this server asks for no token and has no TLS; let the proxy do both"
+                )
         server = TritonServer(
             models, http_port, grpc_port, metrics_port, host=host, log_file=log_file, control_key=control_key
         )

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import tritonclient.grpc as grpc
 
-from runtime.errors import InputError, one_line
+from model_repository.transport import is_loopback, tls_context
+from runtime.errors import InputError
 
 TOKEN_VARIABLE = "LATTE_FLOW_TOKEN"
 """Environment variable with a bearer token."""
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _HEADER_NAME = re.compile(r"[0-9a-z_.-]+")
 
 
@@ -45,15 +45,12 @@ class Connection:
         if token:
             if not (token.isascii() and token.isprintable()):
                 raise InputError("a token must be printable ASCII")
-            if not self.secure and self.url.rpartition(":")[0] not in LOOPBACK_NAMES:
+            if not self.secure and not is_loopback(self.url.rpartition(":")[0]):
                 raise InputError(f"a token is sent to {self.url} over TLS only; use --tls, or --ca FILE")
             headers["authorization"] = f"Bearer {token}"
         object.__setattr__(self, "headers", headers)
         if self.ca is not None:
-            try:
-                self.ca.read_bytes()
-            except OSError as error:
-                raise InputError(f"cannot read the certificates in {self.ca}: {one_line(error)}") from error
+            tls_context(self.ca)  # gRPC would be silent about a file that it cannot use
 
     @property
     def secure(self) -> bool:

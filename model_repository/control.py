@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import stat
 import time
-from http.client import HTTPConnection, HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from model_repository.schema import CLIENT_HEADER, DRAIN_SECONDS, MODEL
+from model_repository.transport import is_loopback, tls_context
 from runtime.errors import InputError, ServiceError, one_line
 
 CONTROL_HEADER = "latte-flow-control"
@@ -56,13 +59,21 @@ def write_key(path: Path) -> str:
 def read_key(path: Path) -> str:
     """Returns the key in a file.
 
+    A group may read it: so a pod's user reads a Secret.
+
     Raises:
-        InputError: the file cannot be read, or holds no key.
+        InputError: the file cannot be read, is open to everyone, or holds no key.
     """
     try:
-        key = path.read_text(encoding="ascii").strip()
+        with path.open(encoding="ascii") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            key = file.read().strip()
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the control key in {path}: {one_line(error)}") from error
+    if mode & stat.S_IRWXO:
+        raise InputError(
+            f"every user of this machine can reach the control key in {path} (mode {mode:04o}); run: chmod 600 {path}"
+        )
     if len(key) < MIN_KEY_CHARACTERS or not key.isalnum():
         raise InputError(
             f"{path} holds no control key: expected one line of at least {MIN_KEY_CHARACTERS} letters and digits; "
@@ -78,9 +89,28 @@ class Control:
         >>> Control("localhost:8000", read_key(Path("control.key"))).load()
     """
 
-    def __init__(self, http_url: str, key: str) -> None:
+    def __init__(
+        self, http_url: str, key: str, *, tls: bool = False, ca: Path | None = None, own: bool = False
+    ) -> None:
+        """Sends nothing yet.
+
+        Args:
+            http_url: address of Triton's HTTP endpoint, `host:port`, or `https://host:port` of a proxy.
+            tls: connect over TLS, as with https.
+            ca: file with the certificates of the authorities to trust, PEM; implies `tls`.
+            own: this process runs the server, so that its address is one of this machine.
+
+        Raises:
+            InputError: it is no such address, the key would be sent in the clear, or `ca` cannot be read.
+        """
         self.http_url = http_url
         self._key = key
+        https, self._host, self._port = _parse(http_url)
+        self._tls = tls_context(ca) if https or tls or ca is not None else None
+        if self._tls is None and not own and not is_loopback(self._host):
+            raise InputError(
+                f"the control key is sent to {self._host} over TLS only; use https://, --tls, or --ca FILE"
+            )
 
     def load(self, model: str = MODEL, seconds: float = LOAD_SECONDS) -> None:
         """Loads what the repository contains now; the old model serves until the new one is warm.
@@ -123,7 +153,11 @@ class Control:
         return True
 
     def _post(self, path: str, seconds: float) -> Any:
-        connection = HTTPConnection(self.http_url, timeout=seconds)
+        connection = (
+            HTTPConnection(self._host, self._port, timeout=seconds)
+            if self._tls is None
+            else HTTPSConnection(self._host, self._port, timeout=seconds, context=self._tls)
+        )
         try:
             connection.request("POST", path, b"{}", {CONTROL_HEADER: self._key})
             response = connection.getresponse()
@@ -142,3 +176,21 @@ class Control:
             reason = content.get("error") if isinstance(content, dict) else None
             raise ServiceError(f"{self.http_url} answered {status}: {one_line(Exception(reason or 'no reason given'))}")
         return content
+
+
+def _parse(url: str) -> tuple[bool, str, int | None]:
+    """Returns whether an address says https, its host, and its port if it has one."""
+    try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = None
+    if (
+        not host
+        or parts.scheme not in ("http", "https")
+        or parts.path not in ("", "/")
+        or parts.query
+        or parts.username
+    ):
+        raise InputError(f"expected an address HOST:PORT or https://HOST:PORT, got {url!r}")
+    return parts.scheme == "https", host, port

@@ -15,20 +15,23 @@ from runtime.errors import ServiceError
 app = command_group(
     "Operate a running service with its control key.\n\n\b\nExample:\n  latte-flow control reload --key control.key"
 )
-Url = Annotated[str, typer.Option(help="Address of Triton's HTTP endpoint.")]
+Url = Annotated[str, typer.Option(help="Address of Triton's HTTP endpoint, HOST:PORT or https://HOST:PORT.")]
+Tls = Annotated[bool, typer.Option("--tls", help="Connect over TLS.")]
+Ca = Annotated[Path | None, typer.Option(help="PEM file of the authorities to trust; implies --tls.")]
 Key = Annotated[Path, typer.Option("--key", help="File with the control key; `latte-flow serve` prints its path.")]
 LOCAL = "127.0.0.1:8000"
 
 
 @app.command(no_args_is_help=True)
-def reload(key: Key, url: Url = LOCAL) -> None:
+def reload(key: Key, url: Url = LOCAL, tls: Tls = False, ca: Ca = None) -> None:
     """Load what the repository contains now. The old model serves until the new one is warm, and stays if that fails.
 
     \b
-    Example:
+    Examples:
       latte-flow repository new-bundle models --force && latte-flow control reload --key control.key
+      latte-flow control reload --key control.key --url https://control.example.com
     """
-    Control(url, read_key(key)).load()
+    Control(url, read_key(key), tls=tls, ca=ca).load()
     typer.echo(f"{url} has loaded the model")
 
 
@@ -36,6 +39,8 @@ def reload(key: Key, url: Url = LOCAL) -> None:
 def drain(
     key: Key,
     url: Url = LOCAL,
+    tls: Tls = False,
+    ca: Ca = None,
     seconds: Annotated[float, typer.Option(help="How long requests in flight may take.")] = DRAIN_SECONDS,
 ) -> None:
     """Refuse new requests and wait for those in flight. Exits with 1 if some are not finished in time.
@@ -44,6 +49,6 @@ def drain(
     Example:
       latte-flow control drain --key control.key
     """
-    if not Control(url, read_key(key)).drain(seconds):
+    if not Control(url, read_key(key), tls=tls, ca=ca).drain(seconds):
         raise ServiceError(f"{url} still has requests in flight after {seconds:g} s")
     typer.echo(f"{url} has finished its requests")

@@ -82,11 +82,13 @@ class TritonServer:
             control_key: file with the control key; None for a new key in a temporary file.
 
         Raises:
-            InputError: the key file holds no key, or the server does not fit this environment.
+            InputError: the key file cannot be used, `host` is no address, or the server does not fit this environment.
             MissingExtraError: the bundled server is not installed.
         """
+        if ":" in host:
+            raise InputError(f"the bundled Triton server listens on IPv4 only, got {host!r}; use 127.0.0.1 or 0.0.0.0")
         self.repository = repository
-        self._reachable = LOOPBACK if host in ("0.0.0.0", "::") else host
+        self._reachable = LOOPBACK if host == "0.0.0.0" else host
         asked = (http_port, grpc_port, metrics_port)
         self._ports = [port or free for port, free in zip(asked, free_ports(len(asked)), strict=True)]
         self._folder = tempfile.TemporaryDirectory(prefix="latte-flow-triton-")
@@ -96,10 +98,10 @@ class TritonServer:
             executable, libraries = _prepare(folder)
             self.control_key = folder / "control.key" if control_key is None else control_key
             key = write_key(self.control_key) if control_key is None else read_key(control_key)
+            self.control = Control(self.http_url, key, own=True)
         except BaseException:
             self._folder.cleanup()
             raise
-        self.control = Control(self.http_url, key)
         self._shared_memory = f"latte-flow-{os.getpid()}-{uuid.uuid4().hex[:8]}-"
         ports = dict(zip(("http", "grpc", "metrics"), self._ports, strict=True))
         self._command = [
@@ -142,7 +144,7 @@ class TritonServer:
             if self.process.poll() is not None:
                 raise ServiceError(f"the Triton server ended with code {self.process.returncode}: {self._last_lines()}")
             # Triton opens its HTTP port last, and dies now and then of a stream that comes before.
-            if self.control.is_ready() and Client(self.grpc_url, retries=0).is_alive(PROBE_SECONDS):
+            if self.control.is_ready() and Client(self.grpc_url, retries=0, token="").is_alive(PROBE_SECONDS):
                 return
             time.sleep(0.1)
         raise ServiceError(f"the Triton server did not answer within {START_SECONDS:g} s: {self._last_lines()}")

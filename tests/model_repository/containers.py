@@ -1,15 +1,19 @@
-"""The container's start, with the bundled server in the place of NVIDIA's."""
+"""The container's start, with the bundled server in the place of NVIDIA's, and a proxy in front of it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +61,41 @@ def container(
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate of this machine that nobody vouches for, and its private key."""
+    certificate, private = folder / "server.crt", folder / "server.key"
+    subject = ("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1")
+    make = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *subject)
+    subprocess.run([*make, "-keyout", private, "-out", certificate], check=True, capture_output=True)
+    return certificate, private
+
+
+@contextmanager
+def tls_proxy(target: str, certificate: Path, private: Path) -> Iterator[str]:
+    """A proxy that speaks TLS and passes requests on to a server's HTTP address; yields its own."""
+
+    class Forward(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            connection = HTTPConnection(target, timeout=60)
+            connection.request("POST", self.path, body, dict(self.headers))
+            response = connection.getresponse()
+            content = response.read()
+            connection.close()
+            self.send_response(response.status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, private)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Forward) as proxy:
+        proxy.socket = context.wrap_socket(proxy.socket, server_side=True)
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{proxy.server_port}"
+        proxy.shutdown()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from model_repository.control import write_key
 from model_repository.server import TritonServer, free_port
 from model_repository.supervisor import Supervisor
 from runtime.errors import InputError, ServiceError
-from tests.model_repository.containers import container
+from tests.model_repository.containers import container, make_certificate
 from tests.model_repository.test_service import stubs_of
 
 RunCommand = Callable[..., tuple[int, str, str]]
@@ -93,10 +92,7 @@ def test_an_address_without_a_server_is_one_clear_line_at_once(tmp_path: Path, r
 def test_tls_with_an_authority_of_ones_own(
     repository: Path, server: TritonServer, tmp_path: Path, run_command: RunCommand
 ) -> None:
-    certificate, private = tmp_path / "server.crt", tmp_path / "server.key"
-    subject = ("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1")
-    make = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *subject)
-    subprocess.run([*make, "-keyout", private, "-out", certificate], check=True, capture_output=True)
+    certificate, private = make_certificate(tmp_path)
     write_key(tmp_path / "key")
     options = ("--grpc-use-ssl=true", f"--grpc-server-cert={certificate}", f"--grpc-server-key={private}")
     with container(repository, server, tmp_path, options, ca=certificate) as (_, url):
@@ -151,8 +147,11 @@ def test_headers_and_a_token_are_sent_and_a_refusal_is_said(
 
 
 def test_a_token_does_not_leave_the_machine_in_the_clear() -> None:
-    with pytest.raises(InputError, match="over TLS only"):
-        Client("images.example.com:8001", token="secret")
+    for host in ("images.example.com", "localhost.example.com", "127.example.com", "192.0.2.1", "[2001:db8::1]"):
+        with pytest.raises(InputError, match="over TLS only"):
+            Client(f"{host}:8001", token="secret")
+    for host in ("localhost", "127.0.0.2", "[::1]"):
+        Client(f"{host}:8001", token="secret")
     assert Client("images.example.com:443", token="secret", tls=True).url == "images.example.com:443"
     assert "secret" not in repr(Client("localhost:8001", token="secret")._connection)
 
@@ -166,9 +165,12 @@ def test_a_header_that_cannot_be_sent_is_refused(name: str) -> None:
 
 
 def test_certificates_that_are_not_there_are_one_clear_line(tmp_path: Path, run_command: RunCommand) -> None:
-    code, _, error = run_command("client", "ask", "why?", "--ca", tmp_path / "none.pem")
-    assert code == 2
-    assert "cannot read the certificates" in error
+    (tmp_path / "empty.pem").touch()
+    for name in ("none.pem", "empty.pem"):
+        code, _, error = run_command("client", "ask", "why?", "--ca", tmp_path / name)
+        assert code == 2
+        assert "cannot read the certificates" in error
+        assert len(error.strip().splitlines()) == 1
 
 
 def test_a_drain_does_not_lose_a_request_from_which_nothing_is_heard(

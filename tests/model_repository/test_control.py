@@ -22,7 +22,7 @@ from model_repository.client import Client
 from model_repository.control import CONTROL_HEADER, GRPC_CONTROL_HEADER, Control, read_key, write_key
 from model_repository.server import TritonServer, free_port
 from runtime.errors import InputError, ServiceError
-from tests.model_repository.containers import container
+from tests.model_repository.containers import container, make_certificate, tls_proxy
 
 RunCommand = Callable[..., tuple[int, str, str]]
 KEY_OF_ANOTHER = "0123456789abcdef" * 2
@@ -124,12 +124,70 @@ def test_only_its_owner_reads_a_key(server: TritonServer, tmp_path: Path) -> Non
 def test_a_file_without_a_key_is_one_clear_line(content: str | None, tmp_path: Path, run_command: RunCommand) -> None:
     file = tmp_path / "key"
     if content is not None:
+        file.touch(0o600)
         file.write_text(content)
     with pytest.raises(InputError, match="control key"):
         read_key(file)
     code, _, error = run_command("control", "drain", "--key", file)
     assert code == 2
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o666, 0o604, 0o602, 0o444])
+def test_a_key_that_every_user_can_reach_is_refused(mode: int, tmp_path: Path, run_command: RunCommand) -> None:
+    file = tmp_path / "key"
+    write_key(file)
+    file.chmod(mode)
+    code, out, error = run_command("control", "drain", "--key", file, "--url", f"127.0.0.1:{free_port()}")
+    assert (code, out) == (2, "")
+    (line,) = error.strip().splitlines()
+    assert f"(mode {mode:04o}); run: chmod 600 {file}" in line
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o440, 0o640])
+def test_a_key_that_its_owner_or_a_pods_group_reads_is_taken(mode: int, tmp_path: Path) -> None:
+    key = write_key(tmp_path / "key")
+    (tmp_path / "key").chmod(mode)
+    assert read_key(tmp_path / "key") == key
+
+
+REMOTE = ("http://images.example.com", "images.example.com:8000", "http://192.0.2.1:8000", "127.0.0.1.example.com:80")
+
+
+@pytest.mark.parametrize("url", [*REMOTE, "http://127.0.0.1@192.0.2.1:8000", "[2001:db8::1]:8000", "0.0.0.0:8000"])
+def test_the_key_does_not_leave_the_machine_in_the_clear(url: str, tmp_path: Path, run_command: RunCommand) -> None:
+    write_key(tmp_path / "key")
+    for command in ("reload", "drain"):
+        code, out, error = run_command("control", command, "--key", tmp_path / "key", "--url", url)
+        assert (code, out) == (2, "")
+        (line,) = error.strip().splitlines()
+        assert "over TLS only" in line or "expected an address" in line
+
+
+@pytest.mark.parametrize("url", ["ftp://localhost", "http://", "localhost:port", "http://localhost:1/a", "[::1:80", ""])
+def test_an_address_that_is_none_is_one_clear_line(url: str, tmp_path: Path, run_command: RunCommand) -> None:
+    write_key(tmp_path / "key")
+    code, _, error = run_command("control", "drain", "--key", tmp_path / "key", "--url", url)
+    assert code == 2
+    assert error.startswith("error: expected an address HOST:PORT or https://HOST:PORT")
+
+
+def test_a_server_behind_tls_is_controlled(server: TritonServer, tmp_path: Path, run_command: RunCommand) -> None:
+    certificate, private = make_certificate(tmp_path)
+    with tls_proxy(server.http_url, certificate, private) as url:
+
+        def reload(url: str, *options: object) -> tuple[int, str, str]:
+            return run_command("control", "reload", "--key", server.control_key, "--url", url, *options)
+
+        assert reload(f"https://{url}", "--ca", certificate)[0] == 0
+        assert reload(url, "--ca", certificate) == (0, f"{url} has loaded the model\n", "")
+        for distrustful in ((f"https://{url}",), (url, "--tls")):
+            code, _, error = reload(*distrustful)
+            assert code == 1
+            assert "CERTIFICATE_VERIFY_FAILED" in error
+        code, _, error = reload(f"https://{url}", "--ca", tmp_path / "none.pem")
+        assert code == 2
+        assert "cannot read the certificates" in error
 
 
 def test_a_wrong_key_and_a_server_that_is_not_there_are_one_clear_line(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -51,26 +52,49 @@ def left_behind(process: subprocess.Popen[str], printed: dict[str, str]) -> list
     return files + servers.split()
 
 
-def test_a_terminated_service_drains_and_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
-    options = ("--limit", "max_steps=200", "--limit", "max_images_per_request=4", "--host", "0.0.0.0")
+def address_of_this_machine() -> str:
+    """An address that others may reach, where there is one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            return "0.0.0.0"
+        return str(probe.getsockname()[0])
+
+
+def test_a_terminated_service_drains_and_leaves_nothing(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a token in the environment, `serve` did not reach its own server on an address of this machine."""
+    monkeypatch.setenv("LATTE_FLOW_TOKEN", "a secret")
+    host = address_of_this_machine()
+    options = ("--limit", "max_steps=200", "--limit", "max_images_per_request=4", "--host", host)
     options += ("--log-file", str(tmp_path / "serve.log"))
     with served(bundle, *options) as (process, printed):
         assert printed["log"] == str(tmp_path / "serve.log")
         with pytest.raises(InputError, match="num_images must be from 1 to 4"):
-            Client(printed["grpc"]).generate("a", num_images=5)
+            Client(printed["grpc"], token="").generate("a", num_images=5)
         assert sorted(printed) == ["grpc", "http", "key", "log", "metrics", "models"]
         assert (Path(printed["models"]) / "latte_flow" / "config.pbtxt").is_file()
         assert "Started GRPCInferenceService" in Path(printed["log"]).read_text()
         assert Path(printed["key"]).stat().st_mode & 0o777 == 0o600
-        stream = Client(printed["grpc"]).stream(**LONG)
+        stream = Client(printed["grpc"], token="").stream(**LONG)
         next(stream)
         process.send_signal(signal.SIGTERM)
         assert [response.event for response in stream][-1] == "done"
         assert process.wait(30) == 0
         assert process.stderr is not None
-        assert "warning: whoever reaches 0.0.0.0" in " ".join(process.stderr.read().split())
+        told = " ".join(process.stderr.read().split())
+        assert f"warning: whoever reaches {host} can send requests, unencrypted" in told
+        assert "warning: LATTE_FLOW_TOKEN is set, but this server asks for no token and has no TLS" in told
     (tmp_path / "serve.log").unlink()  # it stays, since it was asked for
     assert left_behind(process, printed) == []
+
+
+def test_an_address_that_the_server_cannot_listen_on_is_one_clear_line(bundle: Path, run_command: RunCommand) -> None:
+    code, out, error = run_command("serve", bundle, "--host", "::1")
+    assert (code, out) == (2, "")
+    assert error.strip() == "error: the bundled Triton server listens on IPv4 only, got '::1'; use 127.0.0.1 or 0.0.0.0"
 
 
 def test_a_killed_model_is_revived_and_a_second_signal_cleans_up_at_once(bundle: Path) -> None:
