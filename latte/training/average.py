@@ -1,4 +1,4 @@
-"""AdamW with the right parameters spared from weight decay, and the moving average of weights."""
+"""The moving average of weights."""
 
 from __future__ import annotations
 
@@ -7,22 +7,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-
-from latte.training.settings import TrainSettings
-
-
-def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
-    """Returns AdamW. Weight decay spares norms, biases and the tables of scales, whose neutral value is not 0."""
-    spared = [p for name, p in parameters.items() if p.ndim < 2 or name.endswith("_table")]
-    spared_ids = {id(p) for p in spared}
-    decayed = [p for p in parameters.values() if id(p) not in spared_ids]
-    groups = [
-        {"params": decayed, "weight_decay": settings.adam_weight_decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
-    filled = [group for group in groups if group["params"]]
-    betas = (settings.adam_beta1, settings.adam_beta2)
-    return torch.optim.AdamW(filled, lr=settings.learning_rate, betas=betas)
 
 
 def update_average(

@@ -33,6 +33,7 @@ Stages = Literal["autoencoder", "vision", "vlm", "flow", "all"]
 Precision = Literal["fp32", "fp16", "bf16"]
 MixedPrecision = Literal["no", "bf16"]
 Scheduler = Literal["cosine", "linear", "constant"]
+Optimizer = Literal["adamw", "muon"]
 Sharding = Literal["none", "fsdp2"]
 TRACKERS = ("tensorboard", "wandb", "jsonl")
 """Where a run can report to; the log in JSON lines is always written."""
@@ -84,6 +85,10 @@ def train(
         int | None, typer.Option(help="Forward passes whose gradients are averaged.")
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    optimizer: Annotated[
+        Optimizer | None, typer.Option(help="muon: of the matrices inside layers, which needs fewer steps.")
+    ] = None,
+    muon_learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate of Muon.")] = None,
     lr_scheduler: Annotated[Scheduler | None, typer.Option(help="Decay after the warm-up.")] = None,
     lr_warmup_steps: Annotated[int | None, typer.Option(help="Steps of linear warm-up.")] = None,
     adam_beta1: Annotated[float | None, typer.Option(help="AdamW's β₁.")] = None,
@@ -95,6 +100,10 @@ def train(
     mixed_precision: Annotated[MixedPrecision, typer.Option(help="bf16: autocast, with weights in fp32.")] = "no",
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Compute activations again instead of keeping them.")
+    ] = False,
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="torch.compile for the layers of VLM and flow; takes a minute first."),
     ] = False,
     sharding: Annotated[Sharding, typer.Option(help="fsdp2: split the flow layers' weights over processes.")] = "none",
     cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU even where there is a GPU.")] = False,
@@ -134,6 +143,8 @@ def train(
         "train_batch_size": train_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,
         "learning_rate": learning_rate,
+        "optimizer": optimizer,
+        "muon_learning_rate": muon_learning_rate,
         "lr_scheduler": lr_scheduler,
         "lr_warmup_steps": lr_warmup_steps,
         "adam_beta1": adam_beta1,
@@ -144,6 +155,7 @@ def train(
         "seed": seed,
         "mixed_precision": mixed_precision,
         "gradient_checkpointing": gradient_checkpointing,
+        "compile": compile,
         "sharding": sharding,
         "cpu": cpu,
         "dataloader_num_workers": dataloader_num_workers,

@@ -23,6 +23,7 @@ from latte.checkpoint import load_config, own_state, share_with_vlm
 from latte.config import LatteFlowConfig
 from latte.model import FlowTransformer
 from latte.paper import PAPER, vae_config_of, vlm_config_of
+from latte.training.optimizers import is_inner
 from latte.training.run import frozen_dtype
 from latte.training.settings import TrainSettings
 from latte.training.states import rows_of_a_step
@@ -68,7 +69,7 @@ class Needs:
     weights: int
     """fp32."""
     optimizer: int
-    """The two moments of AdamW."""
+    """The moments: two of AdamW, one of Muon."""
     average: int
     gradients: int
     """Of one group, since a step trains one."""
@@ -115,6 +116,13 @@ def needs_of(sizes: Sizes, settings: TrainSettings, num_processes: int, groups: 
         shared = sum(p.numel() for name, p in own.items() if not name.startswith(("layers.", "heads.")))
         of_group = sum(_parameters_of_group(flow, group) for group in trained_groups) // len(trained_groups)
         trained = shared + of_group * len(trained_groups)
+        trained_layers = {layer for group in trained_groups for layer in config.layers_of(group)}
+        frozen = [f"layers.{layer}." for layer in range(config.num_hidden_layers) if layer not in trained_layers]
+        inner = sum(
+            p.numel()
+            for name, p in own.items()
+            if settings.optimizer == "muon" and is_inner(name, p) and not name.startswith(tuple(frozen))
+        )
         encoding, prefix = _encoding(config, vlm, vae, settings.train_batch_size)
         step, activations = _step(config, flow, trained_groups[0], settings.train_batch_size, bf16)
         sizes_of_frozen = [(p.numel(), p.element_size()) for part in (vlm, vae) for p in part.parameters()]
@@ -127,7 +135,7 @@ def needs_of(sizes: Sizes, settings: TrainSettings, num_processes: int, groups: 
         active_parameters=active,
         frozen_parameters=sum(count for count, _ in sizes_of_frozen),
         weights=4 * sum(p.numel() for p in own.values()) // parts,
-        optimizer=8 * trained // parts,
+        optimizer=(8 * trained - 4 * inner) // parts,
         average=4 * trained // parts if settings.ema_decay else 0,
         gradients=4 * active // parts,
         frozen=sum(count * size for count, size in sizes_of_frozen),

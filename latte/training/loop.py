@@ -29,8 +29,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from latte.training.average import averaged, make_optimizer, update_average
+from latte.training.average import averaged, update_average
 from latte.training.log import LOG, RunLog
+from latte.training.optimizers import make_optimizers
 from latte.training.settings import TrainSettings
 from latte.training.stage import Rows, Stage
 from latte.training.states import (
@@ -156,11 +157,11 @@ class _Run:
         for part in stage.frozen:
             part.to(self.device)
         trainable = {name: p for name, p in stage.module.named_parameters() if p.requires_grad}
-        self.module, self.optimizer = accelerator.prepare(stage.module, make_optimizer(trainable, settings))
+        self.module, *self.optimizers = accelerator.prepare(stage.module, *make_optimizers(trainable, settings))
         inner = accelerator.unwrap_model(self.module)
         self.parameters = {name: p for name, p in inner.named_parameters() if p.requires_grad}
         average = {name: p.detach().clone() for name, p in self.parameters.items()} if settings.ema_decay else {}
-        self.trained = Trained(self.parameters, average, self.optimizer.optimizer)
+        self.trained = Trained(self.parameters, average, [optimizer.optimizer for optimizer in self.optimizers])
         self.rows = _rows_of_passes(settings, accelerator.num_processes, accelerator.process_index)
         self.step, self.seconds_before = 0, 0.0
         self.started = time.monotonic()
@@ -228,9 +229,10 @@ class _Run:
         """Runs one step; returns its losses, the gradient's norm, whether to save, and whether to stop."""
         settings, accelerator, step = self.settings, self.accelerator, self.step
         torch.manual_seed((settings.seed * 1_000_003 + step) * accelerator.num_processes + accelerator.process_index)
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate_at(step)
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * settings.share_of_learning_rate_at(step)
+            optimizer.zero_grad(set_to_none=True)
         weights = [self.stage.weight(item) for item in prepared]
         (all_weights,) = self._sum([sum(weights)])
         names: list[str] = []
@@ -251,7 +253,8 @@ class _Run:
             raise TrainingError(
                 f"{self.stage.name}: at step {step} {shown}, and the gradient's norm is {norm}; lower the learning rate"
             )
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         update_average(self.trained.average, self.parameters, settings.ema_decay, step)
         return dict(zip(names, means, strict=True)), norm, save > 0, stop > 0
 
@@ -289,7 +292,7 @@ class _Run:
         self.accelerator.log(figures, step=self.step)
 
     def _report(self, log: RunLog | None, norm: float, progress: _Progress) -> None:
-        rate = self.settings.learning_rate_at(self.step - 1)
+        rate = self.settings.learning_rate * self.settings.share_of_learning_rate_at(self.step - 1)
         if log is not None:
             means = log.write(self.step, self._seconds(), learning_rate=rate, gradient_norm=norm)
             self.accelerator.log({**means, "learning_rate": rate, "gradient_norm": norm}, step=self.step)

@@ -92,6 +92,8 @@ def run_stage(
     stage = _make_stage(name, model, checkpoint, world, options)
     if settings.gradient_checkpointing:
         _checkpoint_gradients(name, model)
+    if settings.compile:
+        _compile_layers(name, model)
     validation = options.make_validation(model, run_dir) if options.make_validation and name == "flow" else None
     trained = train(stage, settings, run_dir, accelerator, validation, options.resume_from)
     flow = {key: whole(value) for key, value in own_state(model.flow).items()} if name == "flow" else None
@@ -137,6 +139,19 @@ def _checkpoint_gradients(name: StageName, model: LatteFlow) -> None:
         model.vlm.gradient_checkpointing_enable({"use_reentrant": False})
     else:
         raise InputError(f"gradient checkpointing is for the stages flow and vlm; train the stage {name} without it")
+
+
+def _compile_layers(name: StageName, model: LatteFlow) -> None:
+    """Compiles the language model's layers and the flow layers, in place; layers of one kind share their code.
+
+    The other stages gain nothing: convolutions are fast already, and the vision tower computes image by image.
+    """
+    if name in ("vlm", "flow"):
+        for layer in model.vlm.model.language_model.layers:
+            layer.compile(dynamic=True)
+    if name == "flow":
+        for layer in model.flow.layers:
+            layer.compile(dynamic=True)
 
 
 def _save(

@@ -17,6 +17,7 @@ CHANGEABLE = frozenset(
         "dataloader_num_workers",
         "gradient_checkpointing",
         "sharding",
+        "compile",
         "cpu",
     }
 )
@@ -38,6 +39,8 @@ class TrainSettings(BaseModel):
     train_batch_size: int = Field(ge=1, description="rows of one process in one forward pass")
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="forward passes whose gradients are averaged")
     learning_rate: float = Field(gt=0, description="the peak")
+    optimizer: Literal["adamw", "muon"] = Field(default="adamw", description="muon: of the matrices inside layers")
+    muon_learning_rate: float = Field(default=3e-3, gt=0, description="the peak for what Muon trains")
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     lr_warmup_steps: int = Field(default=100, ge=0)
     final_learning_rate: float = Field(default=0.02, ge=0, le=1, description="at the last step, as a share of the peak")
@@ -49,6 +52,7 @@ class TrainSettings(BaseModel):
     seed: int = Field(default=0, ge=0)
     mixed_precision: Literal["no", "bf16"] = Field(default="no", description="bf16 is autocast; weights stay fp32")
     gradient_checkpointing: bool = Field(default=False, description="compute activations again instead of keeping them")
+    compile: bool = Field(default=False, description="compile layers with torch.compile, once at the start")
     sharding: Literal["none", "fsdp2"] = Field(default="none", description="fsdp2 splits the weights over processes")
     cpu: bool = Field(default=False, description="train on the CPU even where there is a GPU")
     dataloader_num_workers: int = Field(default=0, ge=0, description="processes that prepare batches; 0: this one")
@@ -59,11 +63,11 @@ class TrainSettings(BaseModel):
         default=2, ge=2, description="a state that is kept beside the newest is safety"
     )
 
-    def learning_rate_at(self, step: int) -> float:
-        """Returns a step's learning rate: linear warm-up, then the decay to `final_learning_rate` of the peak."""
+    def share_of_learning_rate_at(self, step: int) -> float:
+        """Returns the share of the peaks at a step: linear warm-up, then the decay to `final_learning_rate`."""
         if step < self.lr_warmup_steps:
-            return self.learning_rate * (step + 1) / self.lr_warmup_steps
+            return (step + 1) / self.lr_warmup_steps
         progress = (step - self.lr_warmup_steps) / max(1, self.max_train_steps - self.lr_warmup_steps)
         remaining = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
         floor = self.final_learning_rate
-        return self.learning_rate * (floor + (1 - floor) * remaining[self.lr_scheduler])
+        return floor + (1 - floor) * remaining[self.lr_scheduler]

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,14 +38,23 @@ class Trained:
     parameters: Mapping[str, nn.Parameter]
     average: Mapping[str, Tensor]
     """The parameters' moving average; empty without one."""
-    optimizer: torch.optim.Optimizer
+    optimizers: Sequence[torch.optim.Optimizer]
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """Returns what the parameter's optimiser keeps of it; it may be written to."""
+        owner = next(
+            optimizer
+            for optimizer in self.optimizers
+            if any(p is parameter for group in optimizer.param_groups for p in group["params"])
+        )
+        return owner.state[parameter]
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns all tensors by the names that they have in a state."""
         tensors: dict[str, Tensor] = {f"parameter.{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"average.{name}": value for name, value in self.average.items()}
         for name, p in self.parameters.items():
-            for key, value in self.optimizer.state[p].items():
+            for key, value in self.moments(p).items():
                 tensors[f"optimizer.{key}.{name}"] = value if isinstance(value, Tensor) else torch.tensor(float(value))
         return tensors
 
@@ -137,10 +147,10 @@ def load_state(
                     p.copy_(placed_like(file.get_tensor(f"parameter.{name}"), p))
                     if name in trained.average:
                         trained.average[name].copy_(placed_like(file.get_tensor(f"average.{name}"), p))
-                    for key in ("step", "exp_avg", "exp_avg_sq"):
+                    for key in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer"):
                         if f"optimizer.{key}.{name}" in names:
                             value = file.get_tensor(f"optimizer.{key}.{name}")
-                            trained.optimizer.state[p][key] = value if key == "step" else placed_like(value, p)
+                            trained.moments(p)[key] = value if key == "step" else placed_like(value, p)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from error
     return int(metadata.get("step", 0)), float(metadata.get("seconds", 0.0))

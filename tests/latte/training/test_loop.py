@@ -21,11 +21,11 @@ from latte.shapes.recipe import Shapes
 from latte.shapes.vision import LabelledScenes
 from latte.shapes.vlm import ShapesConversations, small_image_processor
 from latte.training.autoencoder import AutoencoderStage
-from latte.training.average import make_optimizer
 from latte.training.conversations import ConversationEncoder
 from latte.training.flow import FlowStage, equal_probability_boundaries, times_within
 from latte.training.log import LOG, plot_losses
 from latte.training.loop import train
+from latte.training.optimizers import make_optimizers
 from latte.training.run import run_stage
 from latte.training.settings import TrainSettings
 from latte.training.stage import Rows, Stage
@@ -81,12 +81,12 @@ def test_a_few_steps_lower_the_loss_on_the_same_batch(name: str) -> None:
     assert float(sum(losses_of(stage, 0).values()).detach()) < 0.95 * before
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize(("name", "optimizer"), [*((name, "adamw") for name in STAGES), ("flow", "muon")])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = make_stage(name)
-    train(whole, settings(8), tmp_path / "whole")
+    train(whole, settings(8, optimizer=optimizer), tmp_path / "whole")
 
     interrupted = make_stage(name)
     losses = type(interrupted).losses
@@ -98,10 +98,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 
     monkeypatch.setattr(type(interrupted), "losses", stop_at_5)
     with pytest.raises(RuntimeError, match="machine"):
-        train(interrupted, settings(8, checkpointing_steps=1), tmp_path / "halves")
+        train(interrupted, settings(8, optimizer=optimizer, checkpointing_steps=1), tmp_path / "halves")
     monkeypatch.undo()
     resumed = make_stage(name)
-    train(resumed, settings(8), tmp_path / "halves")
+    train(resumed, settings(8, optimizer=optimizer), tmp_path / "halves")
 
     for (parameter_name, a), b in zip(whole.module.named_parameters(), resumed.module.parameters(), strict=True):
         assert torch.equal(a, b), parameter_name
@@ -218,11 +218,22 @@ def test_a_gradient_that_is_not_finite_touches_nothing(tmp_path: Path) -> None:
 def test_weight_decay_spares_what_is_neutral_at_other_values_than_zero() -> None:
     stage = make_stage("flow")
     parameters = dict(stage.module.named_parameters())
-    decayed, spared = make_optimizer(parameters, settings(1)).param_groups
+    (adamw,) = make_optimizers(parameters, settings(1))
+    decayed, spared = adamw.param_groups
     names = {id(p): name for name, p in parameters.items()}
     assert all(names[id(p)].endswith((".bias", "norm.weight", "_table")) for p in spared["params"])
     assert all(names[id(p)].endswith(".weight") and "norm" not in names[id(p)] for p in decayed["params"])
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0)
+
+
+def test_muon_trains_the_matrices_inside_layers_only() -> None:
+    parameters = {name: p for part in ("flow", "vlm") for name, p in make_stage(part).module.named_parameters()}
+    _, muon = make_optimizers(parameters, settings(1, optimizer="muon", muon_learning_rate=0.5))
+    names = {id(p): name for name, p in parameters.items()}
+    trained = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    assert {"layers.0.q_proj.weight", "vlm.model.language_model.layers.0.mlp.up_proj.weight"} <= trained
+    assert not {name for name in trained if "embed" in name or "head" in name or parameters[name].ndim != 2}
+    assert {group["initial_lr"] for group in muon.param_groups} == {0.5}
 
 
 @pytest.mark.parametrize("groups", [1, 3, 28])
