@@ -20,8 +20,9 @@ demo: $(DEMO_READY)
 data-emoji: $(TEST_READY)
 	$(BIN)/latte-flow data emoji data/emoji
 
+# Two processes, each of which takes whole files: tests of a file share what is exported once for them.
 test: $(TEST_READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # On a machine with an NVIDIA GPU. GPU packages replace the CPU ones in an environment of their own.
 GPU_READY := .venv-gpu/.test
