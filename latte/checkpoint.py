@@ -348,6 +348,11 @@ def is_untrained(flow: FlowTransformer) -> bool:
     return any(not any(parameter.any() for parameter in projection.parameters()) for projection in projections)
 
 
+def has_latents_statistics(config: LatteFlowConfig) -> bool:
+    """Returns whether latents have been measured; until then a config has means of zero."""
+    return any(config.latents_mean)
+
+
 def check_trained(model: LatteFlow, name: str | Path) -> None:
     """Raises `CheckpointError` if a checkpoint, called `name`, still has the velocity heads that `init` makes."""
     if is_untrained(model.flow):

@@ -360,6 +360,14 @@ class LatteFlow(nn.Module):
         self.register_buffer("latents_mean", torch.tensor(config.latents_mean).view(shape), persistent=False)
         self.register_buffer("latents_std", torch.tensor(config.latents_std).view(shape), persistent=False)
 
+    def set_latents_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Sets the mean and the standard deviation of each latent channel, with which latents are normalised."""
+        update = {"latents_mean": tuple(mean), "latents_std": tuple(std)}
+        self.config = self.config.model_copy(update=update)
+        for name, values in update.items():
+            buffer = self.get_buffer(name)
+            buffer.copy_(torch.tensor(values).view(buffer.shape))
+
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of each prompt, as the only user message in the VLM's chat template.
 

@@ -116,6 +116,14 @@ def save_tiny(path: Path, variant: str = "couple") -> LatteFlow:
     return model
 
 
+def save_untrained(path: Path) -> None:
+    """Writes the tiny checkpoint as `latte-flow init` would: its velocity heads are zero, its latents not measured."""
+    vlm, tokenizer = tiny_vlm()
+    parts = (vlm, tiny_autoencoder(), tokenizer)
+    model = assemble(*parts, num_groups=2, boundaries=BOUNDARIES, latent_size=(6, 8), max_prompt_tokens=64)
+    save_checkpoint(model, small_image_processor(), path)
+
+
 def scale_weight(bundle: Path, engine: str, name_part: str, factor: float) -> None:
     """Changes one matrix of an engine, in a bundle whose manifest then says that it is meant to be so."""
     weights = bundle / engine / "weights.safetensors"

@@ -173,7 +173,7 @@ def hopeless(data_set: str, bad: Sequence[tuple[str, str]]) -> TrainingError:
 def check_dropout(share: float) -> None:
     """Raises `InputError` if the share of dropped captions is not in [0, 1]."""
     if not 0 <= share <= 1:
-        raise InputError(f"the share of dropped captions must be in [0, 1], got {share}")
+        raise InputError(f"--caption-dropout must be in [0, 1], got {share}")
 
 
 def collate(

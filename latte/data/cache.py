@@ -92,7 +92,7 @@ class LatentCache:
             TrainingError: most rows are bad, or a shard cannot be written.
         """
         if policy.crop == "random":
-            raise InputError("random crops cannot be cached, since every epoch crops elsewhere; use center or buckets")
+            raise InputError("--crop random cannot be cached, since every epoch crops elsewhere; use center or buckets")
         if not 0 <= rank < world:
             raise InputError(f"rank must be in [0, {world}), got {rank}")
         shards = self._verified_shards()

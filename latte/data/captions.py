@@ -108,9 +108,9 @@ def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
     """
     for template in templates:
         if PLACEHOLDER not in template:
-            raise InputError(f"a prompt template must contain {PLACEHOLDER}, got {template!r}")
+            raise InputError(f"--template must contain {PLACEHOLDER}, got {template!r}")
     if not templates:
-        raise InputError(f"at least one prompt template is needed, such as {TEMPLATES[0]!r}")
+        raise InputError(f"at least one --template is needed, such as {TEMPLATES[0]!r}")
     return tuple(templates)
 
 

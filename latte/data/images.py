@@ -56,7 +56,7 @@ class ImagePolicy:
     def __post_init__(self) -> None:
         if min(self.height, self.width, self.factor) < 1 or self.height % self.factor or self.width % self.factor:
             raise InputError(
-                f"height and width must be positive multiples of {self.factor} for this autoencoder, "
+                f"height and width (--resolution) must be positive multiples of {self.factor} for this autoencoder, "
                 f"got {self.height}x{self.width}"
             )
         if self.crop not in ("center", "random", "buckets"):

@@ -270,7 +270,7 @@ def _image_column(spec: str, features: Mapping[str, Any], wanted: str | None, da
         found = [name for name in ("image", "img", "jpg", "png") if name in features]
     if len(found) != 1:
         problem = "has no column of images" if not found else f"has {len(found)} columns of images"
-        raise InputError(f"{spec} {problem}; name one with image_column; {_columns(features)}")
+        raise InputError(f"{spec} {problem}; name one with --image-column; {_columns(features)}")
     return found[0]
 
 
@@ -285,7 +285,7 @@ def _caption_source(
     datasets: Any,
 ) -> CaptionSource:
     if caption_column is not None and class_column is not None:
-        raise InputError("name a column of captions or one of classes, not both")
+        raise InputError("--caption-column and --class-column exclude each other; give one")
     if caption_column is None and class_column is None and files is not None and files.captions != "column":
         if files.captions == "class":
             _check_names(spec, files.classes, names)
@@ -299,7 +299,7 @@ def _caption_source(
             if not _is_text(feature):
                 raise InputError(
                     f"{spec}: the column {column} must contain strings or lists of strings, is {_kind(feature)}; "
-                    "name another with caption_column"
+                    "name another with --caption-column"
                 )
             return CaptionSource("column", column)
         if caption_column is not None:
@@ -311,7 +311,7 @@ def _caption_source(
         raise InputError(
             f"{spec} has no captions: expected a column of strings or lists of strings called "
             f"{', '.join(CAPTION_COLUMNS[:5])}, or a column of classes; {_columns(features)}; "
-            "name it with caption_column or class_column"
+            "name it with --caption-column or --class-column"
         )
     if classes not in features:
         raise InputError(f"{spec} has no column {classes!r}; {_columns(features)}")
@@ -325,7 +325,8 @@ def _check_names(spec: str, classes: Sequence[str], names: Mapping[str, tuple[st
     missing = [label for label in classes if names is not None and label not in names]
     if missing:
         raise InputError(
-            f"{spec}: {len(missing)} of {len(classes)} classes have no name in class_names, the first is {missing[0]!r}"
+            f"{spec}: {len(missing)} of {len(classes)} classes have no name in --class-names, "
+            f"the first is {missing[0]!r}"
         )
 
 

@@ -79,14 +79,14 @@ class StreamedBatches:
         check_dropout(caption_dropout)
         if not data_set.streamed:
             raise InputError(
-                f"{data_set.name} is not streamed; open it with streaming, or read its rows by their index"
+                f"{data_set.name} is not streamed; open it with --streaming, or read its rows by their index"
             )
         if policy.crop == "buckets":
             raise InputError(
-                f"{data_set.name} is streamed, which excludes buckets; cache its latents, or crop to a size"
+                f"{data_set.name} is streamed, which excludes --crop buckets; give --cache-latents, or another crop"
             )
         if shuffle_buffer < 1:
-            raise InputError(f"the shuffle buffer must hold at least 1 row, got {shuffle_buffer}")
+            raise InputError(f"--shuffle-buffer must be at least 1 row, got {shuffle_buffer}")
         self.data_set = data_set
         self.policy = policy
         self.seed = seed

@@ -69,6 +69,7 @@ class Emoji:
     """The world of scenes of one or two emoji, which are drawn as they are needed."""
 
     name = "emoji"
+    num_rows = None
     settings: ClassVar[Mapping[StageName, TrainSettings]] = {
         "autoencoder": TrainSettings(max_train_steps=12000, train_batch_size=32, learning_rate=1e-3, ema_decay=0.998),
         "vision": TrainSettings(max_train_steps=12000, train_batch_size=64, learning_rate=1e-3, ema_decay=0.998),
@@ -100,6 +101,9 @@ class Emoji:
     def images(self, model: LatteFlow) -> BusyScenes:
         return BusyScenes(self.catalogue, self.seed)
 
+    def captioned_images(self, model: LatteFlow) -> CaptionedScenes:
+        return CaptionedScenes(self.catalogue, self.seed)
+
     def labelled_images(self, model: LatteFlow) -> LabelledScenes:
         return LabelledScenes(self.catalogue, self.seed)
 
@@ -107,4 +111,4 @@ class Emoji:
         return EmojiConversations(self.catalogue, self.seed)
 
     def flow_stage(self, model: LatteFlow) -> FlowStage:
-        return FlowStage(model, CaptionedScenes(self.catalogue, self.seed))
+        return FlowStage(model, self.captioned_images(model))

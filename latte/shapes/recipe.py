@@ -11,7 +11,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from latte.checkpoint import assemble
 from latte.model import LatteFlow
 from latte.shapes.autoencoder import BusyScenes, small_autoencoder
-from latte.shapes.flow import ShapesFlowStage
+from latte.shapes.flow import ScenePairs, ShapesFlowStage
 from latte.shapes.vision import LabelledScenes
 from latte.shapes.vlm import ShapesConversations, small_image_processor, small_vlm, train_tokenizer
 from latte.training.settings import TrainSettings
@@ -43,6 +43,7 @@ class Shapes:
     """The world of scenes of one or two shapes, which are drawn as they are needed."""
 
     name = "shapes"
+    num_rows = None
     settings: ClassVar[Mapping[StageName, TrainSettings]] = {
         "autoencoder": TrainSettings(max_train_steps=6000, train_batch_size=32, learning_rate=2e-3, ema_decay=0.995),
         "vision": TrainSettings(max_train_steps=4800, train_batch_size=64, learning_rate=1.5e-3),
@@ -64,6 +65,9 @@ class Shapes:
 
     def images(self, model: LatteFlow) -> BusyScenes:
         return BusyScenes(self.seed)
+
+    def captioned_images(self, model: LatteFlow) -> ScenePairs:
+        return ScenePairs(self.seed)
 
     def labelled_images(self, model: LatteFlow) -> LabelledScenes:
         return LabelledScenes(self.seed)

@@ -9,8 +9,10 @@ from diffusers import AutoencoderDC
 from torch import Tensor, nn
 
 from latte.checkpoint import vae_scale_factor
+from latte.data.statistics import ChannelStatistics
 from latte.training.flow import Batches
 from latte.training.stage import Rows, row_noise
+from runtime.errors import TrainingError
 
 LATENT_NOISE = 0.1
 """Standard deviation of the noise on the latents. It makes the decoder robust to a sampler's small errors."""
@@ -73,14 +75,23 @@ class AutoencoderStage:
 @torch.no_grad()
 def latents_statistics(
     autoencoder: AutoencoderDC, batches: Batches, rows: int = 2048
-) -> tuple[list[float], list[float]]:
-    """Returns the mean and the standard deviation of each latent channel over some rows of batches."""
-    size = min(rows, 256)
-    device = next(autoencoder.parameters()).device
-    latents = []
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns the mean and the standard deviation of each latent channel over the first rows of batches.
+
+    Raises:
+        TrainingError: a channel has one value everywhere.
+    """
+    size = 32
+    statistics = ChannelStatistics.empty(autoencoder.config.latent_channels)
     for index in range(rows // size):
-        pixels = batches.batch(index, range(size), size).pixels
-        assert pixels is not None
-        latents.append(autoencoder.encode(pixels.to(device)).latent.float())
-    stacked = torch.cat(latents)
-    return stacked.mean(dim=(0, 2, 3)).tolist(), stacked.std(dim=(0, 2, 3)).tolist()
+        batch = batches.batch(index, range(size), size)
+        latents = batch.latents
+        if latents is None:
+            assert batch.pixels is not None
+            latents = autoencoder.encode(batch.pixels.to(autoencoder.device)).latent.float().cpu()
+        statistics = statistics.merged(ChannelStatistics.of(latents.numpy()))
+    if min(statistics.std) <= 0:
+        raise TrainingError(
+            "the autoencoder gives a latent channel the same value everywhere; train it, or train on other images"
+        )
+    return statistics.mean, statistics.std

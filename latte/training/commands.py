@@ -15,6 +15,7 @@ from latte.data.batches import CAPTION_DROPOUT
 from latte.data.captions import TEMPLATES
 from latte.data.images import CropName
 from latte.data.source import open_data_set
+from latte.data.streams import SHUFFLE_BUFFER
 from latte.emoji.package import is_package
 from latte.emoji.recipe import Emoji
 from latte.emoji.recipe import untrained as untrained_emoji
@@ -23,7 +24,7 @@ from latte.shapes.recipe import untrained as untrained_shapes
 from latte.training.data_set import DataOptions, DataSetWorld
 from latte.training.dry_run import PAPER_NAME, Sizes, needs_of, print_needs
 from latte.training.flow import TimestepSampling
-from latte.training.run import RunOptions, run_stage
+from latte.training.run import RunOptions, of_epochs, run_stage
 from latte.training.settings import TrainSettings
 from latte.training.states import states_of
 from latte.training.world import STAGES, World, settings_of
@@ -58,6 +59,10 @@ def train(
         ),
     ],
     split: Annotated[str, typer.Option(help="Split of the data.")] = "train",
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Read the data in order, without a copy on the disk.")
+    ] = False,
+    shuffle_buffer: Annotated[int, typer.Option(help="Rows among which a stream is shuffled.", min=1)] = SHUFFLE_BUFFER,
     image_column: Annotated[str | None, typer.Option(help="Column of images. Default: the only one.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="Column of captions, one or a list.")] = None,
     class_column: Annotated[str | None, typer.Option(help="Column of classes, for data without captions.")] = None,
@@ -77,9 +82,16 @@ def train(
     caption_dropout: Annotated[
         float, typer.Option(help="Share of rows with an empty prompt, for guidance.", min=0, max=1)
     ] = CAPTION_DROPOUT,
+    cache_latents: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the latents of the images, so that each is encoded once.", metavar="DIR"),
+    ] = None,
     stage: Annotated[Stages, typer.Option(help="Part to train: `flow`, or from nothing `all` in a row.")] = "flow",
     precision: Annotated[Precision, typer.Option(help="Precision of the trained weights on disk.")] = "fp16",
     max_train_steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
+    num_train_epochs: Annotated[
+        int | None, typer.Option(help="Instead of steps: how often each image is used.", min=1)
+    ] = None,
     train_batch_size: Annotated[int | None, typer.Option(help="Rows of a process in a forward pass.")] = None,
     gradient_accumulation_steps: Annotated[
         int | None, typer.Option(help="Forward passes whose gradients are averaged.")
@@ -163,15 +175,18 @@ def train(
         "checkpoints_total_limit": checkpoints_total_limit,
     }
     changes = {name: value for name, value in given.items() if value is not None}
+    if max_train_steps is not None and num_train_epochs is not None:
+        raise InputError("--max-train-steps and --num-train-epochs exclude each other; give one")
     world: World
-    if data == Shapes.name:
-        world = Shapes(seed)
-    elif is_package(Path(data)):
-        world = Emoji(Path(data), seed)
+    if data == Shapes.name or is_package(Path(data)):
+        if streaming or cache_latents is not None:
+            raise InputError(f"--streaming and --cache-latents are for data sets; {data} is drawn as it is needed")
+        world = Shapes(seed) if data == Shapes.name else Emoji(Path(data), seed)
     else:
         rows = open_data_set(
             data,
             split,
+            streaming=streaming,
             image_column=image_column,
             caption_column=caption_column,
             class_column=class_column,
@@ -179,10 +194,12 @@ def train(
             templates=template or TEMPLATES,
         )
         size = None if resolution is None else _size(resolution)
-        world = DataSetWorld(rows, DataOptions(size, crop, random_flip, caption_dropout), seed)
+        workers = dataloader_num_workers or 0
+        how = DataOptions(size, crop, random_flip, caption_dropout, shuffle_buffer, cache_latents, workers)
+        world = DataSetWorld(rows, how, seed)
     chosen = None if groups is None else _numbers(groups, "--groups")
     if dry_run:
-        _dry_run(checkpoint, _changed(settings_of(world, "flow"), changes), chosen)
+        _dry_run(checkpoint, world, _changed(settings_of(world, "flow"), changes), chosen, num_train_epochs)
         return
     stages = STAGES if stage == "all" else (stage,)
     settings = {name: _changed(settings_of(world, name), changes) for name in stages}
@@ -192,6 +209,7 @@ def train(
         report_to=_trackers(report_to or []),
         resume_from=_state(resume_from_checkpoint, out),
         precision=precision,
+        num_train_epochs=num_train_epochs,
     )
     source = _start(out, world, seed) if checkpoint == FRESH else resolve_checkpoint(checkpoint)
     for name in stages:
@@ -209,9 +227,14 @@ def _size(text: str) -> tuple[int, int]:
     return sides[0], sides[-1]
 
 
-def _dry_run(checkpoint: str, settings: TrainSettings, groups: list[int] | None) -> None:
+def _dry_run(
+    checkpoint: str, world: World, settings: TrainSettings, groups: list[int] | None, epochs: int | None
+) -> None:
     sizes = Sizes.of(checkpoint if checkpoint == PAPER_NAME else resolve_checkpoint(checkpoint))
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if epochs is not None:
+        steps_per_batch = sizes.flow.schedule.num_groups if groups is None else len(groups)
+        settings = of_epochs(settings, epochs, world, steps_per_batch, num_processes)
     if int(os.environ.get("RANK", "0")) == 0:
         print_needs(checkpoint, needs_of(sizes, settings, num_processes, groups), settings, num_processes)
 

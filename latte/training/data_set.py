@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
 from latte.data.batch import BadRows, ImageTextBatch
 from latte.data.batches import CAPTION_DROPOUT, ImageTextBatches
+from latte.data.cache import LatentCache
+from latte.data.cached_rows import CachedRows
 from latte.data.images import CropName, ImagePolicy
-from latte.data.pixel_rows import PixelRows
 from latte.data.source import ImageTextDataSet
+from latte.data.streams import SHUFFLE_BUFFER, StreamedBatches, batches_of
 from latte.model import LatteFlow
 from latte.training.conversations import Conversation
 from latte.training.flow import Batches, FlowBatch, FlowStage
@@ -48,6 +52,12 @@ class DataOptions:
     crop: CropName = "center"
     random_flip: bool = False
     caption_dropout: float = CAPTION_DROPOUT
+    shuffle_buffer: int = SHUFFLE_BUFFER
+    """Rows among which a stream is shuffled."""
+    cache_latents: Path | None = None
+    """Folder of a latent cache for the flow layers, which is filled first; None encodes images in each epoch."""
+    num_workers: int = 0
+    """Processes that read and decode images for the cache."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """Other fields of `ImagePolicy`."""
 
@@ -66,25 +76,57 @@ class DataSetWorld:
     def name(self) -> str:
         return self.data_set.name
 
+    @property
+    def num_rows(self) -> int | None:
+        return None if self.data_set.streamed else len(self.data_set)
+
     def images(self, model: LatteFlow) -> Batches:
-        return self._batches(model)
+        return self.captioned_images(model)
+
+    def captioned_images(self, model: LatteFlow) -> ImageTextBatches | StreamedBatches:
+        options = self.options
+        return batches_of(
+            self.data_set,
+            self._policy(model),
+            seed=self.seed,
+            caption_dropout=options.caption_dropout,
+            shuffle_buffer=options.shuffle_buffer,
+        )
 
     def labelled_images(self, model: LatteFlow) -> LabelledImages:
         raise InputError(f"{self.name} has no labels of tokens, so it cannot train a vision tower")
 
     def conversations(self, model: LatteFlow) -> DataSetConversations:
-        return DataSetConversations(self._batches(model), self.seed)
+        return DataSetConversations(self.captioned_images(model), self.seed)
 
     def flow_stage(self, model: LatteFlow) -> DataSetFlowStage:
-        return DataSetFlowStage(model, self._batches(model), self.name)
+        folder = self.options.cache_latents
+        if folder is None:
+            return DataSetFlowStage(model, self.captioned_images(model), self.name)
+        rows = self._cached_rows(model, folder)
+        batches = ImageTextBatches(rows, seed=self.seed, caption_dropout=self.options.caption_dropout)
+        return DataSetFlowStage(model, batches, self.name)
 
-    def _batches(self, model: LatteFlow) -> ImageTextBatches:
+    def _cached_rows(self, model: LatteFlow, folder: Path) -> CachedRows:
+        """Fills the cache, all processes together, and returns its rows."""
+        processes, policy = PartialState(), self._policy(model)
+        model.vae.to(processes.device)
+        cache = LatentCache(folder, model)
+        cache.fill(
+            self.data_set,
+            policy,
+            rank=processes.process_index,
+            world=processes.num_processes,
+            num_workers=self.options.num_workers,
+        )
+        processes.wait_for_everyone()
+        return cache.rows(self.data_set, policy)
+
+    def _policy(self, model: LatteFlow) -> ImagePolicy:
         config, options = model.config, self.options
         factor = config.vae_scale_factor
         height, width = options.resolution or tuple(factor * side for side in config.latent_size)
-        policy = ImagePolicy(height, width, factor, options.crop, options.random_flip, **options.more)
-        rows = PixelRows(self.data_set, policy)
-        return ImageTextBatches(rows, seed=self.seed, caption_dropout=options.caption_dropout)
+        return ImagePolicy(height, width, factor, options.crop, options.random_flip, **options.more)
 
 
 class DataSetFlowStage(FlowStage):
@@ -102,7 +144,7 @@ class DataSetFlowStage(FlowStage):
 class DataSetConversations:
     """Conversations about the images of a data set."""
 
-    def __init__(self, batches: ImageTextBatches, seed: int) -> None:
+    def __init__(self, batches: ImageTextBatches | StreamedBatches, seed: int) -> None:
         self.batches, self.seed = batches, seed
 
     def batch(self, index: int, rows: range, total: int) -> list[Conversation]:

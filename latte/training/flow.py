@@ -85,7 +85,7 @@ class FlowStage:
         """
         known = range(self.model.config.schedule.num_groups)
         if not groups or not set(groups) <= set(known):
-            raise InputError(f"groups to train must be from 0 to {known[-1]}, got {list(groups)}")
+            raise InputError(f"--groups must be from 0 to {known[-1]}, got {', '.join(map(str, groups)) or 'none'}")
         self.groups = tuple(sorted(set(groups)))
         for group in set(known) - set(self.groups):
             self.model.flow.heads[group].requires_grad_(False)

@@ -103,7 +103,9 @@ def make_accelerator(
     except (ImportError, ValueError) as error:
         raise InputError(f"training cannot be set up: {error}") from error
     if plugin is not None and accelerator.num_processes == 1:
-        raise InputError("fsdp2 splits the weights over processes, and there is one; start several with torchrun")
+        raise InputError(
+            "--sharding fsdp2 splits the weights over processes, and there is one; start several with torchrun"
+        )
     return accelerator
 
 

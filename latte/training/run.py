@@ -7,17 +7,20 @@ started from.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from latte.checkpoint import (
     TORCH_DTYPES,
     cast_parameters,
     copy_from_vlm,
+    has_latents_statistics,
     is_untrained,
     load_checkpoint,
     load_image_processor,
@@ -28,20 +31,21 @@ from latte.config import LatteFlowConfig
 from latte.model import LatteFlow
 from latte.training.autoencoder import AutoencoderStage, latents_statistics
 from latte.training.conversations import ConversationEncoder
-from latte.training.flow import TimestepSampling
+from latte.training.flow import Batches, TimestepSampling
 from latte.training.log import LOG, plot_losses
 from latte.training.loop import Validation, make_accelerator, train
 from latte.training.settings import TrainSettings
 from latte.training.stage import Stage
-from latte.training.states import whole
+from latte.training.states import rows_of_a_step, states_of, whole
 from latte.training.vision import VisionStage
 from latte.training.vlm import VlmStage
 from latte.training.world import StageName, World
 from runtime.errors import InputError
-from runtime.files import make_writable_folder
+from runtime.files import make_writable_folder, write_text
 
 RESULT = "checkpoint"
 PLOT = "loss.png"
+STATISTICS = "latents.json"
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class RunOptions:
     """The expert groups to train; all by default."""
     timestep_sampling: TimestepSampling = "uniform"
     """The distribution of flow times."""
+    num_train_epochs: int | None = None
+    """So many epochs replace the number of steps of the settings."""
 
 
 def run_stage(
@@ -80,7 +86,7 @@ def run_stage(
     options = options or RunOptions()
     make_writable_folder(run_dir)
     if settings.sharding == "fsdp2" and name != "flow":
-        raise InputError(f"fsdp2 is for the flow layers; train the stage {name} without it")
+        raise InputError(f"--sharding fsdp2 is for the flow layers; train the stage {name} without it")
     accelerator = make_accelerator(settings, run_dir, options.report_to)
     accelerator.init_trackers("latte-flow", config=settings.model_dump(mode="json"))
     torch.manual_seed(settings.seed)
@@ -90,6 +96,12 @@ def run_stage(
     if name == "flow":
         cast_parameters(model.vlm, frozen_dtype(model.config, settings))
     stage = _make_stage(name, model, checkpoint, world, options)
+    if options.num_train_epochs is not None:
+        settings = of_epochs(
+            settings, options.num_train_epochs, world, stage.steps_per_batch, accelerator.num_processes
+        )
+    if name == "flow" and is_untrained(model.flow) and not has_latents_statistics(model.config):
+        _measure_latents(model, world.captioned_images(model), run_dir, accelerator)
     if settings.gradient_checkpointing:
         _checkpoint_gradients(name, model)
     if settings.compile:
@@ -122,6 +134,34 @@ def _make_stage(name: StageName, model: LatteFlow, checkpoint: Path, world: Worl
     return VlmStage(model.vlm, encoder, world.conversations(model))
 
 
+def of_epochs(
+    settings: TrainSettings, epochs: int, world: World, steps_per_batch: int, num_processes: int
+) -> TrainSettings:
+    """Returns settings with the number of steps in which every image is used `epochs` times, by each expert group.
+
+    Raises:
+        InputError: the number of images is not known.
+    """
+    if world.num_rows is None:
+        raise InputError(f"{world.name} has no known number of images for --num-train-epochs; give --max-train-steps")
+    batches = -(-epochs * world.num_rows // rows_of_a_step(settings, num_processes))
+    return settings.model_copy(update={"max_train_steps": batches * steps_per_batch})
+
+
+def _measure_latents(model: LatteFlow, batches: Batches, run_dir: Path, accelerator: Accelerator) -> None:
+    """Gives a model the statistics of the latents of its data.
+
+    One process measures them, and a resumed run reads what it began with: rounding may differ between devices.
+    """
+    path = run_dir / STATISTICS
+    if accelerator.is_main_process and not (path.is_file() and states_of(run_dir)):
+        mean, std = latents_statistics(model.vae.to(accelerator.device), batches)
+        write_text(path, json.dumps({"mean": mean, "std": std}) + "\n")
+    accelerator.wait_for_everyone()
+    statistics = json.loads(path.read_text(encoding="utf-8"))
+    model.set_latents_statistics(statistics["mean"], statistics["std"])
+
+
 def frozen_dtype(config: LatteFlowConfig, settings: TrainSettings) -> torch.dtype:
     """Returns the dtype of the VLM in memory while the flow layers are trained.
 
@@ -138,7 +178,7 @@ def _checkpoint_gradients(name: StageName, model: LatteFlow) -> None:
     elif name == "vlm":
         model.vlm.gradient_checkpointing_enable({"use_reentrant": False})
     else:
-        raise InputError(f"gradient checkpointing is for the stages flow and vlm; train the stage {name} without it")
+        raise InputError(f"--gradient-checkpointing is for the stages flow and vlm; train the stage {name} without it")
 
 
 def _compile_layers(name: StageName, model: LatteFlow) -> None:
@@ -164,12 +204,11 @@ def _save(
     dtype: torch.dtype,
 ) -> None:
     if name == "flow":
-        save_changed(source, target, dtype, flow=flow)
+        save_changed(source, target, dtype, flow=flow, config=model.config)
         return
     model.cpu().eval()
     if name == "autoencoder":
-        mean, std = latents_statistics(model.vae, world.flow_stage(model).batches)
-        changes = {"latents_mean": tuple(mean), "latents_std": tuple(std)}
-        save_changed(source, target, dtype, vae=model.vae, config=model.config.model_copy(update=changes))
+        model.set_latents_statistics(*latents_statistics(model.vae, world.captioned_images(model)))
+        save_changed(source, target, dtype, vae=model.vae, config=model.config)
     else:
         save_changed(source, target, dtype, vlm=model.vlm)

@@ -28,8 +28,15 @@ class World(Protocol):
     def settings(self) -> Mapping[StageName, TrainSettings]:
         """The settings of each stage that it supports, for who says nothing else."""
 
+    @property
+    def num_rows(self) -> int | None:
+        """Number of images of an epoch; None for a stream, and for scenes that are drawn without end."""
+
     def images(self, model: LatteFlow) -> Batches:
         """Returns images for the autoencoder."""
+
+    def captioned_images(self, model: LatteFlow) -> Batches:
+        """Returns images with prompts, as pixels: what the flow layers are trained on."""
 
     def labelled_images(self, model: LatteFlow) -> LabelledImages:
         """Returns images with labels for the vision tower."""

@@ -232,7 +232,7 @@ def test_random_crops_and_a_full_disk_are_refused_before_anything_is_encoded(
     images: Path, model: LatteFlow, tmp_path: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = LatentCache(tmp_path / "cache", model)
-    with pytest.raises(InputError, match="random crops cannot be cached"):
+    with pytest.raises(InputError, match="--crop random cannot be cached"):
         fill(cache, images, ImagePolicy(8, 16, 4, crop="random"))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))

@@ -163,7 +163,7 @@ def test_an_empty_split_is_refused(tmp_path: Path) -> None:
 def test_a_class_without_a_name_is_found_at_once(tmp_path: Path) -> None:
     root = folder_of_classes(tmp_path / "images", ["a", "b"], 1)
     (tmp_path / "names.json").write_text('{"a": "apple"}')
-    with pytest.raises(InputError, match="1 of 2 classes have no name in class_names, the first is 'b'"):
+    with pytest.raises(InputError, match="1 of 2 classes have no name in --class-names, the first is 'b'"):
         open_data_set(root, class_names=tmp_path / "names.json")
     (tmp_path / "names.json").write_text('{"a": 3}')
     with pytest.raises(InputError, match="the class 'a' must have a name or a list of names, got 3"):

@@ -105,9 +105,9 @@ def test_a_stream_of_bad_rows_ends_with_one_line(tmp_path: Path) -> None:
 
 
 def test_what_a_stream_cannot_do_is_refused(tars: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is streamed, which excludes buckets; cache its latents"):
+    with pytest.raises(InputError, match="is streamed, which excludes --crop buckets; give --cache-latents"):
         streamed(tars, ImagePolicy(8, 8, 4, crop="buckets"))
-    with pytest.raises(InputError, match="must hold at least 1 row, got 0"):
+    with pytest.raises(InputError, match="--shuffle-buffer must be at least 1 row, got 0"):
         streamed(tars, shuffle_buffer=0)
     parquet_file(tmp_path / "a.parquet", range(4), [image_bytes(i) for i in range(4)])
     indexed = open_data_set(tmp_path)

@@ -9,14 +9,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from latte.checkpoint import load_checkpoint
+from latte.data.batches import ImageTextBatches
+from latte.data.images import ImagePolicy
+from latte.data.pixel_rows import PixelRows
+from latte.data.source import open_data_set
 from latte.training.dry_run import Sizes, needs_of
 from latte.training.log import LOG
 from latte.training.settings import TrainSettings
 from runtime.cli import load_command
 from runtime.errors import InputError
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, save_untrained
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +46,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(*arguments: object) -> None:
-    options = ("--train-batch-size", 4, "--max-train-steps", 4, "--lr-warmup-steps", 0, "--cpu")
+def run(*arguments: object, steps: int | None = 4) -> None:
+    options = ["--train-batch-size", 4, "--lr-warmup-steps", 0, "--cpu"]
+    options += [] if steps is None else ["--max-train-steps", steps]
     load_command("train").main([str(a) for a in (*arguments, *options)], standalone_mode=False)
+
+
+def weights_of(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "checkpoint" / "model.safetensors")
 
 
 def test_a_folder_of_images_trains_the_flow_layers(
@@ -65,6 +75,54 @@ def test_questions_of_a_data_set_train_the_vlm(checkpoint: Path, images: Path, t
         assert torch.allclose(weight, after.model.visual.get_parameter(name), atol=2e-3), name  # fp16 on disk
 
 
+def test_cached_latents_train_as_encoded_ones_do(
+    checkpoint: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, options in (("plain", ()), ("filled", ("--cache-latents", tmp_path / "cache"))):
+        run(checkpoint, "--data", images, "--out", tmp_path / name, "--precision", "fp32", *options)
+    monkeypatch.setattr("diffusers.AutoencoderDC.encode", None)  # nothing is left to encode
+    again = ("--out", tmp_path / "again", "--cache-latents", tmp_path / "cache", "--precision", "fp32")
+    run(checkpoint, "--data", images, *again)
+    plain, filled, again = (weights_of(tmp_path / name) for name in ("plain", "filled", "again"))
+    for name, weight in plain.items():
+        assert torch.equal(filled[name], again[name]), name
+        # The cache encodes in other batches; AdamW makes steps of 1e-4 of gradients that differ by rounding.
+        assert torch.allclose(weight, filled[name], atol=1e-4), name
+
+
+def test_a_stream_trains_the_flow_layers(checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    run(checkpoint, "--data", images, "--out", tmp_path, "--streaming", "--shuffle-buffer", 5)
+    assert load_checkpoint(tmp_path / "checkpoint").generate("a wall", num_inference_steps=2).shape == (1, 24, 32, 3)
+
+
+def test_epochs_are_counted_for_each_group(checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    for groups, steps in (((), 12), (("--groups", 1), 6)):  # 2 epochs of 12 images in batches of 4
+        out = tmp_path / str(steps)
+        run(checkpoint, "--data", images, "--out", out, "--num-train-epochs", 2, *groups, steps=None)
+        assert json.loads((out / LOG).read_text(encoding="utf-8").splitlines()[-1])["step"] == steps
+    with pytest.raises(InputError, match="has no known number of images for --num-train-epochs; give --max-train"):
+        run(checkpoint, "--data", images, "--out", out, "--streaming", "--num-train-epochs", 2, steps=None)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_untrained_model_gets_the_statistics_of_its_data(cached: bool, images: Path, tmp_path: Path) -> None:
+    save_untrained(tmp_path / "untrained")
+    options = ("--cache-latents", tmp_path / "cache") if cached else ()
+    out = tmp_path / "run"
+    run(tmp_path / "untrained", "--data", images, "--out", out, "--precision", "fp32", *options)
+    trained = load_checkpoint(out / "checkpoint")
+    batches = ImageTextBatches(PixelRows(open_data_set(images), ImagePolicy(24, 32, 4)))
+    pixels = batches.batch(0, range(110), 110).pixels  # ten epochs of the images that can be read
+    assert pixels is not None
+    with torch.no_grad():
+        latents = trained.encode_images(pixels)
+    assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.1
+    assert (latents.std(dim=(0, 2, 3)) - 1).abs().max() < 0.1
+
+    run(tmp_path / "untrained", "--data", images, "--out", out, *options, steps=6)
+    assert load_checkpoint(out / "checkpoint").config == trained.config
+
+
 def test_groups_are_trained_apart(checkpoint: Path, images: Path, tmp_path: Path) -> None:
     run(checkpoint, "--data", images, "--out", tmp_path, "--groups", 1)
     line = json.loads((tmp_path / LOG).read_text(encoding="utf-8"))
@@ -76,19 +134,29 @@ def test_groups_are_trained_apart(checkpoint: Path, images: Path, tmp_path: Path
     ("options", "message"),
     [
         (("--groups", "x"), "--groups must be numbers with commas between them, got 'x'"),
-        (("--groups", 7), "groups to train must be from 0 to 1, got"),
+        (("--groups", "0,7"), "--groups must be from 0 to 1, got 0, 7"),
         (("--resolution", "5y"), "--resolution must be a number of pixels"),
         (("--resolution", 30), "multiples of 4"),
         (("--learning-rate", -1), "--learning-rate -1.0: input should be greater than 0"),
         (("--report-to", "paper"), "--report-to must be one of tensorboard, wandb, jsonl, got paper"),
         (("--stage", "vision"), "cannot train the stage vision; it supports: autoencoder, vlm, flow"),
         (("--stage", "autoencoder", "--gradient-checkpointing"), "is for the stages flow and vlm"),
+        (("--cache-latents", "cache", "--crop", "random"), "--crop random cannot be cached"),
+        (("--streaming", "--crop", "buckets"), "is streamed, which excludes --crop buckets; give --cache-latents"),
+        (("--num-train-epochs", 2), "--max-train-steps and --num-train-epochs exclude each"),
+        (("--data", "shapes", "--streaming"), "--streaming and --cache-latents are for data sets; shapes is drawn"),
         (("--resume-from-checkpoint", "checkpoint-9"), "no state at checkpoint-9; .* contains: none yet"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(
-    options: tuple[object, ...], message: str, checkpoint: Path, images: Path, tmp_path: Path
+    options: tuple[object, ...],
+    message: str,
+    checkpoint: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
         run(checkpoint, "--data", images, "--out", tmp_path, *options)
 

@@ -268,7 +268,7 @@ def test_one_group_can_be_trained_alone(tmp_path: Path) -> None:
     assert "heads.1.proj.weight" in changed
     assert not {name for name in changed if name.startswith(("layers.0.", "layers.1.", "heads.0."))}
     assert set(json.loads((tmp_path / LOG).read_text())) >= {"group_1"}
-    with pytest.raises(InputError, match="groups to train must be from 0 to 1, got"):
+    with pytest.raises(InputError, match="--groups must be from 0 to 1, got 2"):
         stage.train_groups([2])
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from latte.checkpoint import load_checkpoint
 from latte.shapes.recipe import Shapes
 from latte.training.log import LOG
 from latte.training.loop import make_accelerator
@@ -20,7 +21,8 @@ from latte.training.run import RunOptions, run_stage
 from latte.training.settings import TrainSettings
 from latte.training.states import STATE, states_of
 from runtime.errors import InputError
-from tests.tiny import save_tiny
+from tests.latte.data.worlds import folder_with_metadata
+from tests.tiny import save_tiny, save_untrained
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -40,18 +42,24 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def command(checkpoint: Path, out: Path, *options: object) -> list[str]:
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m")
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("processes") / "untrained"
+    save_untrained(path)
+    return path
+
+
+def command(checkpoint: Path, out: Path, *options: object, data: object = "shapes", processes: int = 2) -> list[str]:
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "-m")
     values = {name: value for name, value in SETTINGS.items() if name != "cpu"} | {"train_batch_size": 2}
     given = [item for name, value in values.items() for item in (f"--{name.replace('_', '-')}", value)]
-    arguments = ("train", checkpoint, "--data", "shapes", "--out", out, "--cpu", "--precision", "fp32", *given)
+    arguments = ("train", checkpoint, "--data", data, "--out", out, "--cpu", "--precision", "fp32", *given)
     return [str(part) for part in (*launcher, "runtime.cli", *arguments, *options)]
 
 
-def run(checkpoint: Path, out: Path, *options: object) -> None:
-    result = subprocess.run(
-        command(checkpoint, out, *options), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
+def run(checkpoint: Path, out: Path, *options: object, data: object = "shapes", processes: int = 2) -> None:
+    arguments = command(checkpoint, out, *options, data=data, processes=processes)
+    result = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
 
 
@@ -87,6 +95,19 @@ def test_sharded_weights_learn_the_same(checkpoint: Path, two_processes: Path) -
     out = checkpoint.parent / "sharded"
     run(checkpoint, out, "--sharding", "fsdp2")
     assert distance(out, two_processes) < 2e-5
+
+
+def test_two_processes_fill_a_cache_and_begin_with_the_same_statistics(untrained: Path, tmp_path: Path) -> None:
+    images = folder_with_metadata(tmp_path / "images", 9, (32, 24))
+    for processes, size in ((2, 2), (1, 4)):
+        cache, out = tmp_path / f"cache-{processes}", tmp_path / f"run-{processes}"
+        options = ("--cache-latents", cache, "--train-batch-size", size)
+        run(untrained, out, *options, data=images, processes=processes)
+    assert len(list((tmp_path / "cache-2").glob("*/listings/*/*-of-2"))) == 2
+    assert distance(tmp_path / "run-1", tmp_path / "run-2") < 2e-5
+    one, two = (load_checkpoint(tmp_path / name / "checkpoint").config for name in ("run-1", "run-2"))
+    assert one.latents_std == pytest.approx(two.latents_std, rel=1e-5)
+    assert any(one.latents_mean)
 
 
 def test_a_run_of_which_a_process_was_killed_goes_on_bit_for_bit(checkpoint: Path, two_processes: Path) -> None:
