@@ -31,7 +31,7 @@ from latte.config import LatteFlowConfig
 from latte.model import LatteFlow
 from latte.training.autoencoder import AutoencoderStage, latents_statistics
 from latte.training.conversations import ConversationEncoder
-from latte.training.flow import Batches, TimestepSampling
+from latte.training.flow import Batches, FlowStage, TimestepSampling
 from latte.training.log import LOG, plot_losses
 from latte.training.loop import Validation, make_accelerator, train
 from latte.training.settings import TrainSettings
@@ -100,8 +100,8 @@ def run_stage(
         settings = of_epochs(
             settings, options.num_train_epochs, world, stage.steps_per_batch, accelerator.num_processes
         )
-    if name == "flow" and is_untrained(model.flow) and not has_latents_statistics(model.config):
-        _measure_latents(model, world.captioned_images(model), run_dir, accelerator)
+    if isinstance(stage, FlowStage) and is_untrained(model.flow) and not has_latents_statistics(model.config):
+        _measure_latents(model, stage.batches, run_dir, accelerator)
     if settings.gradient_checkpointing:
         _checkpoint_gradients(name, model)
     if settings.compile:
