@@ -89,6 +89,8 @@ def test_what_is_deployed_is_what_the_service_is() -> None:
     assert access["spec"]["selector"] == labels
     assert {port["name"] for port in access["spec"]["ports"]} == {"http", "grpc"}
     assert scaler["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+    assert "replicas" not in deployment["spec"]  # each apply would undo what the scaler did
+    assert service["restart"] == "unless-stopped"
     (metric,) = scaler["spec"]["metrics"]
     assert metric["pods"]["metric"]["name"].removeprefix("latte_flow_") in GAUGES
     kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text(encoding="utf-8"))
