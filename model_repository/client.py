@@ -1,7 +1,8 @@
 """A client of the model `latte_flow` over Triton's gRPC: images, answers, progress, cancellation, retries.
 
-A request that was not accepted is sent again after a pause: the queue was full, or the model is being replaced. A
-request that was cut off is not: the caller can send it again, and the same seed gives the same image.
+A request that was not accepted is sent again after a pause: the queue was full, and the service said when to try again,
+or the model is being replaced. A request that was cut off is not: the caller can send it again, and the same seed gives
+the same image.
 
 Every wait ends: a request has a timeout, and while nothing comes the client asks whether the model still answers.
 """
@@ -179,6 +180,8 @@ class Client:
             except (QueueFullError, DrainingError, _NotServingError) as error:
                 # At random, so that clients that were refused together do not come back together.
                 pause = FIRST_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1.5)
+                if isinstance(error, QueueFullError):
+                    pause += error.retry_after
                 if attempt == self._retries or time.monotonic() + pause > give_up:
                     raise
                 time.sleep(pause)

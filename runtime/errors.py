@@ -20,9 +20,12 @@ it and exits with the class's `exit_code`.
 
 from __future__ import annotations
 
+import re
+
 DRAINING = "the service is shutting down"
-TRY_AGAIN = "try again in"
 """Begins the message of a `DrainingError`. A client knows the error by it, since Triton has no code for it."""
+TRY_AGAIN = "try again in"
+"""Begins the end of the message of a `QueueFullError`, "try again in N s"; a client knows the error by it."""
 
 
 class LatteFlowError(Exception):
@@ -73,6 +76,12 @@ class ServiceError(LatteFlowError):
 
 class QueueFullError(ServiceError):
     """There is no room for the request now; the same request may be sent again later."""
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds after which to send it again, which the message names; 0 if it names none."""
+        found = re.search(rf"{TRY_AGAIN} (\d+) s$", str(self))
+        return float(found[1]) if found else 0.0
 
 
 class DrainingError(ServiceError):

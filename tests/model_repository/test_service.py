@@ -30,18 +30,23 @@ from tritonclient.utils import InferenceServerException
 from model_repository.client import Client, Response, input_tensor
 from model_repository.layout import write_repository
 from model_repository.server import TritonServer
-from runtime.errors import DeadlineError, InputError, ServiceError
+from runtime.errors import DeadlineError, InputError, QueueFullError, ServiceError
 from runtime.pipeline import LatteFlowPipeline
 from tests.model_repository.conftest import LIMITS
 
 RunCommand = Callable[..., tuple[int, str, str]]
 
 
-def post(server: TritonServer, body: dict[str, Any] | bytes, endpoint: str = "generate") -> tuple[int, str]:
+def post(
+    server: TritonServer,
+    body: dict[str, Any] | bytes,
+    endpoint: str = "generate",
+    headers: dict[str, str] | None = None,
+) -> tuple[int, str]:
     """Status and body of a POST to one of the model's HTTP endpoints."""
     connection = HTTPConnection(server.http_url, timeout=60)
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    connection.request("POST", f"/v2/models/latte_flow/{endpoint}", content)
+    connection.request("POST", f"/v2/models/latte_flow/{endpoint}", content, headers or {})
     response: HTTPResponse = connection.getresponse()
     text = response.read().decode()
     connection.close()
@@ -327,8 +332,9 @@ def test_a_full_queue_is_said_and_tried_again_and_the_heart_beats_on(server: Tri
         thread.start()
     wait_for(lambda: metrics(server)["latte_flow_pending_images"] == LIMITS.max_queued_images)
     refusal = rf"of {LIMITS.max_queued_images} images and no room for 1 more; try again in \d+ s"
-    with pytest.raises(ServiceError, match=refusal):
+    with pytest.raises(QueueFullError, match=refusal) as refused:
         Client(server.grpc_url, retries=0).generate("a")
+    assert refused.value.retry_after >= 1
     (response,) = Client(server.grpc_url, retries=0).stream(heartbeat=True)
     assert json.loads(response.text or "")["pending_images"] > 0
     status, text = post(server, {"heartbeat": True})
@@ -336,6 +342,10 @@ def test_a_full_queue_is_said_and_tried_again_and_the_heart_beats_on(server: Tri
     status, text = post(server, {"prompt": "a"})
     assert (status, "UNAVAILABLE: the queue has" in text) == (400, True)  # Triton's status for every error of a model
     assert metrics(server)["latte_flow_heartbeat_timestamp_seconds"] == pytest.approx(time.time(), abs=10)
+    began = time.monotonic()
+    with contextlib.suppress(QueueFullError):  # the place that it waited for may be taken
+        Client(server.grpc_url, retries=1).generate("a", num_inference_steps=2)
+    assert time.monotonic() - began >= 1  # as it was told to, not a fraction of a second
     assert len(Client(server.grpc_url, retries=8).generate("a", num_inference_steps=2)) == 1
     for thread in threads:
         thread.join()
@@ -443,15 +453,35 @@ def mixed_requests(server: TritonServer, workers: int, each: int) -> list[str]:
     return outcomes
 
 
-def test_a_header_names_the_client_before_its_own_word(server: TritonServer) -> None:
+def test_a_client_is_named_by_header_parameter_or_input_over_grpc_and_http(server: TritonServer) -> None:
+    """The header and the parameter go before the input. Server 2.51 drops the header at its HTTP endpoint."""
+    body = {"prompt": "a", "num_inference_steps": 1}
     with Client(server.grpc_url, headers={"X-Client-Id": "header-of-grpc"}) as client:
-        client.generate("a", num_inference_steps=1, client_id="own-word-of-grpc")
+        client.generate("a", num_inference_steps=1, client_id="input-beside-a-header")
+    with Client(server.grpc_url) as client:
+        client.generate("a", num_inference_steps=1, client_id="input-of-grpc")
+        client.ask(None, "what?", max_new_tokens=2, client_id="input-of-a-question")
+    tensors = [input_tensor(name, value) for name, value in (body | {"client_id": "input-beside-a-parameter"}).items()]
+    ended = threading.Event()
+    with grpc.InferenceServerClient(server.grpc_url) as raw:
+        raw.start_stream(lambda result, error: ended.set())
+        raw.async_stream_infer("latte_flow", tensors, parameters={"x-client-id": "parameter-of-grpc"})
+        assert ended.wait(20)
+        raw.stop_stream()
+    assert post(server, body | {"client_id": "input-of-http"})[0] == 200
+    assert post(server, body | {"client_id": "input-of-a-stream"}, "generate_stream")[0] == 200
+    named_twice = {"client_id": "input-beside-a-json-key", "x-client-id": "json-key-of-http"}
+    assert post(server, body | named_twice)[0] == 200
+    assert post(server, body, headers={"X-Client-Id": "header-of-http"})[0] == 200
 
-    def log() -> str:
-        return server.log_file.read_text(encoding="utf-8", errors="replace")
+    def named() -> list[str]:
+        log = server.log_file.read_text(encoding="utf-8", errors="replace")
+        return re.findall(r"client_id=((?:header|parameter|input|json)-\S+)", log)
 
-    wait_for(lambda: "client_id=header-of-grpc" in log())
-    assert "own-word-of-grpc" not in log()
+    expected = ["header-of-grpc", "input-of-grpc", "input-of-a-question", "parameter-of-grpc"]
+    expected += ["input-of-http", "input-of-a-stream", "json-key-of-http"]
+    wait_for(lambda: len(named()) >= len(expected))
+    assert named() == expected
 
 
 def usage_of(process: int) -> tuple[int, float]:
