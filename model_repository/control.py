@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from model_repository.schema import CLIENT_HEADER, DRAIN_SECONDS, MODEL
+from model_repository.schema import CLIENT_HEADER, DRAIN_SECONDS, MODEL, engine_model
 from model_repository.transport import is_loopback, tls_context
 from runtime.errors import InputError, ServiceError, one_line
 
@@ -112,8 +112,35 @@ class Control:
                 f"the control key is sent to {self._host} over TLS only; use https://, --tls, or --ca FILE"
             )
 
+    def reload(self, seconds: float = LOAD_SECONDS) -> None:
+        """Loads what the repository contains now: the service, and its engines where they are models of their own.
+
+        Such engines are replaced while no request needs them, since an image that is half drawn would go on with other
+        weights: the service first finishes its requests, and takes no new ones until it is loaded again.
+
+        Args:
+            seconds: how long the requests, and then each model, may take.
+
+        Raises:
+            ServiceError: a model cannot be loaded, or requests were not finished in time. A service without such
+                engines goes on with the old model; one with them stays unloaded.
+        """
+        engines = {
+            entry["name"]: entry.get("state") == "READY"
+            for entry in self._index(ANSWER_SECONDS)
+            if entry["name"].startswith(engine_model(""))
+        }
+        if any(engines.values()) and not self.drain(seconds):
+            raise ServiceError(
+                f"{self.http_url} still has requests in flight, or clients keep streams open, after {seconds:g} s, and "
+                "takes no new requests; reload again"
+            )
+        for engine in engines:
+            self.load(engine, seconds)
+        self.load(seconds=seconds)
+
     def load(self, model: str = MODEL, seconds: float = LOAD_SECONDS) -> None:
-        """Loads what the repository contains now; the old model serves until the new one is warm.
+        """Loads what the repository contains of one model now; the old one serves until the new one is warm.
 
         Raises:
             ServiceError: the model cannot be loaded, and the old one stays; or the server did not do it in time.
@@ -127,15 +154,14 @@ class Control:
     def is_ready(self, model: str = MODEL, seconds: float = ANSWER_SECONDS) -> bool:
         """Returns whether the server calls a model ready; a server that does not answer calls none so."""
         try:
-            index: list[dict[str, str]] = self._post("/v2/repository/index", seconds)
+            index = self._index(seconds)
         except ServiceError:
             return False
         return any(entry["name"] == model and entry.get("state") == "READY" for entry in index)
 
     def is_unloaded(self, model: str = MODEL, seconds: float = DRAIN_SECONDS) -> bool:
         """Returns whether the model has finished all its requests and is gone."""
-        index: list[dict[str, str]] = self._post("/v2/repository/index", seconds)
-        entries = [entry for entry in index if entry["name"] == model and "state" in entry]
+        entries = [entry for entry in self._index(seconds) if entry["name"] == model and "state" in entry]
         return all(entry.get("reason") == "unloaded" for entry in entries)
 
     def drain(self, seconds: float = DRAIN_SECONDS) -> bool:
@@ -151,6 +177,11 @@ class Control:
                 return False
             time.sleep(POLL_SECONDS)
         return True
+
+    def _index(self, seconds: float) -> list[dict[str, str]]:
+        """Returns the models in the repository, with name and, once they were loaded, state and reason."""
+        index: list[dict[str, str]] = self._post("/v2/repository/index", seconds)
+        return index
 
     def _post(self, path: str, seconds: float) -> Any:
         connection = (

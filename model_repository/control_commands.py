@@ -26,12 +26,14 @@ LOCAL = "127.0.0.1:8000"
 def reload(key: Key, url: Url = LOCAL, tls: Tls = False, ca: Ca = None) -> None:
     """Load what the repository contains now. The old model serves until the new one is warm, and stays if that fails.
 
+    In the layout per-engine the requests in flight finish first, and new ones wait until all engines are loaded.
+
     \b
     Examples:
       latte-flow repository new-bundle models --force && latte-flow control reload --key control.key
       latte-flow control reload --key control.key --url https://control.example.com
     """
-    Control(url, read_key(key), tls=tls, ca=ca).load()
+    Control(url, read_key(key), tls=tls, ca=ca).reload()
     typer.echo(f"{url} has loaded the model")
 
 
@@ -50,5 +52,5 @@ def drain(
       latte-flow control drain --key control.key
     """
     if not Control(url, read_key(key), tls=tls, ca=ca).drain(seconds):
-        raise ServiceError(f"{url} still has requests in flight after {seconds:g} s")
+        raise ServiceError(f"{url} still has requests in flight, or clients keep streams open, after {seconds:g} s")
     typer.echo(f"{url} has finished its requests")

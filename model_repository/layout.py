@@ -161,12 +161,6 @@ def service_config(
         config.output.append(model_config_pb2.ModelOutput(name=field.name, data_type=_type(field), dims=field.dims))
     parameters = {name: str(value) for name, value in asdict(limits).items()}
     _set_parameters(config, {"provider": provider, "layout": layout} | parameters | dict(further))
-    if layout == "per-engine":
-        # Other models cannot be called while this one is initialised, so Triton sends an empty prompt first.
-        warmup = config.model_warmup.add(name="an empty prompt")
-        prompt = warmup.inputs["prompt"]
-        prompt.data_type, prompt.zero_data = model_config_pb2.TYPE_STRING, True
-        prompt.dims.append(1)
     return config
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from model_repository.client import Client
@@ -20,8 +22,10 @@ from model_repository.layout import write_repository
 from model_repository.server import TritonServer
 from model_repository.supervisor import Supervisor
 from runtime.errors import InputError, ServiceError
+from runtime.pipeline import LatteFlowPipeline
 from runtime.serving.requests import Limits
-from tests.model_repository.test_service import interruptible, stubs_of, wait_for
+from tests.model_repository.test_service import difference, interruptible, metrics, stubs_of, wait_for
+from tests.tiny import scale_weight
 
 RunCommand = Callable[..., tuple[int, str, str]]
 LONG = {"prompt": "a", "num_inference_steps": 200, "num_images": 4, "progress": True}
@@ -210,6 +214,49 @@ def test_a_new_repository_reaches_a_server_that_has_the_folder_mounted(
     finally:
         os.close(mount)
     assert [path.name for path in models.iterdir()] == ["latte_flow"]
+
+
+def test_a_reload_replaces_the_engines_that_are_models_of_their_own(
+    bundle: Path, bundle_copy: Path, pipe: LatteFlowPipeline, tmp_path: Path, run_command: RunCommand
+) -> None:
+    """Only the service was loaded again, and went on with the old engines without a word."""
+    models = tmp_path / "models"
+    environment = Path(sys.prefix)
+    write_repository(bundle, models, layout="per-engine", execution_environment=environment)
+    scale_weight(bundle_copy, "expert_1", "heads", 2.0)
+    options = {"num_inference_steps": 200, "num_images": 4, "seed": 3}
+    call = {"num_inference_steps": 200, "num_images_per_prompt": 4, "seed": 3, "output_type": "np"}
+    before = pipe("a red star", **call).images
+    with LatteFlowPipeline.from_pretrained(bundle_copy) as changed:
+        after = changed("a red star", **call).images
+    assert np.abs(before.astype(int) - after).max() > 20
+    write_repository(bundle_copy, tmp_path / "new", layout="per-engine", execution_environment=environment)
+    with TritonServer(models) as server, ThreadPoolExecutor(2) as pool:
+        client = Client(server.grpc_url)
+        reload = ("control", "reload", "--key", server.control_key, "--url", server.http_url)
+        for model in (tmp_path / "new").iterdir():
+            shutil.rmtree(models / model.name)
+            model.rename(models / model.name)
+        in_flight = pool.submit(client.generate, "a red star", **options)
+        wait_for(lambda: metrics(server)["latte_flow_pending_images"] > 0)
+        reloaded = pool.submit(server.control.reload)
+        wait_for(lambda: not server.control.is_ready())
+        assert difference(client.generate("a red star", **options), after) <= 1  # waited for the new engines
+        assert difference(in_flight.result(60), before) <= 1  # finished with the old ones
+        reloaded.result(60)
+
+        # An engine that cannot be loaded is said; a second reload, of a whole repository, works.
+        broken = models / "latte_flow_expert_0" / "1" / "model.onnx"
+        whole = broken.read_bytes()
+        broken.unlink()
+        broken.write_bytes(whole[:100])
+        code, out, error = run_command(*reload)
+        assert (code, out) == (1, "")
+        (line,) = error.strip().splitlines()
+        assert "latte_flow_expert_0" in line
+        broken.write_bytes(whole)
+        assert run_command(*reload) == (0, f"{server.http_url} has loaded the model\n", "")
+        assert difference(client.generate("a red star", **options), after) <= 1
 
 
 def test_models_that_the_new_repository_lacks_are_gone(bundle: Path, tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ class TritonPythonModel:
             from model_repository.bls import BlsBackend
 
             self.pipeline = LatteFlowPipeline(bundle, load_manifest(bundle), BlsBackend())
+            list(self.pipeline.engines.values())  # opens all now: later a new bundle may be in their files' place
         else:
             self.pipeline = LatteFlowPipeline.from_pretrained(
                 bundle, parameters["provider"], json.loads(parameters.get("provider_options", "{}"))
