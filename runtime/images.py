@@ -29,6 +29,7 @@ MAX_ASPECT_RATIO = 200
 _MARGIN = 8
 _LINE = 14
 _TILE = 160
+"""Smallest side of an image on a sheet, in pixels."""
 
 
 def check_images(images: Sequence[ImageInput]) -> list[tuple[int, int]]:
@@ -142,23 +143,24 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 def contact_sheet(images: Sequence[Image.Image], labels: Sequence[str], columns: int | None = None) -> Image.Image:
-    """Returns one image that shows all images in a grid, enlarged without blur, each with its label below."""
+    """Returns one image that shows images in a grid, small ones enlarged without blur, each with its label below."""
     columns = columns or min(len(images), 4)
+    tile = max(_TILE, *(side for image in images for side in image.size))
     rows = -(-len(images) // columns)
     font = ImageFont.load_default(11)
-    wrapped = [_wrap(label, font, _TILE) for label in labels]
+    wrapped = [_wrap(label, font, tile) for label in labels]
     text_height = _LINE * max((len(lines) for lines in wrapped), default=0)
-    cell = (_TILE + _MARGIN, _TILE + text_height + _MARGIN)
+    cell = (tile + _MARGIN, tile + text_height + _MARGIN)
     sheet = Image.new("RGB", (columns * cell[0] + _MARGIN, rows * cell[1] + _MARGIN), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (image, lines) in enumerate(zip(images, wrapped, strict=True)):
         left, top = _MARGIN + i % columns * cell[0], _MARGIN + i // columns * cell[1]
-        scale = _TILE / max(image.size)
+        scale = tile / max(image.size)
         size = (round(image.width * scale), round(image.height * scale))
         sheet.paste(image.convert("RGB").resize(size, Image.Resampling.NEAREST), (left, top))
         pen.rectangle((left - 1, top - 1, left + size[0], top + size[1]), outline=(200, 200, 200))
         for line, text in enumerate(lines):
-            pen.text((left, top + _TILE + 2 + line * _LINE), text, fill="black", font=font)
+            pen.text((left, top + tile + 2 + line * _LINE), text, fill="black", font=font)
     return sheet
 
 

@@ -23,7 +23,7 @@ from latte.shapes.vlm import small_image_processor
 from latte.training.flow import FlowStage
 from latte.training.settings import TrainSettings
 from latte.training.stage import Rows
-from latte.training.world import StageName
+from latte.training.world import HELD_OUT_SEED, StageName
 
 NUM_GROUPS = 4
 """Number of expert groups, K."""
@@ -101,8 +101,8 @@ class Emoji:
     def images(self, model: LatteFlow) -> BusyScenes:
         return BusyScenes(self.catalogue, self.seed)
 
-    def captioned_images(self, model: LatteFlow) -> CaptionedScenes:
-        return CaptionedScenes(self.catalogue, self.seed)
+    def captioned_images(self, model: LatteFlow, *, held_out: bool = False) -> CaptionedScenes:
+        return CaptionedScenes(self.catalogue, self.seed + HELD_OUT_SEED * held_out)
 
     def labelled_images(self, model: LatteFlow) -> LabelledScenes:
         return LabelledScenes(self.catalogue, self.seed)

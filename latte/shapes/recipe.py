@@ -15,7 +15,7 @@ from latte.shapes.flow import ScenePairs, ShapesFlowStage
 from latte.shapes.vision import LabelledScenes
 from latte.shapes.vlm import ShapesConversations, small_image_processor, small_vlm, train_tokenizer
 from latte.training.settings import TrainSettings
-from latte.training.world import StageName
+from latte.training.world import HELD_OUT_SEED, StageName
 
 NUM_GROUPS = 4
 """Number of expert groups, K."""
@@ -66,8 +66,8 @@ class Shapes:
     def images(self, model: LatteFlow) -> BusyScenes:
         return BusyScenes(self.seed)
 
-    def captioned_images(self, model: LatteFlow) -> ScenePairs:
-        return ScenePairs(self.seed)
+    def captioned_images(self, model: LatteFlow, *, held_out: bool = False) -> ScenePairs:
+        return ScenePairs(self.seed + HELD_OUT_SEED * held_out)
 
     def labelled_images(self, model: LatteFlow) -> LabelledScenes:
         return LabelledScenes(self.seed)

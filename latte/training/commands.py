@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +28,7 @@ from latte.training.flow import TimestepSampling
 from latte.training.run import RunOptions, of_epochs, run_stage
 from latte.training.settings import TrainSettings
 from latte.training.states import states_of
+from latte.training.validation import ValidationOptions, read_prompts
 from latte.training.world import STAGES, World, settings_of
 from runtime.errors import InputError
 
@@ -129,6 +131,16 @@ def train(
         str | None, typer.Option(help="Expert groups to train, such as 2 or 0,1; all by default.")
     ] = None,
     timestep_sampling: Annotated[TimestepSampling, typer.Option(help="Distribution of flow times.")] = "uniform",
+    validation_prompts: Annotated[
+        list[str] | None,
+        typer.Option(help="What to draw on the way: a prompt, or a file with one on each line; may be repeated."),
+    ] = None,
+    validation_steps: Annotated[
+        int | None, typer.Option(help="Validate every so many steps; 500 where prompts or a split are given.", min=1)
+    ] = None,
+    validation_split: Annotated[
+        str | None, typer.Option(help="Split of the data with held-out rows for the validation.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print parameters, memory, FLOPs and time, and train nothing.")
     ] = False,
@@ -144,6 +156,7 @@ def train(
     \b
     Examples:
       latte-flow train my-checkpoint --data my-images --out run --mixed-precision bf16
+      latte-flow train my-checkpoint --data my-images --out run --validation-prompts "a red bus" --validation-steps 1000
       latte-flow train shapes --data shapes --out finer --max-train-steps 2000 --learning-rate 2e-4
       latte-flow train new --data data/emoji-package --stage all --out emoji --mixed-precision bf16
       latte-flow train new --data shapes --stage all --out run --mixed-precision bf16
@@ -179,13 +192,14 @@ def train(
         raise InputError("--max-train-steps and --num-train-epochs exclude each other; give one")
     world: World
     if data == Shapes.name or is_package(Path(data)):
-        if streaming or cache_latents is not None:
-            raise InputError(f"--streaming and --cache-latents are for data sets; {data} is drawn as it is needed")
+        if streaming or cache_latents is not None or validation_split is not None:
+            flags = "--streaming, --cache-latents and --validation-split"
+            raise InputError(f"{flags} are for data sets; {data} is drawn as it is needed")
         world = Shapes(seed) if data == Shapes.name else Emoji(Path(data), seed)
     else:
-        rows = open_data_set(
+        opened = partial(
+            open_data_set,
             data,
-            split,
             streaming=streaming,
             image_column=image_column,
             caption_column=caption_column,
@@ -193,10 +207,11 @@ def train(
             class_names=class_names,
             templates=template or TEMPLATES,
         )
+        held_out = None if validation_split is None else opened(validation_split)
         size = None if resolution is None else _size(resolution)
         workers = dataloader_num_workers or 0
         how = DataOptions(size, crop, random_flip, caption_dropout, shuffle_buffer, cache_latents, workers)
-        world = DataSetWorld(rows, how, seed)
+        world = DataSetWorld(opened(split), how, seed, held_out)
     chosen = None if groups is None else _numbers(groups, "--groups")
     if dry_run:
         _dry_run(checkpoint, world, _changed(settings_of(world, "flow"), changes), chosen, num_train_epochs)
@@ -210,11 +225,19 @@ def train(
         resume_from=_state(resume_from_checkpoint, out),
         precision=precision,
         num_train_epochs=num_train_epochs,
+        validation=_validation(validation_prompts, validation_steps, validation_split),
     )
     source = _start(out, world, seed) if checkpoint == FRESH else resolve_checkpoint(checkpoint)
     for name in stages:
         source = run_stage(name, source, world, out / name if stage == "all" else out, settings[name], options)
     typer.echo(str(source))
+
+
+def _validation(prompts: list[str] | None, steps: int | None, split: str | None) -> ValidationOptions | None:
+    if not prompts and steps is None and split is None:
+        return None
+    every = ValidationOptions.every if steps is None else steps
+    return ValidationOptions(every, read_prompts(prompts or []))
 
 
 def _size(text: str) -> tuple[int, int]:

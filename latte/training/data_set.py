@@ -24,7 +24,7 @@ from latte.training.flow import Batches, FlowBatch, FlowStage
 from latte.training.settings import TrainSettings
 from latte.training.stage import Rows
 from latte.training.vision import LabelledImages
-from latte.training.world import StageName
+from latte.training.world import HELD_OUT_SEED, StageName
 from runtime.errors import InputError
 
 TURNS = 5
@@ -63,10 +63,17 @@ class DataOptions:
 
 
 class DataSetWorld:
-    """Images with captions, and maybe with questions, of a data set."""
+    """Images with captions, and maybe with questions, of a data set.
 
-    def __init__(self, data_set: ImageTextDataSet, options: DataOptions, seed: int = 0) -> None:
+    Args:
+        held_out: rows to validate on; without them, rows of `data_set` are taken.
+    """
+
+    def __init__(
+        self, data_set: ImageTextDataSet, options: DataOptions, seed: int = 0, held_out: ImageTextDataSet | None = None
+    ) -> None:
         self.data_set = data_set
+        self.held_out = held_out
         self.options = options
         self.seed = seed
         asked = data_set.reader.has_questions
@@ -83,13 +90,13 @@ class DataSetWorld:
     def images(self, model: LatteFlow) -> Batches:
         return self.captioned_images(model)
 
-    def captioned_images(self, model: LatteFlow) -> ImageTextBatches | StreamedBatches:
+    def captioned_images(self, model: LatteFlow, *, held_out: bool = False) -> ImageTextBatches | StreamedBatches:
         options = self.options
         return batches_of(
-            self.data_set,
+            self.held_out if held_out and self.held_out is not None else self.data_set,
             self._policy(model),
-            seed=self.seed,
-            caption_dropout=options.caption_dropout,
+            seed=self.seed + HELD_OUT_SEED * held_out,
+            caption_dropout=0 if held_out else options.caption_dropout,
             shuffle_buffer=options.shuffle_buffer,
         )
 

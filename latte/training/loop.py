@@ -53,7 +53,7 @@ SHARDED_LAYER = "FlowLayer"
 
 @dataclass(frozen=True)
 class Validation:
-    """What to do every so many steps, with the averaged weights in place."""
+    """What to do every so many steps, and at the last, with the averaged weights in place."""
 
     every: int
     run: Callable[[int], dict[str, float]]
@@ -188,12 +188,12 @@ class _Run:
                     self.step += 1
                     if log is not None:
                         log.add(values)
-                    if self.step % settings.logging_steps == 0 or self.step == settings.max_train_steps:
+                    if self._is_due(settings.logging_steps):
                         self._report(log, norm, progress)
                     if save or stop or self.step % settings.checkpointing_steps == 0:
                         self._save()
                         last_save = time.monotonic()
-                    if self.validation is not None and self.step % self.validation.every == 0:
+                    if self.validation is not None and self._is_due(self.validation.every):
                         self._validate()
                     if stop:
                         raise KeyboardInterrupt
@@ -218,6 +218,10 @@ class _Run:
         batches = iter(loader)
         for _ in indices:
             yield [next(batches) for _ in self.rows]
+
+    def _is_due(self, every: int) -> bool:
+        """Returns whether the step is one of every so many, or the last."""
+        return self.step % every == 0 or self.step == self.settings.max_train_steps
 
     def _prepare(self, batch: Any) -> Any:
         with torch.no_grad(), self.accelerator.autocast():
@@ -289,7 +293,7 @@ class _Run:
 
     def _validate(self) -> None:
         assert self.validation is not None
-        with torch.no_grad(), averaged(self.parameters, self.trained.average):
+        with torch.no_grad(), self.accelerator.autocast(), averaged(self.parameters, self.trained.average):
             figures = self.validation.run(self.step)
         self.accelerator.log(figures, step=self.step)
 

@@ -8,7 +8,7 @@ started from.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from latte.training.loop import Validation, make_accelerator, train
 from latte.training.settings import TrainSettings
 from latte.training.stage import Stage
 from latte.training.states import rows_of_a_step, states_of, whole
+from latte.training.validation import FlowValidation, ValidationOptions
 from latte.training.vision import VisionStage
 from latte.training.vlm import VlmStage
 from latte.training.world import StageName, World
@@ -58,8 +59,8 @@ class RunOptions:
     """A state to resume from; the newest by default."""
     precision: str = "fp16"
     """Precision of the trained weights on disk."""
-    make_validation: Callable[[LatteFlow, Path], Validation] | None = None
-    """Takes the model and the run's folder; returns what to do every so many steps of the flow stage."""
+    validation: ValidationOptions | None = None
+    """How to validate the flow layers; None: not at all."""
     groups: tuple[int, ...] | None = None
     """The expert groups to train; all by default."""
     timestep_sampling: TimestepSampling = "uniform"
@@ -106,7 +107,11 @@ def run_stage(
         _checkpoint_gradients(name, model)
     if settings.compile:
         _compile_layers(name, model)
-    validation = options.make_validation(model, run_dir) if options.make_validation and name == "flow" else None
+    validation = None
+    if isinstance(stage, FlowStage) and options.validation is not None:
+        held_out = world.captioned_images(model, held_out=True)
+        what = FlowValidation(stage, held_out, run_dir, options.validation, accelerator)
+        validation = Validation(options.validation.every, what.run)
     trained = train(stage, settings, run_dir, accelerator, validation, options.resume_from)
     flow = {key: whole(value) for key, value in own_state(model.flow).items()} if name == "flow" else None
     if accelerator.is_main_process:

@@ -13,6 +13,8 @@ from latte.training.vlm import Conversations
 from runtime.errors import InputError
 
 StageName = Literal["autoencoder", "vision", "vlm", "flow"]
+HELD_OUT_SEED = 1_000_003
+"""Added to the seed of training for scenes that validate it."""
 STAGES: tuple[StageName, ...] = ("autoencoder", "vision", "vlm", "flow")
 """The stages in the order in which a model is trained from nothing. A pretrained VLM and autoencoder need the last."""
 
@@ -35,8 +37,8 @@ class World(Protocol):
     def images(self, model: LatteFlow) -> Batches:
         """Returns images for the autoencoder."""
 
-    def captioned_images(self, model: LatteFlow) -> Batches:
-        """Returns images with prompts, as pixels: what the flow layers are trained on."""
+    def captioned_images(self, model: LatteFlow, *, held_out: bool = False) -> Batches:
+        """Returns images with prompts, as pixels: what the flow layers are trained on, or what validates them."""
 
     def labelled_images(self, model: LatteFlow) -> LabelledImages:
         """Returns images with labels for the vision tower."""

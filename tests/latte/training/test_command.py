@@ -16,9 +16,13 @@ from latte.data.batches import ImageTextBatches
 from latte.data.images import ImagePolicy
 from latte.data.pixel_rows import PixelRows
 from latte.data.source import open_data_set
+from latte.training.data_set import DataOptions, DataSetWorld
 from latte.training.dry_run import Sizes, needs_of
+from latte.training.flow import FlowStage
 from latte.training.log import LOG
+from latte.training.loop import make_accelerator
 from latte.training.settings import TrainSettings
+from latte.training.validation import VALIDATION_LOG, FlowValidation, ValidationOptions
 from runtime.cli import load_command
 from runtime.errors import InputError
 from tests.tiny import save_tiny, save_untrained
@@ -123,6 +127,37 @@ def test_an_untrained_model_gets_the_statistics_of_its_data(cached: bool, images
     assert load_checkpoint(out / "checkpoint").config == trained.config
 
 
+def test_a_run_is_validated_with_its_averaged_weights_and_does_not_notice(
+    checkpoint: Path, images: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a wall\n\na green wall\n", encoding="utf-8")
+    prompts = ("--validation-prompts", "a red wall", "--validation-prompts", tmp_path / "prompts.txt")
+    options = ("--data", images, "--precision", "fp32", "--ema-decay", 0.5, "--validation-steps", 3)
+    plain, out = tmp_path / "plain", tmp_path / "validated"
+    run(checkpoint, *options[:-2], "--out", plain)
+    run(checkpoint, *options, *prompts, "--out", out)
+    assert all(torch.equal(weight, weights_of(out)[name]) for name, weight in weights_of(plain).items())
+
+    lines = [json.loads(line) for line in (out / VALIDATION_LOG).read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines] == [3, 4]
+    assert lines[0]["times"] == pytest.approx([0.03, 0.09, 0.15, 0.21, 0.27, 0.37, 0.51, 0.65, 0.79, 0.93])
+    assert np.mean(lines[1]["losses"][:5]) == pytest.approx(lines[1]["validation_group_0"])
+    with Image.open(out / "validation" / "step-4.png") as sheet:
+        assert sheet.width > 3 * 160  # three images in a row
+    assert (out / "validation.png").is_file()
+
+    model = load_checkpoint(out / "checkpoint")
+    world = DataSetWorld(open_data_set(images), DataOptions())
+    batches = world.captioned_images(model, held_out=True)
+    accelerator = make_accelerator(TrainSettings(max_train_steps=1, train_batch_size=1, learning_rate=1, cpu=True))
+    again = FlowValidation(FlowStage(model, batches), batches, tmp_path / "again", ValidationOptions(), accelerator)
+    assert again.run(4)["validation_group_1"] == pytest.approx(lines[1]["validation_group_1"], rel=1e-5)
+
+    run(checkpoint, *options, *prompts, "--out", out, "--resume-from-checkpoint", "checkpoint-4", steps=5)
+    lines = [json.loads(line) for line in (out / VALIDATION_LOG).read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines] == [3, 4, 5]
+
+
 def test_groups_are_trained_apart(checkpoint: Path, images: Path, tmp_path: Path) -> None:
     run(checkpoint, "--data", images, "--out", tmp_path, "--groups", 1)
     line = json.loads((tmp_path / LOG).read_text(encoding="utf-8"))
@@ -144,7 +179,12 @@ def test_groups_are_trained_apart(checkpoint: Path, images: Path, tmp_path: Path
         (("--cache-latents", "cache", "--crop", "random"), "--crop random cannot be cached"),
         (("--streaming", "--crop", "buckets"), "is streamed, which excludes --crop buckets; give --cache-latents"),
         (("--num-train-epochs", 2), "--max-train-steps and --num-train-epochs exclude each"),
-        (("--data", "shapes", "--streaming"), "--streaming and --cache-latents are for data sets; shapes is drawn"),
+        (("--data", "shapes", "--streaming"), "--streaming, .* are for data sets; shapes is drawn"),
+        (("--validation-split", "validation"), "has no split 'validation'; its splits: train"),
+        (
+            ("--validation-prompts", "far " * 100),
+            "a prompt has .* tokens in its chat template, the model's limit is 64",
+        ),
         (("--resume-from-checkpoint", "checkpoint-9"), "no state at checkpoint-9; .* contains: none yet"),
     ],
 )

@@ -66,7 +66,7 @@ def run(checkpoint: Path, out: Path, *options: object, data: object = "shapes", 
 @pytest.fixture(scope="module")
 def two_processes(checkpoint: Path) -> Path:
     out = checkpoint.parent / "two"
-    run(checkpoint, out, "--checkpointing-steps", 3)
+    run(checkpoint, out, "--checkpointing-steps", 3, "--validation-steps", 6)
     return out
 
 
@@ -93,8 +93,10 @@ def test_two_processes_learn_what_one_does_with_the_batch_doubled(
 
 def test_sharded_weights_learn_the_same(checkpoint: Path, two_processes: Path) -> None:
     out = checkpoint.parent / "sharded"
-    run(checkpoint, out, "--sharding", "fsdp2")
+    run(checkpoint, out, "--sharding", "fsdp2", "--validation-steps", 6)
     assert distance(out, two_processes) < 2e-5
+    sharded, shared = (json.loads((path / "validation.jsonl").read_text()) for path in (out, two_processes))
+    assert sharded["losses"] == pytest.approx(shared["losses"], rel=1e-4)
 
 
 def test_two_processes_fill_a_cache_and_begin_with_the_same_statistics(untrained: Path, tmp_path: Path) -> None:
