@@ -92,15 +92,18 @@ class Outbox:
     Args:
         on_death: called if one of its threads ends by an error.
         report: called a few times a second; it may raise.
+        encoders: number of threads that encode images; None for one for each core.
     """
 
-    def __init__(self, on_death: OnDeath, report: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, on_death: OnDeath, report: Callable[[], None] = lambda: None, encoders: int | None = None
+    ) -> None:
         self._report = report
         self._open: set[Delivery] = set()
         self._changed = threading.Condition()
         self._ready: SimpleQueue[Delivery | None] = SimpleQueue()
         self._in_turn: deque[Delivery] = deque()
-        self._encoders = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="encoder")
+        self._encoders = ThreadPoolExecutor(encoders or os.cpu_count(), thread_name_prefix="encoder")
         self._stop = threading.Event()
         self._sending = start_thread("sending", self._send_what_is_ready, on_death)
         self._watching = start_thread("watching", self._watch, on_death)

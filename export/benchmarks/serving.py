@@ -1,4 +1,4 @@
-"""A service under load: batching disciplines, the cost of Triton, and many requests open at once.
+"""A service under load: batching disciplines, the cost of Triton, many requests open at once, and PNG files.
 
 All disciplines serve the same requests on the same engines in one process, one after another. Latency is measured
 from the arrival of a request to its last image.
@@ -31,6 +31,7 @@ from runtime.serving.worker import Worker
 
 if TYPE_CHECKING:
     from export.benchmarks.open_requests import OpenResult
+    from export.benchmarks.png_files import PngResult
 
 Serve = Callable[[GenerationRequest], object]
 """Serves one request; returns when it is done."""
@@ -136,7 +137,9 @@ def capacity(pipe: LatteFlowPipeline, requests: int) -> float:
 def serving(
     bundle: Annotated[Path | None, typer.Option(help="Bundle; by default `shapes` is exported for the run.")] = None,
     requests: Annotated[int, typer.Option(help="Number of requests for each load.", min=4)] = 96,
-    triton: Annotated[bool, typer.Option(help="Also measure Triton, and many requests open at once.")] = True,
+    triton: Annotated[
+        bool, typer.Option(help="Also measure Triton, many requests open at once, and PNG files.")
+    ] = True,
     open_requests: Annotated[
         list[int] | None,
         typer.Option("--open", help="Requests open at once in Triton; may be repeated. By default 16, 64, 256, 1000."),
@@ -144,7 +147,7 @@ def serving(
     against: Against = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the service under load: step-level batching, whole requests, one at a time, Triton, and open requests.
+    """Measure the service under load: batching disciplines, Triton, open requests, and PNG files by cores.
 
     \b
     Examples:
@@ -157,11 +160,13 @@ def serving(
     if min(counts) < 1:
         raise InputError(f"--open must be at least 1, got {min(counts)}")
     at_once: list[OpenResult] = []
+    files: list[PngResult] = []
     with bundle_for_the_run(bundle) as bundle:
         loads = _in_process_loads(bundle, requests)
         if triton:
             loads += _triton_loads(bundle, requests)
             at_once = _open_loads(bundle, counts)
+            files = _png_rates(bundle)
 
     def show() -> None:
         table = Table("load", "served by", "images per second", "p50", "p95", "p99", title=f"{requests} requests each")
@@ -171,8 +176,14 @@ def serving(
         stdout.print(table)
         if at_once:
             stdout.print(_open_table(at_once))
+        if files:
+            stdout.print(_png_table(files))
 
-    measured = {"loads": [asdict(load) for load in loads], "open": [asdict(load) for load in at_once]}
+    measured = {
+        "loads": [asdict(load) for load in loads],
+        "open": [asdict(load) for load in at_once],
+        "png": [asdict(rate) for rate in files],
+    }
     publisher.publish({"requests": requests} | measured, show)
 
 
@@ -221,9 +232,24 @@ def _open_loads(bundle: Path, counts: Sequence[int]) -> list[OpenResult]:
     return results
 
 
+def _png_rates(bundle: Path) -> list[PngResult]:
+    from export.benchmarks.png_files import png_rates
+
+    return list(png_rates(bundle))
+
+
 def _open_table(results: list[OpenResult]) -> Table:
     table = Table("open requests", "median answer", "last image drawn", "last image here", "lag", title="sent at once")
     for result in results:
         times = (result.median_answer_seconds, result.last_image_seconds, result.last_answer_seconds)
         table.add_row(result.load, *(f"{seconds:.2f} s" for seconds in times), f"{1000 * result.lag:.0f} ms")
+    return table
+
+
+def _png_table(results: list[PngResult]) -> Table:
+    table = Table("image", "threads", "images per second", "against one thread", title="PNG files")
+    alone = {result.size: result.images_per_second for result in results if result.threads == 1}
+    for result in results:
+        rate = result.images_per_second
+        table.add_row(result.size, str(result.threads), f"{rate:.0f}", f"{rate / alone[result.size]:.2f}")
     return table

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from export.benchmarks.png_files import thread_counts
 from export.benchmarks.precision import random_flow, study
 from export.benchmarks.random_models import PAPER, one_group, write_random_checkpoint
 from latte.checkpoint import load_checkpoint
@@ -48,6 +50,9 @@ def test_serving_is_measured_under_every_discipline_and_through_triton(bundle: P
     for load in opened:
         assert load["median_answer_seconds"] > 0
         assert 0 < load["last_image_seconds"] <= load["last_answer_seconds"]
+    sizes = {rate["size"]: rate["threads"] for rate in report["png"]}
+    assert sizes == {"32x24": os.cpu_count(), "256x192": os.cpu_count()}
+    assert all(rate["images_per_second"] > 0 for rate in report["png"])
     loads = report["loads"]
     names = {(load["load"], load["discipline"]) for load in loads}
     for discipline in ("step-level", "whole requests", "one at a time"):
@@ -62,6 +67,11 @@ def test_serving_is_measured_under_every_discipline_and_through_triton(bundle: P
         }
     assert {("16 in flight", "in process"), ("16 in flight", "Triton")} <= names
     assert all(0 < load["p50_seconds"] <= load["p95_seconds"] <= load["p99_seconds"] for load in loads)
+
+
+@pytest.mark.parametrize(("cores", "counts"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
+def test_png_files_are_measured_with_one_thread_up_to_all_cores(cores: int, counts: list[int]) -> None:
+    assert thread_counts(cores) == counts
 
 
 def test_bench_lists_its_subjects(run_command: RunCommand) -> None:

@@ -129,7 +129,8 @@ def test_done_comes_after_images_and_previews_however_long_they_take_to_encode(
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(file))), expected)
 
 
-def test_images_are_encoded_side_by_side(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_encoded_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    outbox = Outbox(lambda error: None, encoders=2)
     together = threading.Barrier(2, timeout=10)
 
     def meet(pixels: np.ndarray, image_format: ImageFormat) -> bytes:
@@ -137,7 +138,6 @@ def test_images_are_encoded_side_by_side(outbox: Outbox, monkeypatch: pytest.Mon
         return b""
 
     monkeypatch.setattr(model_repository.outbox, "encode_image", meet)
-    monkeypatch.setattr(outbox._encoders, "_max_workers", 2)
     _, wanted = handle_of("png")
     sender = FakeSender()
     delivery = outbox.open(sender, wanted)
@@ -145,6 +145,7 @@ def test_images_are_encoded_side_by_side(outbox: Outbox, monkeypatch: pytest.Mon
         delivery.receive(None, Event("image", index, 1, PIXELS))
     delivery.receive(None, Event("done"))
     assert sender.ended.wait(10)
+    outbox.close()
 
 
 def test_a_request_whose_responses_fail_is_cancelled_and_harms_nobody(
