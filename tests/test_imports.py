@@ -111,6 +111,15 @@ main()
 """
 
 
+IMPORT_BESIDE_TRITON = """
+import runpy
+from types import ModuleType
+
+sys.modules["triton_python_backend_utils"] = ModuleType("triton_python_backend_utils")  # Triton brings it
+runpy.run_path(sys.argv[1], run_name="imported")
+"""
+
+
 def run_without(blocked: set[str], *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", WITHOUT_MODULES, ",".join(blocked), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
@@ -151,6 +160,20 @@ def test_a_service_without_tritonclient_names_its_extra(arguments: tuple[str, ..
     result = run_without({"tritonclient"}, *arguments)
     assert result.returncode == 2
     assert 'pip install "latte-flow[triton' in result.stderr
+
+
+def test_the_container_needs_no_client_library(tmp_path: Path) -> None:
+    """It has `latte-flow[cpu]` only: for the drain before its end, its start, and the models that it serves."""
+    blocked = HEAVY | {"tritonclient", "google", "latte", "export", "pytriton"}
+    result = run_without(blocked, "control", "drain", "--key", tmp_path / "none")
+    assert result.returncode == 2
+    assert "cannot read the control key" in result.stderr
+    for module in ("container.py", "latte_flow/1/model.py", "engine/1/model.py", "bls.py"):
+        code = WITHOUT_MODULES.partition("from runtime.cli")[0] + IMPORT_BESIDE_TRITON
+        path = ROOT / "model_repository" / module
+        command = [sys.executable, "-c", code, ",".join(blocked), str(path)]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
+        assert (found.returncode, found.stderr) == (0, ""), module
 
 
 def test_drawing_without_onnx_runtime_names_its_extra(bundle: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from runtime.manifest import (
     save_manifest,
 )
 from runtime.plans import usable_plan
+from runtime.serving.stations import most_in_plans
 from tests.tiny import scale_weight, tiny_model
 
 RTX = BuildOptions(provider="tensorrt-rtx")
@@ -68,6 +69,15 @@ def test_every_graph_of_shapes_is_built_in_fp32(demo: tuple[Path, str], tmp_path
         weights = sum(file.size for file in engine.files)
         assert plan.file.size > 0.5 * weights
         assert plan.build_peak_bytes > 50e6
+
+
+def test_the_decoding_profile_holds_one_answer_unless_the_plan_is_built_for_more(plans: Path) -> None:
+    def together() -> int | None:
+        return most_in_plans(load_manifest(plans), "tensorrt-rtx", "vlm", "batch", tokens=1, past=1)
+
+    assert together() == 1
+    assert built(plans, engines=["vlm"], choices=parse_choices({"maximum": ["batch=8"]}, {"batch"})) == {"vlm": True}
+    assert together() == 8
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

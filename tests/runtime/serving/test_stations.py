@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from export.plans.profiles import parse_choices, profiles_of
 from runtime.backends import open_backend
 from runtime.backends.observed import ObservedBackend, ObservedRun
 from runtime.errors import InputError
@@ -19,27 +17,21 @@ from runtime.serving.scheduler import Scheduler
 from runtime.serving.stations import PipelineStations
 
 ROWS = 6
-Profiles = Callable[[EngineEntry], tuple[PlanProfile, ...]]
 
 
-def small_profiles(engine: EngineEntry) -> tuple[PlanProfile, ...]:
-    """At most 6 rows, and prompts of at most 40 tokens."""
-    sizes = {"rows": ROWS, "batch": ROWS, "tokens": 40}
-    axes = {axis: AxisRange(min=0, opt=1, max=sizes.get(axis, 4096)) for axis in engine.axes}
-    return (PlanProfile(name="all", axes=axes),)
-
-
-def with_plans(manifest: Manifest, profiles: Profiles = small_profiles) -> Manifest:
-    """The manifest of a bundle whose engines have plans."""
+def with_plans(manifest: Manifest) -> Manifest:
+    """The manifest of a bundle whose engines have plans for at most 6 rows, and prompts of at most 40 tokens."""
 
     def plan(engine: EngineEntry) -> PlanEntry:
+        sizes = {"rows": ROWS, "batch": ROWS, "tokens": 40}
+        axes = {axis: AxisRange(min=0, opt=1, max=sizes.get(axis, 4096)) for axis in engine.axes}
         return PlanEntry(
             provider="tensorrt",
             file=FileEntry(path=f"{engine.name}/model.plan", sha256="0" * 64, size=1),
             version="11.0",
             version_compatible=False,
             architectures=("sm_90",),
-            profiles=profiles(engine),
+            profiles=(PlanProfile(name="all", axes=axes),),
             ingredients={},
             inspected=True,
             build_seconds=1.0,
@@ -83,17 +75,6 @@ def test_a_full_queue_stays_within_the_plans_profiles(bundle: Path) -> None:
         assert backend.largest == ROWS
         with pytest.raises(InputError, match="the service's plans take 40"):
             scheduler.submit(GenerationRequest("red " * 30))
-
-
-@pytest.mark.parametrize(("options", "together"), [((), 1), (("batch=8",), 8)])
-def test_plans_write_one_answer_at_a_time_unless_they_are_built_for_more(
-    options: tuple[str, ...], together: int, bundle: Path
-) -> None:
-    manifest = load_manifest(bundle)
-    choices = parse_choices({"maximum": options}, {"batch"})
-    planned = with_plans(manifest, lambda engine: profiles_of(manifest, engine, choices))
-    with LatteFlowPipeline(bundle, planned, PlannedBackend()) as pipe:
-        assert PipelineStations(pipe).max_rows("write") == together
 
 
 def test_a_backend_without_plans_sets_no_limit(pipe: LatteFlowPipeline) -> None:
