@@ -210,7 +210,11 @@ class TritonServer:
         return " | ".join(telling[-2:])
 
     def __enter__(self) -> Self:
-        self.wait_until_ready()
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            self.close(0)
+            raise
         return self
 
     def __exit__(

@@ -161,6 +161,21 @@ def test_a_server_that_dies_again_and_again_is_given_up(repository: Path, monkey
     assert told == ["a fault; starting the server again"]
 
 
+def test_a_server_that_does_not_become_ready_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
+    """Its models' processes outlived it, and their shared memory and its folder stayed."""
+    models = tmp_path / "models"
+    write_repository(bundle, models, layout="per-engine", execution_environment=Path(sys.prefix))
+    manifest = models / "latte_flow" / "1" / "bundle" / "manifest.json"
+    manifest.unlink()
+    manifest.write_bytes(b"{")
+    server = TritonServer(models)
+    with pytest.raises(ServiceError, match="ended with code"), server:
+        pytest.fail("it is not ready")
+    assert server.stubs() == set()
+    assert server.regions() == []
+    assert not server.log_file.exists()
+
+
 def test_a_process_that_dies_while_it_is_replaced_loses_no_request_silently(repository: Path) -> None:
     """The new process answered in its place, so nobody noticed, and its clients waited until their own deadline."""
     told: list[str] = []
