@@ -40,19 +40,19 @@ LogFormatOption = Annotated[LogFormat, typer.Option(help="Format of the service'
 LayoutOption = Annotated[Layout, typer.Option(help="All engines in one process, or each as a Triton model.")]
 
 
-def _limits(pairs: list[str] | None) -> Limits:
+def limits_of(pairs: list[str] | None) -> Limits:
     limits = parse_pairs(pairs, "--limit")
     if unknown := sorted(set(limits) - {field.name for field in fields(Limits)}):
         raise InputError(f"unknown limit {unknown[0]!r}; known are {', '.join(field.name for field in fields(Limits))}")
     return Limits.from_parameters(limits)
 
 
-def _provider_options(pairs: list[str] | None, device: int | None) -> dict[str, str]:
+def provider_options_of(pairs: list[str] | None, device: int | None) -> dict[str, str]:
     options = parse_pairs(pairs, "--provider-option")
     return options if device is None else {"device_id": str(device)} | options
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
     stderr.print(f"warning: {message}", style="yellow", markup=False)
 
 
@@ -92,8 +92,8 @@ def repository(
         layout=layout,
         platform=platform,
         provider=provider,
-        provider_options=_provider_options(provider_option, device),
-        limits=_limits(limit),
+        provider_options=provider_options_of(provider_option, device),
+        limits=limits_of(limit),
         log_format=log_format,
         placement=placement,
         execution_environment=environment,
@@ -138,18 +138,18 @@ def serve(
             models,
             layout=layout,
             provider=provider,
-            provider_options=_provider_options(provider_option, device),
-            limits=_limits(limit),
+            provider_options=provider_options_of(provider_option, device),
+            limits=limits_of(limit),
             log_format=log_format,
             execution_environment=Path(sys.prefix),
         )
         if not is_loopback(host):
-            _warn(
+            warn(
                 f"whoever reaches {host} can send requests, unencrypted, and a malformed one can end the bundled "
                 "server; put a proxy in front of it (docs/serving.md)"
             )
             if os.environ.get(TOKEN_VARIABLE):
-                _warn(
+                warn(
                     f"{TOKEN_VARIABLE} is set, but this server asks for no token and has no TLS; let the proxy do both"
                 )
         server = TritonServer(

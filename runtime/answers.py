@@ -73,6 +73,8 @@ class Answer:
     token: int = 0
     """Its last token, whose keys and values the next run makes."""
     ended: bool = False
+    ended_by_length: bool = False
+    """Whether it was cut off by a limit instead of ending by itself."""
 
     def add(self, logits: np.ndarray, end_tokens: Sequence[int]) -> str:
         """Chooses the next token from its logits, `[vocabulary]` float32; returns the text that is certain now."""
@@ -80,6 +82,7 @@ class Answer:
         self.left -= 1
         is_end = self.token in end_tokens
         piece = "" if is_end else self.writer.add(self.token)
+        self.ended_by_length = self.left == 0 and not (is_end or self.writer.stopped)
         self.ended = is_end or self.writer.stopped or self.left == 0
         return piece + self.writer.finish() if self.ended else piece
 

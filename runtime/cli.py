@@ -40,6 +40,9 @@ COMMANDS = {
     "serve": _Command(
         "model_repository.commands", "serve", "Serve a bundle with Triton on this machine.", "triton,cpu"
     ),
+    "gateway": _Command(
+        "model_repository.gateway_commands", "gateway", "Serve a bundle by OpenAI's HTTP API.", "gateway,cpu"
+    ),
     "client": _Command("model_repository.client_commands", "app", "Send requests to a running service.", "triton"),
     "control": _Command("model_repository.control_commands", "app", "Operate a running service with its key.", ""),
     "roundtrip": _Command(

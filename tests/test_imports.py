@@ -57,6 +57,7 @@ LAYERS_OF_RUNTIME = (
     {"sampler", "answers"},
     {"pipeline"},
     {"serving", "commands"},
+    {"gateway"},
     {"cli"},
 )
 """A module imports only from layers before its own, or from its own."""

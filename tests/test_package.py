@@ -14,8 +14,8 @@ import yaml
 
 import latte.checkpoint
 from model_repository.container import KEY_FILE, KEY_VARIABLE
-from model_repository.metrics import GAUGES
 from model_repository.schema import DRAIN_SECONDS
+from runtime.serving.metrics import GAUGES
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"latte", "export", "runtime", "model_repository"}

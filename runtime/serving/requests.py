@@ -182,6 +182,18 @@ def _check_range(name: str, value: int, largest: int) -> None:
 
 
 @dataclass(frozen=True)
+class Usage:
+    """What a finished request took."""
+
+    input_tokens: int
+    """Tokens of the prompt, or of the conversation with its images, in the chat template."""
+    output_tokens: int
+    """Latents of all images, or tokens of the answer, the last included."""
+    ended_by_length: bool = False
+    """Whether an answer was cut off by a limit instead of ending by itself."""
+
+
+@dataclass(frozen=True)
 class Event:
     """Progress of an image, a preview, a finished image, a piece of an answer, or the end of a request."""
 
@@ -196,6 +208,8 @@ class Event:
     """The new text, for "text"."""
     error: Exception | None = None
     """The reason, for "failed"."""
+    usage: Usage | None = None
+    """For "done"."""
 
 
 class Handle:

@@ -38,7 +38,7 @@ from runtime.errors import (
 from runtime.flow_time import check_finite, initial_latents, time_grid
 from runtime.serving.jobs import AnswerJob, ImageJob, Job, Station, Stations
 from runtime.serving.policy import CostAwarePolicy, SchedulingPolicy
-from runtime.serving.requests import AnswerRequest, AnyRequest, Event, Handle, Limits, Listener, RequestKind
+from runtime.serving.requests import AnswerRequest, AnyRequest, Event, Handle, Limits, Listener, RequestKind, Usage
 from runtime.serving.statistics import OpenRequest, Outcome, RequestRecord, Statistics, name_of
 
 Clock = Callable[[], float]
@@ -185,6 +185,11 @@ class Scheduler:
             self._work.notify_all()
 
     @property
+    def open_requests(self) -> int:
+        """Number of requests that were not told their end."""
+        return len(self._open)
+
+    @property
     def pending(self) -> int:
         """Number of images in the scheduler."""
         return self._pending["draw"]
@@ -322,12 +327,16 @@ class Scheduler:
         for job, result in zip(batch, results, strict=True):
             if station == "encode":
                 job.encoded = result
+                self._open[job.handle].input_tokens = result.prompt.length
             elif station == "decode":
                 self.statistics.last_image_time = time.time()
                 self._send(job, Event("image", job.image, job.index, result))
+                self._open[job.handle].images += 1
                 self._finish(job)
             elif station == "prefill":
                 job.answer, text = result
+                assert job.inputs is not None
+                self._open[job.handle].input_tokens = int(job.inputs.attention_mask.sum())
                 job.inputs = None
                 self._advance_answer(job, text)
             else:
@@ -340,6 +349,7 @@ class Scheduler:
         if text:
             self._send(job, Event("text", text=text))
         if job.answer.ended:
+            self._open[job.handle].ended_by_length = job.answer.ended_by_length
             self._finish(job)
 
     def _advance_steps(self, batch: Sequence[ImageJob], results: Sequence[np.ndarray]) -> None:
@@ -419,7 +429,7 @@ class Scheduler:
     def _end(self, handle: Handle, outcome: Outcome, error: Exception | None = None) -> None:
         """Tells a request its end, and then forgets it: a request that was not told is never forgotten."""
         opened = self._open[handle]
-        handle.send(Event("done") if error is None else Event("failed", error=error))
+        handle.send(Event("done", usage=self._usage(opened)) if error is None else Event("failed", error=error))
         for job in opened.jobs:
             job.error = None  # it holds frames that hold the job: the request would wait for garbage collection
         with self._work:
@@ -427,6 +437,11 @@ class Scheduler:
             self._count(opened.request, -len(opened.jobs))
             self._work.notify_all()
         self._record(opened, outcome, error)
+
+    def _usage(self, opened: OpenRequest) -> Usage:
+        _, rows, columns = self._stations.latent_shape
+        output = opened.images * rows * columns if opened.request.kind == "draw" else opened.units
+        return Usage(opened.input_tokens, output, opened.ended_by_length)
 
     def _record(self, opened: OpenRequest, outcome: Outcome, error: Exception | None = None) -> None:
         self._count_end(opened.record(outcome, self._clock(), error))

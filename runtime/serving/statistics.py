@@ -50,6 +50,11 @@ class OpenRequest:
     started: float | None = None
     first_event: float | None = None
     units: int = 0
+    """Steps or tokens that were run."""
+    input_tokens: int = 0
+    images: int = 0
+    """Images that are finished."""
+    ended_by_length: bool = False
 
     def record(self, outcome: Outcome, now: float, error: Exception | None) -> RequestRecord:
         """Returns the record of its end."""

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from model_repository.metrics import Metrics
 from model_repository.outbox import Outbox
 from model_repository.schema import (
     CANCELLED,
@@ -46,8 +45,10 @@ from runtime.errors import (
 from runtime.manifest import load_manifest
 from runtime.pipeline import LatteFlowPipeline
 from runtime.serving.log import log_request, set_up_logging
+from runtime.serving.metrics import Metrics
 from runtime.serving.requests import Event, Limits
 from runtime.serving.scheduler import Scheduler
+from runtime.serving.service import warm_up
 from runtime.serving.stations import PipelineStations
 from runtime.serving.worker import Worker
 
@@ -134,7 +135,7 @@ class TritonPythonModel:
         return json.dumps(state)
 
     def _report(self) -> None:
-        self.metrics.update(self.scheduler, self.worker, self.outbox)
+        self.metrics.update(self.scheduler, self.worker, self.outbox.open_requests)
 
     def _break_down(self, error: BaseException) -> None:
         self.outbox.drain(LAST_WORDS_SECONDS)
@@ -156,12 +157,6 @@ def end_process(error: BaseException) -> None:
     """Ends this process, so that requests fail visibly instead of waiting for ever."""
     _LOG.critical("the service ends with code %d: %s", BROKEN, one_line(error))
     os._exit(BROKEN)
-
-
-def warm_up(pipeline: LatteFlowPipeline) -> None:
-    """Loads and runs every engine once, so that the first request is as fast as later ones."""
-    images = pipeline("", num_inference_steps=pipeline.manifest.schedule.num_groups, seed=0, output_type="np").images
-    pipeline.ask(images[0], "?", max_new_tokens=2)
 
 
 class TritonSender:

@@ -21,7 +21,7 @@ from runtime.errors import CancelledError, DeadlineError, EngineError, InputErro
 from runtime.manifest import EngineEntry, load_manifest
 from runtime.pipeline import LatteFlowPipeline
 from runtime.serving.jobs import AnswerJob
-from runtime.serving.requests import AnswerRequest, Event, GenerationRequest, Handle, Limits
+from runtime.serving.requests import AnswerRequest, Event, GenerationRequest, Handle, Limits, Usage
 from runtime.serving.scheduler import READ_AHEAD, Scheduler
 from runtime.serving.stations import PipelineStations
 from runtime.serving.worker import Worker
@@ -47,6 +47,13 @@ class Countdown:
     def ended(self) -> bool:
         return self.left == 0
 
+    ended_by_length = ended
+
+
+SEVEN_TOKENS = ChatInputs(
+    np.zeros((1, 7), np.int64), np.ones((1, 7), bool), np.zeros((3, 1, 7), np.int64), np.array([7]), None
+)
+
 
 class AnsweringStations(ScriptedStations):
     """Counts down in words."""
@@ -57,7 +64,7 @@ class AnsweringStations(ScriptedStations):
     def read(self, request: AnswerRequest) -> ChatInputs:
         if request.conversation[0]["content"] == "unreadable":
             raise InputError("no image")
-        return object()  # type: ignore[return-value]
+        return SEVEN_TOKENS
 
     def prefill(self, job: AnswerJob) -> tuple[Answer, str]:
         self._note("prefill", [str(job.request.conversation[0]["content"])])
@@ -94,6 +101,13 @@ def test_an_answer_is_written_piece_by_piece() -> None:
         ("done", ""),
     ]
     assert [station for station, _ in stations.log] == ["prefill", "write", "write", "write"]
+
+
+def test_the_end_says_what_the_request_took() -> None:
+    scheduler, _ = make()
+    handles = [scheduler.submit(question(tokens=3)), scheduler.submit(request("image", num_images=2))]
+    run(scheduler)
+    assert [list(handle.events(0))[-1].usage for handle in handles] == [Usage(7, 4, True), Usage(5, 2)]
 
 
 def test_answers_join_and_leave_the_same_runs() -> None:

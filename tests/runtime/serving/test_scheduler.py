@@ -28,6 +28,9 @@ from runtime.serving.scheduler import Scheduler
 from runtime.serving.stations import PipelineStations
 from runtime.serving.worker import Worker
 
+PREFIX = PrefixRow((np.zeros((1, 2, 1, 5, 1), np.float32),))
+"""An encoded prompt of five tokens."""
+
 
 class ScriptedStations:
     """Adds 1 to the latents of every job at each step; a run takes simulated seconds, `fixed` and so many `each`."""
@@ -59,7 +62,7 @@ class ScriptedStations:
         self._note("encode", [job.request.prompt for job in jobs])
         if any("unreadable" in job.request.prompt for job in jobs):
             raise EngineError("engine vlm failed")
-        return [EncodedPrompt(PrefixRow(()), None) for _ in jobs]
+        return [EncodedPrompt(PREFIX, None) for _ in jobs]
 
     def step(self, group: int, jobs: Sequence[ImageJob]) -> list[np.ndarray]:
         assert all(self.schedule.group_of(job.t) == group for job in jobs)

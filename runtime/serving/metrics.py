@@ -1,11 +1,10 @@
-"""The scheduler's statistics on Triton's metrics endpoint, by Prometheus' conventions."""
+"""The scheduler's statistics as metrics by Prometheus' conventions, on Triton's endpoint or the gateway's."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
-from model_repository.outbox import Outbox
 from runtime.serving.scheduler import Scheduler
 from runtime.serving.statistics import OUTCOMES, RequestRecord
 from runtime.serving.worker import Worker
@@ -38,7 +37,7 @@ class Metrics:
     """Counters, gauges and histograms whose names begin with `latte_flow_`.
 
     Args:
-        families: Triton's `MetricFamily`.
+        families: Triton's `MetricFamily`, or `runtime.gateway.metrics.Families`, which has its form.
         groups: number of expert groups.
     """
 
@@ -70,8 +69,12 @@ class Metrics:
                 self._count("requests", 0, kind=kind, outcome=outcome)
         self._count("tokens", 0)
 
-    def update(self, scheduler: Scheduler, worker: Worker, outbox: Outbox) -> None:
-        """Reports what has changed."""
+    def update(self, scheduler: Scheduler, worker: Worker, open_requests: int) -> None:
+        """Reports what has changed.
+
+        Args:
+            open_requests: number of requests that were not told their end.
+        """
         statistics = scheduler.statistics
         for (kind, outcome), requests in list(statistics.ended.items()):
             self._count("requests", requests, kind=kind, outcome=outcome)
@@ -86,7 +89,7 @@ class Metrics:
             self._observe(statistics.records.popleft())
         self._gauges["pending_images"].set(scheduler.pending)
         self._gauges["pending_questions"].set(scheduler.pending_questions)
-        self._gauges["open_requests"].set(outbox.open_requests)
+        self._gauges["open_requests"].set(open_requests)
         self._gauges["heartbeat_timestamp_seconds"].set(time.time() - worker.seconds_since_heartbeat)
         self._gauges["last_image_timestamp_seconds"].set(statistics.last_image_time)
 

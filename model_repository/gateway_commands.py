@@ -1,0 +1,136 @@
+"""The command `gateway`: OpenAI's HTTP API over a bundle in this process, or over a Triton server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from model_repository.commands import (
+    Bundle,
+    Device,
+    Limit,
+    LogFormatOption,
+    Provider,
+    ProviderOption,
+    limits_of,
+    provider_options_of,
+    warn,
+)
+from model_repository.schema import DRAIN_SECONDS
+from model_repository.transport import is_loopback
+from runtime.console import stderr
+from runtime.errors import InputError, one_line
+from runtime.gateway.app import Gateway, GatewaySettings, make_app
+from runtime.gateway.keys import KeyRing
+from runtime.gateway.metrics import Families
+from runtime.gateway.server import make_server
+from runtime.pipeline import LatteFlowPipeline
+from runtime.serving.log import log_request, set_up_logging
+from runtime.serving.metrics import Metrics
+from runtime.serving.service import LocalService, warm_up
+
+LOOPBACK = "127.0.0.1"
+LAST_WORDS_SECONDS = 2.0
+"""Time for the errors of open requests to leave, when the process must end."""
+BROKEN = 70
+"""Exit code of a process whose scheduler cannot go on."""
+
+
+def gateway(
+    bundle: Bundle,
+    host: Annotated[str, typer.Option(help="Address to listen on; by default this machine only.")] = LOOPBACK,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8080,
+    model_name: Annotated[str, typer.Option(help="Name of the model in the API.")] = "latte-flow",
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="JSON list of keys, each with name and key; without it everybody may ask.")
+    ] = None,
+    allow_image_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST", help="Host from which images in messages may be fetched; may be repeated."),
+    ] = None,
+    result_cache: Annotated[
+        int, typer.Option(metavar="MB", help="Memory for answers to equal requests with a seed; 0: none.", min=0)
+    ] = 0,
+    access_log: Annotated[bool, typer.Option("--access-log", help="Log every HTTP request.")] = False,
+    log_format: LogFormatOption = "text",
+    provider: Provider = "cpu",
+    provider_option: ProviderOption = None,
+    device: Device = None,
+    limit: Limit = None,
+) -> None:
+    """Serve a bundle by OpenAI's HTTP API, in this process.
+
+    \b
+    Examples:
+      latte-flow gateway demo/bundle
+      latte-flow gateway demo/bundle --host 0.0.0.0 --api-key-file keys.json --access-log --log-format json
+      curl http://127.0.0.1:8080/v1/images/generations -H 'Content-Type: application/json' \\
+        -d '{"prompt": "a small red circle", "seed": 7}'
+    """
+    set_up_logging(log_format)
+    keys = KeyRing([]) if api_key_file is None else KeyRing.from_file(api_key_file)
+    if keys.is_empty and not is_loopback(host):
+        warn(f"everybody who can reach {host}:{port} may ask; give --api-key-file")
+    settings = GatewaySettings(
+        keys, frozenset(allow_image_host or ()), access_log, result_cache_bytes=result_cache << 20
+    )
+    listener = _listen(host, port)
+    pipeline = LatteFlowPipeline.from_pretrained(bundle, provider, provider_options_of(provider_option, device))
+    warm_up(pipeline)
+    service = LocalService(pipeline, limits_of(limit), name=model_name, on_end=log_request, on_death=_end_process)
+    door = Gateway(service, settings)
+    metrics = Metrics(Families(door.gauges.registry), service.model.groups)
+    door.report = lambda: metrics.update(service.scheduler, service.worker, service.scheduler.open_requests)
+
+    def finish() -> None:
+        service.drain(DRAIN_SECONDS)
+        service.close()
+
+    server = make_server(make_app(door, finish), door, DRAIN_SECONDS)
+    stderr.print(f"http://{_shown(listener)}/v1 serves {model_name}; /docs describes the API", markup=False)
+    with _ended_by_signals():
+        server.run(sockets=[listener])
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Lets the command end with code 0 after the server has drained: it raises the signal again that ended it."""
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Takes the port before anything is loaded.
+
+    Raises:
+        InputError: it is taken, or the address is not this machine's.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise InputError(f"cannot listen on {host}:{port}: {error.strerror or one_line(error)}") from error
+    return listener
+
+
+def _shown(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _end_process(error: BaseException) -> None:
+    """Ends this process after the errors have left, so that requests fail visibly instead of waiting for ever."""
+    stderr.print(f"the service ends with code {BROKEN}: {one_line(error)}", style="red", markup=False)
+    threading.Timer(LAST_WORDS_SECONDS, os._exit, (BROKEN,)).start()

@@ -1,0 +1,165 @@
+"""`POST /v1/images/generations`: from the body to a request, and from its images to OpenAI's responses and events."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from runtime.errors import InputError
+from runtime.gateway.schema import DrawingOptions, ImagesBody, OutputFormat
+from runtime.gateway.streams import events_of
+from runtime.serving.requests import GenerationRequest, Usage
+from runtime.serving.service import ServedModel, Service
+
+DEFAULT_COMPRESSION = 100
+"""As OpenAI's: the best quality."""
+MEDIA_TYPES: dict[OutputFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+RANDOM_SEEDS = 2**32
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The images of a request, as files."""
+
+    files: list[bytes]
+    usage: Usage
+
+
+def generation_request(
+    options: DrawingOptions, prompt: str, model: ServedModel, client_id: str, request_id: str, n: int = 1
+) -> GenerationRequest:
+    """Returns the request for images; a seed is chosen where none is given.
+
+    Raises:
+        InputError: the model draws no images of that size.
+    """
+    size = f"{model.width}x{model.height}"
+    if options.size not in ("auto", size):
+        raise InputError(f"size must be auto or {size}, the size that {model.name} was trained for; got {options.size}")
+    return GenerationRequest(
+        prompt,
+        options.negative_prompt,
+        options.steps,
+        options.guidance_scale,
+        options.shift,
+        secrets.randbelow(RANDOM_SEEDS) if options.seed is None else options.seed,
+        n,
+        priority=options.priority,
+        deadline=options.deadline,
+        client_id=client_id,
+        request_id=request_id,
+    )
+
+
+def encode(pixels: np.ndarray, options: DrawingOptions) -> bytes:
+    """Returns an image `[height, width, 3]` uint8 as a file."""
+    buffer = io.BytesIO()
+    image = Image.fromarray(pixels)
+    compression = DEFAULT_COMPRESSION if options.output_compression is None else options.output_compression
+    if options.output_format == "png":
+        image.save(buffer, "PNG")
+    else:
+        image.save(buffer, options.output_format.upper(), quality=compression)
+    return buffer.getvalue()
+
+
+async def draw(service: Service, request: GenerationRequest, options: DrawingOptions) -> Drawn:
+    """Draws all images of a request; each is encoded as soon as it is drawn."""
+    files: dict[int, asyncio.Task[bytes]] = {}
+    usage = Usage(0, 0)
+    async with events_of(service, request) as events:
+        async for event in events:
+            if event.kind == "image" and event.pixels is not None:
+                files[event.image] = asyncio.create_task(asyncio.to_thread(encode, event.pixels, options))
+            usage = event.usage or usage
+    return Drawn([await files[index] for index in sorted(files)], usage)
+
+
+async def stream(
+    service: Service, request: GenerationRequest, options: DrawingOptions, partial_images: int
+) -> AsyncIterator[tuple[bytes, int | None, Usage | None]]:
+    """Yields partial images with their index, then the image with its usage."""
+    sent = 0
+    final = b""
+    async with events_of(service, request) as events:
+        async for event in events:
+            if event.kind == "preview" and event.pixels is not None and sent < partial_images:
+                yield await asyncio.to_thread(encode, event.pixels, options), sent, None
+                sent += 1
+            elif event.kind == "image" and event.pixels is not None:
+                final = await asyncio.to_thread(encode, event.pixels, options)
+            elif event.kind == "done":
+                yield final, None, event.usage or Usage(0, 0)
+
+
+def preview_every(steps: int, partial_images: int) -> int:
+    """Returns the number of steps between previews, so that at least so many come before the end, spread evenly."""
+    return max(1, steps // (partial_images + 1)) if partial_images else 0
+
+
+def base64_text(file: bytes) -> str:
+    """Returns a file as base64."""
+    return base64.b64encode(file).decode("ascii")
+
+
+def data_uri(file: bytes, output_format: OutputFormat) -> str:
+    """Returns a file as a data URI."""
+    return f"data:{MEDIA_TYPES[output_format]};base64,{base64_text(file)}"
+
+
+def usage_body(usage: Usage) -> dict[str, Any]:
+    """Returns the usage of an image request, as OpenAI reports it: a latent is an image token."""
+    return {
+        "input_tokens": usage.input_tokens,
+        "input_tokens_details": {"image_tokens": 0, "text_tokens": usage.input_tokens},
+        "output_tokens": usage.output_tokens,
+        "output_tokens_details": {"image_tokens": usage.output_tokens, "text_tokens": 0},
+        "total_tokens": usage.input_tokens + usage.output_tokens,
+    }
+
+
+def said(options: DrawingOptions, model: ServedModel) -> dict[str, str]:
+    """Returns what every response and event repeats of the request."""
+    qualities = {"hd": "high", "standard": "medium", "auto": "medium"}
+    return {
+        "size": f"{model.width}x{model.height}",
+        "output_format": options.output_format,
+        "quality": qualities.get(options.quality, options.quality),
+        "background": "opaque",
+    }
+
+
+def response_body(
+    body: ImagesBody, model: ServedModel, seed: int, items: list[dict[str, str]], usage: Usage
+) -> dict[str, Any]:
+    """Returns the response: each item has `b64_json` or `url`, and the seed that draws the same image again."""
+    data = [item | {"seed": seed + index} for index, item in enumerate(items)]
+    return {"created": int(time.time()), "data": data, **said(body, model), "usage": usage_body(usage)}
+
+
+def event_body(
+    body: ImagesBody, model: ServedModel, seed: int, file: bytes, index: int | None, usage: Usage | None
+) -> dict[str, Any]:
+    """Returns one event of a stream: a partial image where there is an index, or the completed one."""
+    name = "completed" if index is None else "partial_image"
+    event: dict[str, Any] = {
+        "type": f"image_generation.{name}",
+        "b64_json": base64_text(file),
+        "created_at": int(time.time()),
+        **said(body, model),
+        "seed": seed,
+    }
+    if index is not None:
+        event["partial_image_index"] = index
+    if usage is not None:
+        event["usage"] = usage_body(usage)
+    return event

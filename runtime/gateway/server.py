@@ -1,0 +1,43 @@
+"""The gateway on uvicorn: drains when it is asked to end."""
+
+from __future__ import annotations
+
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from runtime.gateway.app import Gateway
+
+KEEP_ALIVE_SECONDS = 65
+"""Longer than the 60 s after which proxies give a connection up, so that none is closed while it is used."""
+
+
+class GatewayServer(uvicorn.Server):
+    """Refuses new requests as soon as it is asked to end, and finishes those in flight."""
+
+    def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
+        super().__init__(config)
+        self._gateway = gateway
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begins to drain; a second signal ends the process without waiting."""
+        self._gateway.draining = True
+        super().handle_exit(sig, frame)
+
+
+def make_server(app: FastAPI, gateway: Gateway, drain_seconds: int) -> GatewayServer:
+    """Returns a server that is not started.
+
+    Args:
+        drain_seconds: how long requests in flight may take when the server is asked to end.
+    """
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=drain_seconds,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+    )
+    return GatewayServer(config, gateway)
