@@ -89,7 +89,7 @@ def run_stage(
     if settings.sharding == "fsdp2" and name != "flow":
         raise InputError(f"--sharding fsdp2 is for the flow layers; train the stage {name} without it")
     if settings.sharding == "fsdp2" and settings.optimizer == "muon":
-        raise InputError("--optimizer muon needs whole matrices on every process, and --sharding fsdp2 splits them; use adamw")
+        raise InputError("--optimizer muon needs whole matrices, and --sharding fsdp2 splits them; use adamw")
     accelerator = make_accelerator(settings, run_dir, options.report_to)
     accelerator.init_trackers("latte-flow", config=settings.model_dump(mode="json"))
     torch.manual_seed(settings.seed)
