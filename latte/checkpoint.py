@@ -342,10 +342,10 @@ def check_autoencoder(vae: AutoencoderDC, latent_size: tuple[int, int], name: st
         raise CheckpointError(f"{name} decodes latents of zeros to pixels that are not finite; its weights are broken")
 
 
-def is_untrained(flow: FlowTransformer) -> bool:
-    """Returns whether the velocity of some expert group is zero whatever its input, as `init` leaves it."""
-    projections = (flow.get_submodule(f"heads.{group}.proj") for group in range(len(flow.heads)))
-    return any(not any(parameter.any() for parameter in projection.parameters()) for projection in projections)
+def untrained_groups(flow: FlowTransformer) -> list[int]:
+    """Returns the expert groups whose velocity is zero whatever the input, as `init` leaves it."""
+    projections = enumerate(flow.get_submodule(f"heads.{group}.proj") for group in range(len(flow.heads)))
+    return [group for group, projection in projections if not any(p.any() for p in projection.parameters())]
 
 
 def has_latents_statistics(config: LatteFlowConfig) -> bool:
@@ -355,7 +355,7 @@ def has_latents_statistics(config: LatteFlowConfig) -> bool:
 
 def check_trained(model: LatteFlow, name: str | Path) -> None:
     """Raises `CheckpointError` if a checkpoint, called `name`, still has the velocity heads that `init` makes."""
-    if is_untrained(model.flow):
+    if untrained_groups(model.flow):
         raise CheckpointError(
             f"{name} is untrained: a velocity head is zero, as `latte-flow init` leaves it, so nothing can be drawn; "
             "train its flow layers first"
@@ -385,9 +385,12 @@ def share_with_vlm(flow: FlowTransformer, vlm: Qwen2VLForConditionalGeneration) 
 
 
 def copy_from_vlm(flow: FlowTransformer, vlm: Qwen2VLForConditionalGeneration) -> None:
-    """Copies the VLM layers' weights into the flow layers, where the `couple` variant starts."""
+    """Copies the VLM layers' weights into the flow layers of untrained groups, where the `couple` variant starts."""
+    if flow.config.variant != "couple":
+        return
     with torch.no_grad():
-        for layer, vlm_layer in zip(flow.layers, vlm.model.language_model.layers, strict=True):
+        for index in (index for group in untrained_groups(flow) for index in flow.config.layers_of(group)):
+            layer, vlm_layer = flow.layers[index], vlm.model.language_model.layers[index]
             for name, vlm_name in VLM_FROM_FLOW.items():
                 layer.get_parameter(name).copy_(vlm_layer.get_parameter(vlm_name))
 
@@ -437,9 +440,8 @@ def assemble(
     except ValidationError as error:
         raise InputError(f"these parts cannot form a LaTtE-Flow model: {error.errors()[0]['msg']}") from error
     flow = FlowTransformer(config)
-    if variant == "couple":
-        copy_from_vlm(flow, vlm)
-    else:
+    copy_from_vlm(flow, vlm)
+    if variant == "blend":
         share_with_vlm(flow, vlm)
     return LatteFlow(config, flow, vlm, vae, tokenizer)
 

@@ -1,4 +1,4 @@
-"""The commands of the reference: `init` and `score`."""
+"""The commands of the reference: `init`, `merge` and `score`."""
 
 from __future__ import annotations
 
@@ -27,12 +27,16 @@ from latte.checkpoint import (
     save_checkpoint,
     vae_scale_factor,
 )
+from latte.merge import Embeddings
+from latte.merge import merge as merge_experts
 from latte.model import LatteFlow
 from latte.shapes.reader import ATTRIBUTES
 from latte.shapes.score import AnswerScore, DrawingScore, answer, score_answers, score_drawing
+from latte.training.flow import equal_probability_boundaries
 from runtime.console import progress_bar, renamed_option, stdout
 from runtime.errors import InputError
-from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
+from runtime.files import check_replaceable
+from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, ExpertSchedule
 from runtime.images import contact_sheet, save_png
 
 Variant = Literal["couple", "blend"]
@@ -45,7 +49,16 @@ def init(
     out: Annotated[Path, typer.Argument(help="Folder for the new checkpoint.")],
     vlm: Annotated[Path, typer.Option(help="Folder of a Qwen2-VL, as transformers saves it.")],
     vae: Annotated[Path, typer.Option(help="Folder of an AutoencoderDC, as diffusers saves it.")],
-    groups: Annotated[int, typer.Option(help="Number of expert groups; must divide the VLM's layers.")] = 4,
+    groups: Annotated[
+        int | None, typer.Option(help="Number of expert groups; must divide the VLM's layers. Default: 4.", min=1)
+    ] = None,
+    boundaries: Annotated[
+        str,
+        typer.Option(
+            help="Flow times between which groups serve: `uniform`, `equal-probability` (logit-normal times fall "
+            "equally often into each), or numbers such as 0,0.2,0.6,1."
+        ),
+    ] = "uniform",
     variant: Annotated[Variant, typer.Option(help="couple: own weights; blend: the VLM's weights.")] = "couple",
     height: Annotated[int, typer.Option(help="Default image height in pixels.")] = 256,
     width: Annotated[int, typer.Option(help="Default image width in pixels.")] = 256,
@@ -58,12 +71,14 @@ def init(
     \b
     Example:
       latte-flow init my-checkpoint --vlm Qwen2-VL-2B-Instruct --vae dc-ae-f32c32-sana-1.0-diffusers
+      latte-flow init my-checkpoint --vlm Qwen2-VL-2B-Instruct --vae dc-ae --groups 7 --boundaries equal-probability
     """
     precision = renamed_option(
         "--dtype", None if dtype is None else PRECISION_OF[dtype], "--precision", precision, "fp16"
     )
     if (out / "config.json").exists() and not force:
         raise InputError(f"{out} already contains a checkpoint; pass --force to replace it")
+    schedule = _schedule(groups, boundaries)
     autoencoder = load_vae(vae)
     latent_size = _latent_size(autoencoder, height, width)
     check_autoencoder(autoencoder, latent_size, vae)
@@ -75,12 +90,59 @@ def init(
         load_vlm(vlm, dtype_on_disk),
         autoencoder,
         load_tokenizer(vlm),
-        num_groups=groups,
+        boundaries=schedule.boundaries,
+        num_groups=schedule.num_groups,
         variant=variant,
         latent_size=latent_size,
     )
     cast_parameters(model.flow, dtype_on_disk)
     save_checkpoint(model, image_processor, out, dtype_on_disk)
+    typer.echo(str(out))
+
+
+def _schedule(groups: int | None, boundaries: str) -> ExpertSchedule:
+    """Returns the schedule that `--groups` and `--boundaries` describe."""
+    if boundaries == "uniform":
+        return ExpertSchedule.uniform(DEFAULT_GROUPS if groups is None else groups)
+    if boundaries == "equal-probability":
+        return ExpertSchedule(boundaries=equal_probability_boundaries(DEFAULT_GROUPS if groups is None else groups))
+    try:
+        schedule = ExpertSchedule(boundaries=tuple(float(part) for part in boundaries.split(",")))
+    except ValueError as error:
+        raise InputError(
+            "--boundaries must be uniform, equal-probability, or flow times that rise from 0 to 1, such as "
+            f"0,0.2,0.6,1; got {boundaries!r}"
+        ) from error
+    if groups not in (None, schedule.num_groups):
+        raise InputError(f"--boundaries {boundaries} bound {schedule.num_groups} groups, --groups is {groups}")
+    return schedule
+
+
+def merge(
+    base: Annotated[str, typer.Argument(help="The checkpoint that all experts started from.")],
+    experts: Annotated[
+        list[Path], typer.Argument(metavar="EXPERT...", help="Checkpoints, each with some groups trained.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merged checkpoint.")],
+    embeddings: Annotated[
+        Embeddings, typer.Option(help="What to take where experts have trained the embeddings that all groups share.")
+    ] = "average",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
+) -> None:
+    """Put together expert groups that were trained apart, by `train --groups`, into one checkpoint.
+
+    \b
+    Examples:
+      latte-flow merge start run-0/checkpoint run-1/checkpoint run-2/checkpoint run-3/checkpoint --out merged
+    """
+    check_replaceable(out, "config.json", "checkpoint", force=force)
+    merged = merge_experts(resolve_checkpoint(base), [resolve_checkpoint(path) for path in experts], out, embeddings)
+    table = Table("group", "from")
+    for group, source in enumerate(merged.sources):
+        table.add_row(str(group), str(source))
+    table.add_section()
+    table.add_row("embeddings", merged.embeddings)
+    stdout.print(table)
     typer.echo(str(out))
 
 
@@ -93,6 +155,8 @@ def _latent_size(vae: object, height: int, width: int) -> tuple[int, int]:
     return height // factor, width // factor
 
 
+DEFAULT_GROUPS = 4
+"""Number of expert groups of the paper's model."""
 KINDS_OF_PROMPTS = {"1 shape": (1, False), "2 shapes": (2, False), "1 shape, unseen words": (1, True)}
 """What `score` draws: the number of shapes, and whether the prompts are sentences that training never uses."""
 

@@ -321,6 +321,15 @@ class FlowTransformer(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)  # [N, 2, hidden/2] -> [N, hidden]
 
 
+def group_of_weight(name: str, config: LatteFlowConfig) -> int | None:
+    """Returns the expert group that a weight of the flow layers belongs to; None for embeddings, which all share."""
+    part, _, rest = name.partition(".")
+    if part not in ("layers", "heads"):
+        return None
+    number = int(rest.partition(".")[0])
+    return number if part == "heads" else number // config.layers_per_group
+
+
 @dataclass(frozen=True)
 class Prefix:
     """Encoded prompts: the VLM's keys and values, which the flow layers attend to."""

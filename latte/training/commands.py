@@ -130,6 +130,9 @@ def train(
     groups: Annotated[
         str | None, typer.Option(help="Expert groups to train, such as 2 or 0,1; all by default.")
     ] = None,
+    freeze_embeddings: Annotated[
+        bool, typer.Option("--freeze-embeddings", help="Do not train the embeddings that all groups share.")
+    ] = False,
     timestep_sampling: Annotated[TimestepSampling, typer.Option(help="Distribution of flow times.")] = "uniform",
     validation_prompts: Annotated[
         list[str] | None,
@@ -220,6 +223,7 @@ def train(
     settings = {name: _changed(settings_of(world, name), changes) for name in stages}
     options = RunOptions(
         groups=None if chosen is None else tuple(chosen),
+        freeze_embeddings=freeze_embeddings,
         timestep_sampling=timestep_sampling,
         report_to=_trackers(report_to or []),
         resume_from=_state(resume_from_checkpoint, out),

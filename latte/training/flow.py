@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from latte.model import FlowTransformer, LatteFlow, Prefix
+from latte.model import FlowTransformer, LatteFlow, Prefix, group_of_weight
 from latte.training.stage import Rows, row_noise
 from runtime.errors import InputError
 
@@ -87,10 +87,15 @@ class FlowStage:
         if not groups or not set(groups) <= set(known):
             raise InputError(f"--groups must be from 0 to {known[-1]}, got {', '.join(map(str, groups)) or 'none'}")
         self.groups = tuple(sorted(set(groups)))
-        for group in set(known) - set(self.groups):
-            self.model.flow.heads[group].requires_grad_(False)
-            for layer in self.model.config.layers_of(group):
-                self.model.flow.layers[layer].requires_grad_(False)
+        for name, parameter in self.model.flow.named_parameters():
+            if group_of_weight(name, self.model.config) not in (None, *self.groups):
+                parameter.requires_grad_(False)
+
+    def freeze_embeddings(self) -> None:
+        """Keeps the embeddings of latents and time, which all groups share, as they are."""
+        for name, parameter in self.model.flow.named_parameters():
+            if group_of_weight(name, self.model.config) is None:
+                parameter.requires_grad_(False)
 
     @property
     def module(self) -> FlowTransformer:

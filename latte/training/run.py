@@ -21,11 +21,11 @@ from latte.checkpoint import (
     cast_parameters,
     copy_from_vlm,
     has_latents_statistics,
-    is_untrained,
     load_checkpoint,
     load_image_processor,
     own_state,
     save_changed,
+    untrained_groups,
 )
 from latte.config import LatteFlowConfig
 from latte.model import LatteFlow
@@ -63,6 +63,8 @@ class RunOptions:
     """How to validate the flow layers; None: not at all."""
     groups: tuple[int, ...] | None = None
     """The expert groups to train; all by default."""
+    freeze_embeddings: bool = False
+    """Whether the embeddings of latents and time, which all groups share, stay as they are."""
     timestep_sampling: TimestepSampling = "uniform"
     """The distribution of flow times."""
     num_train_epochs: int | None = None
@@ -94,8 +96,7 @@ def run_stage(
     accelerator.init_trackers("latte-flow", config=settings.model_dump(mode="json"))
     torch.manual_seed(settings.seed)
     model = load_checkpoint(checkpoint)
-    if is_untrained(model.flow) and model.config.variant == "couple":
-        copy_from_vlm(model.flow, model.vlm)  # an earlier stage may have trained the VLM
+    copy_from_vlm(model.flow, model.vlm)  # an earlier stage may have trained the VLM
     if name == "flow":
         cast_parameters(model.vlm, frozen_dtype(model.config, settings))
     stage = _make_stage(name, model, checkpoint, world, options)
@@ -103,7 +104,7 @@ def run_stage(
         settings = of_epochs(
             settings, options.num_train_epochs, world, stage.steps_per_batch, accelerator.num_processes
         )
-    if isinstance(stage, FlowStage) and is_untrained(model.flow) and not has_latents_statistics(model.config):
+    if isinstance(stage, FlowStage) and untrained_groups(model.flow) and not has_latents_statistics(model.config):
         _measure_latents(model, stage.batches, run_dir, accelerator)
     if settings.gradient_checkpointing:
         _checkpoint_gradients(name, model)
@@ -130,6 +131,8 @@ def _make_stage(name: StageName, model: LatteFlow, checkpoint: Path, world: Worl
         stage.timestep_sampling = options.timestep_sampling
         if options.groups is not None:
             stage.train_groups(options.groups)
+        if options.freeze_embeddings:
+            stage.freeze_embeddings()
         return stage
     model.flow.requires_grad_(False)
     if name == "autoencoder":

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderDC
 from safetensors.torch import load_file, save_file
 
-from latte.checkpoint import SHIPPED, _as, load_checkpoint, load_outline, load_vae, save_checkpoint
+from latte.checkpoint import SHIPPED, _as, load_checkpoint, load_config, load_outline, load_vae, save_checkpoint
 from latte.shapes.vlm import small_image_processor
 from runtime.errors import CheckpointError
 from tests.tiny import save_tiny, tiny_autoencoder, tiny_vlm
@@ -163,6 +163,10 @@ def test_init_makes_a_checkpoint_of_a_qwen2_vl_and_a_dc_ae(
     code, _, error = run_command(*arguments, "--groups", 3, "--force")
     assert code == 2
     assert "4 layers cannot be split into 3" in error
+    for boundaries, expected in (("0,0.2,1", (0, 0.2, 1)), ("equal-probability", (0, 0.3375, 0.5, 0.6625, 1))):
+        code, _, error = run_command(*arguments, "--force", "--height", 32, "--width", 32, "--boundaries", boundaries)
+        assert code == 0, error
+        assert load_config(tmp_path / "made").schedule.boundaries == pytest.approx(expected, abs=1e-4)
     code, _, error = run_command("export", tmp_path / "made", tmp_path / "bundle")
     assert code != 0
     assert "made is untrained: a velocity head is zero" in error.strip().splitlines()[-1]
@@ -172,6 +176,25 @@ def test_init_makes_a_checkpoint_of_a_qwen2_vl_and_a_dc_ae(
     assert code != 0
     assert "the checkpoint is untrained" in error.strip().splitlines()[-1]
     assert not list(tmp_path.glob("images/*.png"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--boundaries", "0,0.5,0.4,1"),
+            "--boundaries must be uniform, equal-probability, or flow times that rise from",
+        ),
+        (("--boundaries", "logit"), "such as 0,0.2,0.6,1; got 'logit'"),
+        (("--boundaries", "0,0.5,1", "--groups", 4), "--boundaries 0,0.5,1 bound 2 groups, --groups is 4"),
+    ],
+)
+def test_init_refuses_boundaries_that_are_none(
+    options: tuple[object, ...], message: str, tmp_path: Path, run_command: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, _, error = run_command("init", tmp_path / "made", "--vlm", tmp_path, "--vae", tmp_path, *options)
+    assert code == 2
+    assert message in error
 
 
 def shallow_encoder(config: dict[str, Any]) -> None:
