@@ -266,7 +266,7 @@ class Gateway:
         return Response(self.gauges.text(), media_type="text/plain; version=0.0.4")
 
 
-def make_app(gateway: Gateway, on_shutdown: Callable[[], None] = lambda: None) -> FastAPI:
+def make_app(gateway: Gateway, on_shutdown: Callable[[], None] = lambda: None) -> Door:
     """Returns the ASGI application of a gateway.
 
     Args:
@@ -303,14 +303,13 @@ def make_app(gateway: Gateway, on_shutdown: Callable[[], None] = lambda: None) -
     app.add_exception_handler(Exception, _on_error)
     for kind in (ApiError, InputError, ServiceError):
         app.add_exception_handler(kind, _on_error)
-    app.add_middleware(
-        Door,
+    return Door(
+        app,
         keys=settings.keys,
         gauges=gateway.gauges,
         access_log=settings.access_log,
         max_body_bytes=settings.max_body_bytes,
     )
-    return app
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

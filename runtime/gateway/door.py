@@ -32,7 +32,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Door:
-    """The middleware."""
+    """The middleware, outside of everything else."""
 
     def __init__(self, app: App, *, keys: KeyRing, gauges: Gauges, access_log: bool, max_body_bytes: int) -> None:
         self._app, self._keys, self._gauges = app, keys, gauges

@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import FrameType
 
 import uvicorn
-from fastapi import FastAPI
 
 from runtime.gateway.app import Gateway
+from runtime.gateway.door import Door
 
 KEEP_ALIVE_SECONDS = 65
 """Longer than the 60 s after which proxies give a connection up, so that none is closed while it is used."""
@@ -26,7 +26,7 @@ class GatewayServer(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def make_server(app: FastAPI, gateway: Gateway, drain_seconds: int) -> GatewayServer:
+def make_server(app: Door, gateway: Gateway, drain_seconds: int) -> GatewayServer:
     """Returns a server that is not started.
 
     Args:
