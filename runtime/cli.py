@@ -56,6 +56,9 @@ COMMANDS = {
     "merge": _Command("latte.commands", "merge", "Put together expert groups that were trained apart.", "export"),
     "data": _Command("latte.emoji.commands", "app", "Make data sets to train on.", "train"),
     "score": _Command("latte.commands", "score", "Score a checkpoint's images and answers.", "export"),
+    "fidelity": _Command(
+        "latte.fidelity.commands", "fidelity", "Measure Fréchet and kernel distance to held-out images.", "train"
+    ),
 }
 OUR_PACKAGES = ("runtime", "latte", "export", "model_repository")
 
