@@ -27,6 +27,7 @@ from latte.checkpoint import (
     save_checkpoint,
     vae_scale_factor,
 )
+from latte.lora import is_adapter, merge_adapter
 from latte.merge import Embeddings
 from latte.merge import merge as merge_experts
 from latte.model import LatteFlow
@@ -121,7 +122,8 @@ def _schedule(groups: int | None, boundaries: str) -> ExpertSchedule:
 def merge(
     base: Annotated[str, typer.Argument(help="The checkpoint that all experts started from.")],
     experts: Annotated[
-        list[Path], typer.Argument(metavar="EXPERT...", help="Checkpoints, each with some groups trained.")
+        list[Path],
+        typer.Argument(metavar="EXPERT...", help="Checkpoints, each with some groups trained; or one adapter."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merged checkpoint.")],
     embeddings: Annotated[
@@ -129,13 +131,20 @@ def merge(
     ] = "average",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
 ) -> None:
-    """Put together expert groups that were trained apart, by `train --groups`, into one checkpoint.
+    """Put together expert groups that were trained apart, by `train --groups`; or add an adapter of `--lora-rank`.
 
     \b
     Examples:
       latte-flow merge start run-0/checkpoint run-1/checkpoint run-2/checkpoint run-3/checkpoint --out merged
+      latte-flow merge my-checkpoint run/adapter --out merged
     """
     check_replaceable(out, "config.json", "checkpoint", force=force)
+    if any(map(is_adapter, experts)):
+        if len(experts) > 1:
+            raise InputError("an adapter is merged alone: give its base and the adapter only")
+        merge_adapter(resolve_checkpoint(base), experts[0], out)
+        typer.echo(str(out))
+        return
     merged = merge_experts(resolve_checkpoint(base), [resolve_checkpoint(path) for path in experts], out, embeddings)
     table = Table("group", "from")
     for group, source in enumerate(merged.sources):

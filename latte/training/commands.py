@@ -133,6 +133,9 @@ def train(
     freeze_embeddings: Annotated[
         bool, typer.Option("--freeze-embeddings", help="Do not train the embeddings that all groups share.")
     ] = False,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Train an adapter of this rank instead of the flow layers (LoRA).", min=1)
+    ] = None,
     timestep_sampling: Annotated[TimestepSampling, typer.Option(help="Distribution of flow times.")] = "uniform",
     validation_prompts: Annotated[
         list[str] | None,
@@ -217,6 +220,8 @@ def train(
         world = DataSetWorld(opened(split), how, seed, held_out)
     chosen = None if groups is None else _numbers(groups, "--groups")
     if dry_run:
+        if lora_rank is not None:
+            raise InputError("--dry-run counts a training of whole layers; leave out --lora-rank")
         _dry_run(checkpoint, world, _changed(settings_of(world, "flow"), changes), chosen, num_train_epochs)
         return
     stages = STAGES if stage == "all" else (stage,)
@@ -224,6 +229,7 @@ def train(
     options = RunOptions(
         groups=None if chosen is None else tuple(chosen),
         freeze_embeddings=freeze_embeddings,
+        lora_rank=lora_rank,
         timestep_sampling=timestep_sampling,
         report_to=_trackers(report_to or []),
         resume_from=_state(resume_from_checkpoint, out),

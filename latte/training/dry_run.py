@@ -6,7 +6,7 @@ the time is an estimate: operations divided by a rate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from latte.checkpoint import load_config, own_state, share_with_vlm
 from latte.config import LatteFlowConfig
-from latte.model import FlowTransformer
+from latte.model import FlowTransformer, group_of_weight
 from latte.paper import PAPER, vae_config_of, vlm_config_of
 from latte.training.optimizers import is_inner
 from latte.training.run import frozen_dtype
@@ -113,31 +113,23 @@ def needs_of(sizes: Sizes, settings: TrainSettings, num_processes: int, groups: 
             share_with_vlm(flow, vlm)
         flow.gradient_checkpointing = settings.gradient_checkpointing
         own = own_state(flow)
-        shared = sum(p.numel() for name, p in own.items() if not name.startswith(("layers.", "heads.")))
-        of_group = sum(_parameters_of_group(flow, group) for group in trained_groups) // len(trained_groups)
-        trained = shared + of_group * len(trained_groups)
-        trained_layers = {layer for group in trained_groups for layer in config.layers_of(group)}
-        frozen = [f"layers.{layer}." for layer in range(config.num_hidden_layers) if layer not in trained_layers]
-        inner = sum(
-            p.numel()
-            for name, p in own.items()
-            if settings.optimizer == "muon" and is_inner(name, p) and not name.startswith(tuple(frozen))
-        )
+        trained = _of_groups(own, config, trained_groups)
+        inner = {name: p for name, p in trained.items() if settings.optimizer == "muon" and is_inner(name, p)}
         encoding, prefix = _encoding(config, vlm, vae, settings.train_batch_size)
         step, activations = _step(config, flow, trained_groups[0], settings.train_batch_size, bf16)
         sizes_of_frozen = [(p.numel(), p.element_size()) for part in (vlm, vae) for p in part.parameters()]
-        active = shared + of_group
+        active = _of_groups(own, config, trained_groups[:1])
     passes = settings.gradient_accumulation_steps
     flops = passes * (step + encoding // len(trained_groups))
     parts = num_processes if settings.sharding == "fsdp2" else 1
     return Needs(
-        trained_parameters=trained,
-        active_parameters=active,
+        trained_parameters=_count(trained),
+        active_parameters=_count(active),
         frozen_parameters=sum(count for count, _ in sizes_of_frozen),
-        weights=4 * sum(p.numel() for p in own.values()) // parts,
-        optimizer=(8 * trained - 4 * inner) // parts,
-        average=4 * trained // parts if settings.ema_decay else 0,
-        gradients=4 * active // parts,
+        weights=4 * _count(own) // parts,
+        optimizer=(8 * _count(trained) - 4 * _count(inner)) // parts,
+        average=4 * _count(trained) // parts if settings.ema_decay else 0,
+        gradients=4 * _count(active) // parts,
         frozen=sum(count * size for count, size in sizes_of_frozen),
         prefix=prefix * passes,
         activations=activations,
@@ -147,11 +139,13 @@ def needs_of(sizes: Sizes, settings: TrainSettings, num_processes: int, groups: 
     )
 
 
-def _parameters_of_group(flow: FlowTransformer, group: int) -> int:
-    layers = [flow.layers[layer] for layer in flow.config.layers_of(group)]
-    own = {id(p) for p in own_state(flow).values()}
-    parameters = {id(p): p for part in (*layers, flow.heads[group]) for p in part.parameters()}
-    return sum(p.numel() for key, p in parameters.items() if key in own)
+def _of_groups(parameters: Mapping[str, Tensor], config: LatteFlowConfig, groups: Sequence[int]) -> dict[str, Tensor]:
+    """Returns the parameters of some groups, and those that all groups share."""
+    return {name: p for name, p in parameters.items() if group_of_weight(name, config) in (None, *groups)}
+
+
+def _count(parameters: Mapping[str, Tensor]) -> int:
+    return sum(p.numel() for p in parameters.values())
 
 
 def _encoding(

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -28,6 +29,7 @@ from latte.checkpoint import (
     untrained_groups,
 )
 from latte.config import LatteFlowConfig
+from latte.lora import add_adapter, check_adaptable, save_adapter
 from latte.model import LatteFlow
 from latte.training.autoencoder import AutoencoderStage, latents_statistics
 from latte.training.conversations import ConversationEncoder
@@ -45,6 +47,7 @@ from runtime.errors import InputError
 from runtime.files import make_writable_folder, write_text
 
 RESULT = "checkpoint"
+ADAPTER = "adapter"
 PLOT = "loss.png"
 STATISTICS = "latents.json"
 
@@ -65,6 +68,8 @@ class RunOptions:
     """The expert groups to train; all by default."""
     freeze_embeddings: bool = False
     """Whether the embeddings of latents and time, which all groups share, stay as they are."""
+    lora_rank: int | None = None
+    """The rank of an adapter to train instead of the flow layers."""
     timestep_sampling: TimestepSampling = "uniform"
     """The distribution of flow times."""
     num_train_epochs: int | None = None
@@ -106,6 +111,7 @@ def run_stage(
         )
     if isinstance(stage, FlowStage) and untrained_groups(model.flow) and not has_latents_statistics(model.config):
         _measure_latents(model, stage.batches, run_dir, accelerator)
+    adapter = None if options.lora_rank is None else _add_adapter(stage, options.lora_rank, settings)
     if settings.gradient_checkpointing:
         _checkpoint_gradients(name, model)
     if settings.compile:
@@ -116,6 +122,10 @@ def run_stage(
         what = FlowValidation(stage, held_out, run_dir, options.validation, accelerator)
         validation = Validation(options.validation.every, what.run)
     trained = train(stage, settings, run_dir, accelerator, validation, options.resume_from)
+    if adapter is not None:
+        if accelerator.is_main_process:
+            save_adapter(adapter, checkpoint, run_dir / ADAPTER)
+        adapter.merge_and_unload()
     flow = {key: whole(value) for key, value in own_state(model.flow).items()} if name == "flow" else None
     if accelerator.is_main_process:
         _save(name, model, flow, checkpoint, world, run_dir / RESULT, TORCH_DTYPES[options.precision])
@@ -142,6 +152,16 @@ def _make_stage(name: StageName, model: LatteFlow, checkpoint: Path, world: Worl
         return VisionStage(model.vlm, image_processor, world.labelled_images(model))
     encoder = ConversationEncoder(model.tokenizer, image_processor)
     return VlmStage(model.vlm, encoder, world.conversations(model))
+
+
+def _add_adapter(stage: Stage, rank: int, settings: TrainSettings) -> Any:
+    """Adds an adapter to a stage's flow layers, and freezes all else; returns peft's model of it."""
+    if not isinstance(stage, FlowStage):
+        raise InputError(f"--lora-rank is for the flow layers; train the stage {stage.name} without it")
+    if settings.sharding == "fsdp2":
+        raise InputError("--lora-rank leaves little to split; train without --sharding fsdp2")
+    check_adaptable(stage.model.flow)
+    return add_adapter(stage.model.flow, rank, stage.groups)
 
 
 def of_epochs(

@@ -139,8 +139,8 @@ def load_state(
             metadata = file.metadata() or {}
             _check_origin(path, metadata, stage, settings, num_processes, frozen)
             names = set(file.keys())
-            expected = {f"parameter.{name}" for name in trained.parameters}
-            if {name for name in names if name.startswith("parameter.")} != expected:
+            shapes = {name: file.get_slice(name).get_shape() for name in names if name.startswith("parameter.")}
+            if shapes != {f"parameter.{name}": list(p.shape) for name, p in trained.parameters.items()}:
                 raise CheckpointError(f"{path} contains other parameters than the model has; use another folder")
             with torch.no_grad():
                 for name, p in trained.parameters.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from latte.data.batches import ImageTextBatches
 from latte.data.images import ImagePolicy
 from latte.data.pixel_rows import PixelRows
 from latte.data.source import open_data_set
+from latte.lora import PRODUCTS
 from latte.training.data_set import DataOptions, DataSetWorld
 from latte.training.dry_run import Sizes, needs_of
 from latte.training.flow import FlowStage
@@ -24,7 +26,7 @@ from latte.training.loop import make_accelerator
 from latte.training.settings import TrainSettings
 from latte.training.validation import VALIDATION_LOG, FlowValidation, ValidationOptions
 from runtime.cli import load_command
-from runtime.errors import InputError
+from runtime.errors import CheckpointError, InputError
 from tests.tiny import save_tiny, save_untrained
 
 
@@ -156,6 +158,49 @@ def test_a_run_is_validated_with_its_averaged_weights_and_does_not_notice(
     run(checkpoint, *options, *prompts, "--out", out, "--resume-from-checkpoint", "checkpoint-4", steps=5)
     lines = [json.loads(line) for line in (out / VALIDATION_LOG).read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines] == [3, 4, 5]
+
+
+def test_an_adapter_is_trained_and_added_to_the_checkpoint(
+    checkpoint: Path, images: Path, tmp_path: Path, run_command: Callable[..., tuple[int, str, str]]
+) -> None:
+    out = tmp_path / "run"
+    options = ("--data", images, "--out", out, "--precision", "fp32", "--learning-rate", 1e-2, "--groups", 1)
+    run(checkpoint, *options, "--lora-rank", 3)
+    before, after = load_file(checkpoint / "model.safetensors"), weights_of(out)
+    assert before.keys() == after.keys()
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert changed == {f"layers.{layer}.{name}.weight" for layer in (2, 3) for name in PRODUCTS}
+    assert torch.linalg.matrix_rank(after["layers.2.q_proj.weight"] - before["layers.2.q_proj.weight"], tol=1e-6) <= 3
+    assert {path.name for path in (out / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert str(tmp_path.parent) not in (out / "adapter" / "adapter_config.json").read_text(encoding="utf-8")
+
+    code, _, err = run_command("merge", checkpoint, out / "adapter", "--out", tmp_path / "merged")
+    assert code == 0, err
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(torch.equal(merged[name], weight) for name, weight in after.items())
+    code, _, err = run_command("merge", out / "checkpoint", out / "adapter", "--out", tmp_path / "other")
+    assert code == 2
+    assert "adapter does not belong to" in err
+    code, _, err = run_command("merge", checkpoint, out / "adapter", out / "adapter", "--out", tmp_path / "other")
+    assert code == 2
+    assert "an adapter is merged alone" in err
+
+    run(checkpoint, *options, "--lora-rank", 3, steps=6)  # goes on
+    with pytest.raises(CheckpointError, match="contains other parameters than the model has"):
+        run(checkpoint, *options, "--lora-rank", 4, steps=6)
+
+
+def test_what_cannot_have_an_adapter_is_refused_in_one_line(checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    save_untrained(tmp_path / "untrained")
+    save_tiny(tmp_path / "blend", "blend")
+    for start, options, message in (
+        (checkpoint, ("--dry-run",), "--dry-run counts a training of whole layers; leave out --lora-rank"),
+        (checkpoint, ("--stage", "autoencoder"), "--lora-rank is for the flow layers; train the stage autoencoder"),
+        (tmp_path / "untrained", (), "--lora-rank adapts flow layers that are trained"),
+        (tmp_path / "blend", (), "--lora-rank needs the variant couple"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(start, "--data", images, "--out", tmp_path / "run", "--lora-rank", 2, *options)
 
 
 def test_groups_are_trained_apart(checkpoint: Path, images: Path, tmp_path: Path) -> None:
