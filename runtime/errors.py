@@ -78,10 +78,10 @@ class QueueFullError(ServiceError):
     """There is no room for the request now; the same request may be sent again later."""
 
     @property
-    def retry_after(self) -> float:
+    def retry_after(self) -> int:
         """Seconds after which to send it again, which the message names; 0 if it names none."""
         found = re.search(rf"{TRY_AGAIN} (\d+) s$", str(self))
-        return float(found[1]) if found else 0.0
+        return int(found[1]) if found else 0
 
 
 class DrainingError(ServiceError):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from runtime.errors import (
-    TRY_AGAIN,
     CancelledError,
     DeadlineError,
     DrainingError,
@@ -20,7 +18,6 @@ from runtime.errors import (
 
 CLIENT_CLOSED = 499
 """Nobody reads it: the client closed the connection. It is counted and logged."""
-_SECONDS = re.compile(re.escape(TRY_AGAIN) + r" (\d+) s")
 
 
 @dataclass
@@ -61,8 +58,7 @@ def api_error(error: BaseException) -> ApiError:
     if isinstance(error, InputError):
         return ApiError(400, message, "invalid_value")
     if isinstance(error, QueueFullError):
-        found = _SECONDS.search(message)
-        return ApiError(429, message, "rate_limit_exceeded", retry_after=int(found[1]) if found else 1)
+        return ApiError(429, message, "rate_limit_exceeded", retry_after=error.retry_after or 1)
     if isinstance(error, DrainingError):
         return ApiError(503, message, "shutting_down", retry_after=5)
     if isinstance(error, DeadlineError):
