@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import random
 import time
@@ -41,6 +42,7 @@ from runtime.errors import (
     one_line,
 )
 from runtime.images import png_bytes
+from runtime.serving.requests import Usage
 
 Responses = SimpleQueue[tuple[Any, InferenceServerException | None]]
 _FIELDS = {field.name: field for field in INPUTS}
@@ -73,10 +75,16 @@ class Response:
     images: np.ndarray | None = None
     """`[n, height, width, 3]` uint8."""
     text: str | None = None
+    usage: Usage | None = None
+    """In "done"."""
 
 
 class _NotServingError(ServiceError):
     """The model is being replaced or restarted; the request was not accepted."""
+
+
+class _CancelledHereError(CancelledError):
+    """The caller does not want the request any more; the service does not know yet."""
 
 
 class _ReplacedError(_NotServingError):
@@ -158,7 +166,7 @@ class Client:
             InputError, ServiceError: as `generate`.
         """
         several = images if isinstance(images, (list, tuple)) else [] if images is None else [images]
-        inputs = {"question": question} | ({"image": [_encoded(image) for image in several]} if several else {})
+        inputs = {"question": question} | ({"image": [encoded(image) for image in several]} if several else {})
         for response in self.stream(**inputs, **options):
             if response.event == "done" and response.text is not None:
                 return response.text
@@ -170,12 +178,24 @@ class Client:
         Raises:
             InputError, ServiceError: as `generate`.
         """
+        return self.responses(inputs)
+
+    def responses(
+        self, inputs: Mapping[str, Any], is_cancelled: Callable[[], bool] = lambda: False
+    ) -> Generator[Response, None, None]:
+        """Yields responses as `stream` does.
+
+        Args:
+            inputs: of the model, by name.
+            is_cancelled: asked several times a second, also while nothing comes; once it is true, the request is
+                cancelled and `CancelledError` raised.
+        """
         deadline = inputs.get("deadline")
         seconds = self._timeout if deadline is None else float(deadline) + GRACE_SECONDS
         give_up = time.monotonic() + seconds
         for attempt in range(self._retries + 1):
             try:
-                yield from self._stream_once(inputs, give_up)
+                yield from self._stream_once(inputs, give_up, is_cancelled=is_cancelled)
                 return
             except (QueueFullError, DrainingError, _NotServingError) as error:
                 # At random, so that clients that were refused together do not come back together.
@@ -188,7 +208,14 @@ class Client:
                 if isinstance(error, _NotServingError):
                     self._wait_until_ready(give_up)
 
-    def _stream_once(self, inputs: dict[str, Any], give_up: float, *, watch: bool = True) -> Iterator[Response]:
+    def _stream_once(
+        self,
+        inputs: Mapping[str, Any],
+        give_up: float,
+        *,
+        watch: bool = True,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Response]:
         """Sends a request once.
 
         Args:
@@ -211,6 +238,8 @@ class Client:
             with contextlib.suppress(InferenceServerException):  # a stream that broke at once: the callback is told why
                 client.async_stream_infer(MODEL, tensors, request_id=request_id)
             while not finished:
+                if is_cancelled():
+                    raise _CancelledHereError("the request was cancelled")
                 try:
                     result, error = responses.get(timeout=POLL_SECONDS)  # short waits, so that Ctrl-C works
                 except Empty:
@@ -229,7 +258,7 @@ class Client:
                 finished = response.event == "done"
                 begun = self._reached = True
                 yield response
-        except (GeneratorExit, KeyboardInterrupt):
+        except (GeneratorExit, KeyboardInterrupt, _CancelledHereError):
             if not finished:
                 own = {"client_id": inputs["client_id"]} if "client_id" in inputs else {}
                 finished = _cancel(client, responses, {"cancel": request_id} | own)
@@ -268,6 +297,17 @@ class Client:
             return  # the server lives, and finishes what it has taken
         except ServiceError as error:
             raise ServiceError(f"{self.url} does not answer any more, and the request is lost: {error}") from error
+
+    def describe(self, timeout: float = PING_SECONDS) -> dict[str, Any]:
+        """Returns what the service says of itself: its queue, its model and its limits.
+
+        Raises:
+            ServiceError: it does not answer.
+        """
+        for response in self._stream_once({"heartbeat": True}, time.monotonic() + timeout, watch=False):
+            if response.text is not None:
+                return dict(json.loads(response.text))
+        raise ServiceError(f"{self.url} does not say what it serves")
 
     def answers(self, timeout: float = PING_SECONDS) -> bool:
         """Returns whether the model's process answers within so many seconds. It takes no place in the queue."""
@@ -381,17 +421,21 @@ def _response(result: Any) -> Response:
     images = result.as_numpy("images")
     if images is None and (files := result.as_numpy("png")) is not None:
         images = np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])
-    text, index, step = value("text"), value("image_index"), value("step")
+    text, index, step, reason = value("text"), value("image_index"), value("step"), value("finish_reason")
+    tokens = [value(name) for name in ("input_tokens", "output_tokens")]
+    usage = None if reason is None else Usage(int(tokens[0]), int(tokens[1]), reason == b"length")
     return Response(
         event=value("event").decode(),
         image_index=None if index is None else int(index),
         step=None if step is None else int(step),
         images=images,
         text=None if text is None else text.decode(),
+        usage=usage,
     )
 
 
-def _encoded(image: Any) -> bytes:
+def encoded(image: Any) -> bytes:
+    """Returns an image as a file: what is in it if it is a path, or else a PNG."""
     if isinstance(image, (str, os.PathLike)):
         try:
             return Path(image).read_bytes()

@@ -13,8 +13,8 @@ from typing import Annotated
 
 import typer
 
+from model_repository.client import Client
 from model_repository.commands import (
-    Bundle,
     Device,
     Limit,
     LogFormatOption,
@@ -24,6 +24,7 @@ from model_repository.commands import (
     provider_options_of,
     warn,
 )
+from model_repository.remote import TritonService
 from model_repository.schema import DRAIN_SECONDS
 from model_repository.transport import is_loopback
 from runtime.console import stderr
@@ -35,7 +36,7 @@ from runtime.gateway.server import make_server
 from runtime.pipeline import LatteFlowPipeline
 from runtime.serving.log import log_request, set_up_logging
 from runtime.serving.metrics import Metrics
-from runtime.serving.service import LocalService, warm_up
+from runtime.serving.service import LocalService, Service, warm_up
 
 LOOPBACK = "127.0.0.1"
 LAST_WORDS_SECONDS = 2.0
@@ -45,7 +46,14 @@ BROKEN = 70
 
 
 def gateway(
-    bundle: Bundle,
+    bundle: Annotated[Path | None, typer.Argument(help="Folder that `latte-flow export` wrote.")] = None,
+    triton: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Instead of a bundle: a Triton server's gRPC endpoint.")
+    ] = None,
+    triton_tls: Annotated[bool, typer.Option("--triton-tls", help="Connect to Triton over TLS.")] = False,
+    triton_ca: Annotated[
+        Path | None, typer.Option(help="Certificates of the authorities to trust, PEM; implies --triton-tls.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; by default this machine only.")] = LOOPBACK,
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8080,
     model_name: Annotated[str, typer.Option(help="Name of the model in the API.")] = "latte-flow",
@@ -66,12 +74,15 @@ def gateway(
     device: Device = None,
     limit: Limit = None,
 ) -> None:
-    """Serve a bundle by OpenAI's HTTP API, in this process.
+    """Serve OpenAI's HTTP API over a bundle in this process, or over a Triton server.
+
+    The token for the Triton server is in the environment variable LATTE_FLOW_TOKEN.
 
     \b
     Examples:
       latte-flow gateway demo/bundle
       latte-flow gateway demo/bundle --host 0.0.0.0 --api-key-file keys.json --access-log --log-format json
+      latte-flow gateway --triton localhost:8001
       curl http://127.0.0.1:8080/v1/images/generations -H 'Content-Type: application/json' \\
         -d '{"prompt": "a small red circle", "seed": 7}'
     """
@@ -82,13 +93,20 @@ def gateway(
     settings = GatewaySettings(
         keys, frozenset(allow_image_host or ()), access_log, result_cache_bytes=result_cache << 20
     )
+    if (bundle is None) == (triton is None):
+        raise InputError("give either a bundle or --triton HOST:PORT")
     listener = _listen(host, port)
-    pipeline = LatteFlowPipeline.from_pretrained(bundle, provider, provider_options_of(provider_option, device))
-    warm_up(pipeline)
-    service = LocalService(pipeline, limits_of(limit), name=model_name, on_end=log_request, on_death=_end_process)
-    door = Gateway(service, settings)
-    metrics = Metrics(Families(door.gauges.registry), service.model.groups)
-    door.report = lambda: metrics.update(service.scheduler, service.worker, service.scheduler.open_requests)
+    if triton is not None:
+        service: Service = TritonService(Client(triton, tls=triton_tls, ca=triton_ca), model_name)
+        door = Gateway(service, settings)
+    else:
+        assert bundle is not None
+        pipeline = LatteFlowPipeline.from_pretrained(bundle, provider, provider_options_of(provider_option, device))
+        warm_up(pipeline)
+        local = LocalService(pipeline, limits_of(limit), name=model_name, on_end=log_request, on_death=_end_process)
+        service, door = local, Gateway(local, settings)
+        metrics = Metrics(Families(door.gauges.registry), local.model.groups)
+        door.report = lambda: metrics.update(local.scheduler, local.worker, local.scheduler.open_requests)
 
     def finish() -> None:
         service.drain(DRAIN_SECONDS)

@@ -200,7 +200,7 @@ class Outbox:
             else:
                 name, value = "text", np.array(["".join(delivery.texts).encode()], dtype=np.object_)
             with delivery.lock:
-                sender.send({"event": "done", name: value}, last=True)
+                sender.send({"event": "done", name: value} | _usage(event), last=True)
                 self._close(delivery)
         elif event.kind == "failed":
             with delivery.lock:
@@ -259,3 +259,10 @@ class Outbox:
         else:
             self._in_turn.append(delivery)
         return True
+
+
+def _usage(event: Event) -> dict[str, Output]:
+    if (usage := event.usage) is None:
+        return {}
+    reason = "length" if usage.ended_by_length else "stop"
+    return {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens, "finish_reason": reason}

@@ -1,8 +1,8 @@
 """Requests to the model `latte_flow`, and its responses: one table for configuration, model and client.
 
 The names are those of diffusers' pipelines, so that a JSON body for Triton's `generate` endpoint reads like a call.
-Every input has one value unless its dims say otherwise. A request has a `prompt`, a `question`, a `heartbeat` or a
-`cancel`.
+Every input has one value unless its dims say otherwise. A request has a `prompt`, a `question`, `messages`, a
+`heartbeat` or a `cancel`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import binascii
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel, Discriminator, TypeAdapter, ValidationError
 
 from runtime.answers import DEFAULT_MAX_NEW_TOKENS, AnswerSettings
-from runtime.chat import user_message
+from runtime.chat import Message, user_message
 from runtime.errors import InputError
 from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_SHIFT, DEFAULT_STEPS
 from runtime.images import check_images, png_bytes
@@ -31,7 +32,7 @@ ENGINE_FILE = "engine.json"
 """The entry of an engine in the manifest, in its model's folder."""
 Layout = Literal["in-process", "per-engine"]
 Platform = Literal["python", "onnxruntime", "tensorrt"]
-RequestKind = Literal["prompt", "question", "heartbeat", "cancel"]
+RequestKind = Literal["prompt", "question", "messages", "heartbeat", "cancel"]
 ImageFormat = Literal["raw", "png", "png_base64"]
 IMAGE_FORMATS: tuple[ImageFormat, ...] = ("raw", "png", "png_base64")
 MAX_TEXT_BYTES = 65_536
@@ -59,7 +60,7 @@ class Field:
 
 
 DRAW: tuple[RequestKind, ...] = ("prompt",)
-ASK: tuple[RequestKind, ...] = ("question",)
+ASK: tuple[RequestKind, ...] = ("question", "messages")
 INPUTS = (
     Field("prompt", "BYTES", (1,), "what to draw", DRAW),
     Field("negative_prompt", "BYTES", (1,), "what the image should not show", DRAW),
@@ -76,11 +77,19 @@ INPUTS = (
     Field("priority", "INT32", (1,), "-2 to 2; requests with a higher priority are served first", (*DRAW, *ASK)),
     Field("deadline", "FP32", (1,), "seconds after which the request fails", (*DRAW, *ASK)),
     Field("client_id", "BYTES", (1,), "who asks; a client's requests share its quota", (*DRAW, *ASK, "cancel")),
-    Field("question", "BYTES", (1,), "what to answer", ASK),
+    Field("question", "BYTES", (1,), "what to answer", ("question",)),
+    Field(
+        "messages",
+        "BYTES",
+        (1,),
+        "a conversation instead, as JSON in the Hugging Face chat format; a part {type: image, image: i} is image i",
+        ("messages",),
+    ),
     Field("image", "BYTES", (-1,), "images that the question is about: PNG or JPEG files, or their base64", ASK),
     Field("max_new_tokens", "INT32", (1,), f"largest number of tokens, default {DEFAULT_MAX_NEW_TOKENS}", ASK),
     Field("temperature", "FP32", (1,), "default 0, which takes the most likely token", ASK),
     Field("top_p", "FP32", (1,), "sample from the most likely tokens with this probability", ASK),
+    Field("stop", "BYTES", (-1,), "texts that end the answer", ASK),
     Field("stream", "BOOL", (1,), "send the answer piece by piece", ASK),
     Field("heartbeat", "BOOL", (1,), "ask only whether the service works; answered at once", ("heartbeat",)),
     Field("cancel", "BYTES", (1,), "the id of an open request of the same client, which ends", ("cancel",)),
@@ -92,6 +101,9 @@ OUTPUTS = (
     Field("images", "UINT8", (-1, -1, -1, 3), "raw images [n, height, width, 3]; all of them in done"),
     Field("png", "BYTES", (-1,), "images as PNG files or their base64"),
     Field("text", "BYTES", (1,), "a piece of an answer; the whole answer in done"),
+    Field("input_tokens", "INT32", (1,), "tokens of the prompt or the conversation, in done"),
+    Field("output_tokens", "INT32", (1,), "latents of the images, or tokens of the answer, in done"),
+    Field("finish_reason", "BYTES", (1,), "stop, or length for an answer that a limit cut off, in done"),
 )
 COMMON = ("priority", "deadline", "client_id")
 """Inputs of every request that waits in a queue."""
@@ -159,7 +171,7 @@ def read_request(
     values = {name: _value(name, array) for name, array in tensors.items()}
     kinds: list[RequestKind] = [kind for kind in get_args(RequestKind) if kind in values]
     if len(kinds) != 1:
-        raise InputError("a request needs either a prompt, to draw, or a question, to be answered")
+        raise InputError("a request needs either a prompt, to draw, or a question or messages, to be answered")
     (kind,) = kinds
     fitting = {field.name for field in INPUTS if kind in field.requests}
     if strange := sorted(set(values) - fitting):
@@ -187,8 +199,10 @@ def _value(name: str, array: np.ndarray) -> Any:
     if field.dims == (-1,):
         return list(array)
     value = array[0]
-    if field.dtype != "BYTES":
-        return value.item()
+    return _text(name, value) if field.dtype == "BYTES" else value.item()
+
+
+def _text(name: str, value: Any) -> str:
     raw = value if isinstance(value, bytes) else str(value).encode()
     if len(raw) > MAX_TEXT_BYTES:
         raise InputError(f"{name} has {len(raw)} bytes, the limit is {MAX_TEXT_BYTES}; shorten it")
@@ -210,8 +224,58 @@ def _ask_request(values: dict[str, Any], common: dict[str, Any]) -> AskRequest:
     stream = values.pop("stream", False)
     images = [_image(content) for content in values.pop("image", [])]
     check_images(images)
-    message = user_message(images, values.pop("question"))
-    return AskRequest(AnswerRequest((message,), AnswerSettings(**values), **common), stream)
+    if "messages" in values:
+        conversation = _conversation(values.pop("messages"), images)
+    else:
+        conversation = (user_message(images, values.pop("question")),)
+    stop = tuple(_text("stop", text) for text in values.pop("stop", []))
+    return AskRequest(AnswerRequest(conversation, AnswerSettings(**values, stop=stop), **common), stream)
+
+
+def _conversation(text: str, images: Sequence[Image.Image]) -> tuple[Message, ...]:
+    """Reads a conversation whose image parts are indices, each of an image that is used once."""
+    try:
+        messages = _MESSAGES.validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the text"
+        raise InputError(
+            f"messages must be a JSON list of messages, each with role and content: {place}: {first['msg']}"
+        ) from error
+    left = dict(enumerate(images))
+    conversation: list[Message] = []
+    for message in messages:
+        parts: list[dict[str, Any]] = []
+        for part in message.content if isinstance(message.content, list) else []:
+            if isinstance(part, _TextPart):
+                parts.append({"type": "text", "text": part.text})
+            elif part.image not in left:
+                raise InputError(f"messages show image {part.image}, which is not there or shown already")
+            else:
+                parts.append({"type": "image", "image": left.pop(part.image)})
+        content = message.content if isinstance(message.content, str) else parts
+        conversation.append({"role": message.role, "content": content})
+    if left:
+        raise InputError(f"messages do not show image {min(left)}; give as many images as they show")
+    return tuple(conversation)
+
+
+class _TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class _ImagePart(BaseModel):
+    type: Literal["image"]
+    image: int
+
+
+class _Message(BaseModel):
+    role: Literal["system", "user", "assistant"]
+    content: str | list[Annotated[_TextPart | _ImagePart, Discriminator("type")]]
+
+
+_MESSAGES = TypeAdapter(list[_Message])
 
 
 def _image(content: bytes | str) -> Image.Image:

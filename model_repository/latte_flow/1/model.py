@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,17 +121,21 @@ class TritonPythonModel:
         try:
             return read_request(tensors, parameters, request.request_id())
         except Exception as error:
-            kind: Literal["draw", "ask"] = "ask" if "question" in tensors else "draw"
+            kind: Literal["draw", "ask"] = "draw" if "prompt" in tensors else "ask"
             client = str(parameters.get(CLIENT_HEADER, ""))
             self.scheduler.count_rejected(kind, request.request_id(), client, error)
             raise
 
     def _state(self) -> str:
-        """What a heartbeat answers, as JSON."""
+        """What a heartbeat answers, as JSON: how the service does, what it serves, and what it accepts."""
+        geometry = self.pipeline.manifest.geometry
+        height, width = (side * geometry.vae_scale_factor for side in geometry.latent_size)
         state = {
             "pending_images": self.scheduler.pending,
             "pending_questions": self.scheduler.pending_questions,
             "seconds_since_heartbeat": round(self.worker.seconds_since_heartbeat, 3),
+            "model": {"height": height, "width": width, "groups": self.pipeline.manifest.schedule.num_groups},
+            "limits": asdict(self.scheduler.limits),
         }
         return json.dumps(state)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from runtime.gateway.app import Gateway, GatewaySettings, make_app
 from runtime.gateway.server import GatewayServer, make_server
 from runtime.pipeline import LatteFlowPipeline
 from runtime.serving.requests import Limits
-from runtime.serving.service import LocalService
+from runtime.serving.service import LocalService, Service
 
 
 @dataclass(frozen=True)
@@ -26,21 +26,16 @@ class Running:
 
     url: str
     gateway: Gateway
-    service: LocalService
     server: GatewayServer
 
     def client(self, key: str = "none", **options: object) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)  # type: ignore[arg-type]
 
 
-Start = Callable[..., "Running"]
-
-
 @contextmanager
-def running(bundle: Path, settings: GatewaySettings | None = None, limits: Limits | None = None) -> Iterator[Running]:
-    service = LocalService(LatteFlowPipeline.from_pretrained(bundle), limits)
+def running(service: Service, settings: GatewaySettings | None = None) -> Iterator[Running]:
     gateway = Gateway(service, settings)
-    with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener, service:
+    with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
         server = make_server(make_app(gateway), gateway, 10)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -48,14 +43,24 @@ def running(bundle: Path, settings: GatewaySettings | None = None, limits: Limit
             time.sleep(0.01)
         port = listener.getsockname()[1]
         try:
-            yield Running(f"http://127.0.0.1:{port}", gateway, service, server)
+            yield Running(f"http://127.0.0.1:{port}", gateway, server)
         finally:
             server.should_exit = True
             thread.join(20)
 
 
+def local(bundle: Path, limits: Limits | None = None) -> LocalService:
+    return LocalService(LatteFlowPipeline.from_pretrained(bundle), limits)
+
+
 @pytest.fixture(scope="module")
-def door(bundle: Path) -> Iterator[Running]:
+def service(bundle: Path) -> Iterator[LocalService]:
+    with local(bundle) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def door(service: LocalService) -> Iterator[Running]:
     """A gateway that everybody may use."""
-    with running(bundle, GatewaySettings(result_cache_bytes=1 << 20)) as started:
+    with running(service, GatewaySettings(result_cache_bytes=1 << 20)) as started:
         yield started

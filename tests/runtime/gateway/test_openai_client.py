@@ -23,7 +23,8 @@ from runtime.gateway.keys import KeyRing
 from runtime.gateway.schema import DrawingOptions, ImagesBody
 from runtime.pipeline import LatteFlowPipeline
 from runtime.serving.requests import Limits
-from tests.runtime.gateway.conftest import Running, running
+from runtime.serving.service import LocalService
+from tests.runtime.gateway.conftest import Running, local, running
 
 STEPS = {"num_inference_steps": 4}
 
@@ -213,7 +214,7 @@ def test_a_key_is_needed_and_has_its_quota(bundle: Path, tmp_path: Path) -> None
     file = tmp_path / "keys.json"
     file.write_text(json.dumps([{"name": "alice", "key": "a-long-key-for-alice", "max_images": 2}]))
     file.chmod(0o600)
-    with running(bundle, GatewaySettings(KeyRing.from_file(file))) as started:
+    with local(bundle) as service, running(service, GatewaySettings(KeyRing.from_file(file))) as started:
         with pytest.raises(openai.AuthenticationError, match="send a valid API key"):
             started.client("wrong").images.generate(prompt="a")
         client = started.client("a-long-key-for-alice")
@@ -222,20 +223,20 @@ def test_a_key_is_needed_and_has_its_quota(bundle: Path, tmp_path: Path) -> None
             client.images.generate(prompt="a", n=3, extra_body=STEPS)
         assert caught.value.response.headers["retry-after"] == "1"
         assert httpx2.get(f"{started.url}/health").status_code == 200
-        records = list(started.service.scheduler.statistics.records)
+        records = list(service.scheduler.statistics.records)
         assert {record.client_id for record in records} == {"alice"}
 
 
 def test_a_full_queue_is_429_and_says_when_to_try_again(bundle: Path) -> None:
-    with running(bundle, limits=Limits(max_queued_images=1)) as started:
+    with local(bundle, Limits(max_queued_images=1)) as service, running(service) as started:
         with pytest.raises(openai.RateLimitError, match="no room for 2 more") as caught:
             started.client().images.generate(prompt="a", n=2)
         assert int(caught.value.response.headers["retry-after"]) >= 1
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_cancels_its_request(door: Running, stream: bool) -> None:
-    statistics = door.service.scheduler.statistics
+def test_a_client_that_goes_away_cancels_its_request(door: Running, service: LocalService, stream: bool) -> None:
+    statistics = service.scheduler.statistics
     cancelled = statistics.cancelled
     body = {"prompt": "slow", "num_inference_steps": 200, "n": 1 if stream else 16, "stream": stream}
     if stream:
@@ -249,11 +250,11 @@ def test_a_client_that_goes_away_cancels_its_request(door: Running, stream: bool
     while statistics.cancelled == cancelled and time.monotonic() < give_up:
         time.sleep(0.02)
     assert statistics.cancelled == cancelled + 1
-    assert door.service.scheduler.open_requests == 0
+    assert service.scheduler.open_requests == 0
 
 
 def test_a_gateway_that_drains_refuses_new_requests(bundle: Path) -> None:
-    with running(bundle) as started:
+    with local(bundle) as service, running(service) as started:
         started.gateway.draining = True
         with pytest.raises(openai.InternalServerError, match="shutting down") as caught:
             started.client().images.generate(prompt="a")
