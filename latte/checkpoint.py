@@ -343,9 +343,14 @@ def check_autoencoder(vae: AutoencoderDC, latent_size: tuple[int, int], name: st
 
 
 def untrained_groups(flow: FlowTransformer) -> list[int]:
-    """Returns the expert groups whose velocity is zero whatever the input, as `init` leaves it."""
+    """Returns the expert groups whose velocity is zero whatever the input, as `init` leaves it.
+
+    A model on the meta device has no values, so none of its groups is known to be untrained.
+    """
     projections = enumerate(flow.get_submodule(f"heads.{group}.proj") for group in range(len(flow.heads)))
-    return [group for group, projection in projections if not any(p.any() for p in projection.parameters())]
+    return [
+        group for group, projection in projections if all(not (p.is_meta or p.any()) for p in projection.parameters())
+    ]
 
 
 def has_latents_statistics(config: LatteFlowConfig) -> bool:

@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,15 +27,17 @@ class Running:
     url: str
     gateway: Gateway
     server: GatewayServer
+    clients: ExitStack
 
-    def client(self, key: str = "none", **options: object) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)  # type: ignore[arg-type]
+    def client(self, key: str = "none") -> openai.OpenAI:
+        """A client that is closed with the gateway."""
+        return self.clients.enter_context(openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0))
 
 
 @contextmanager
 def running(service: Service, settings: GatewaySettings | None = None) -> Iterator[Running]:
     gateway = Gateway(service, settings)
-    with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
+    with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener, ExitStack() as clients:
         server = make_server(make_app(gateway), gateway, 10)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -43,8 +45,9 @@ def running(service: Service, settings: GatewaySettings | None = None) -> Iterat
             time.sleep(0.01)
         port = listener.getsockname()[1]
         try:
-            yield Running(f"http://127.0.0.1:{port}", gateway, server)
+            yield Running(f"http://127.0.0.1:{port}", gateway, server, clients)
         finally:
+            clients.close()
             server.should_exit = True
             thread.join(20)
 
