@@ -110,6 +110,7 @@ class Client:
         ca: str | os.PathLike[str] | None = None,
         headers: Mapping[str, str] | None = None,
         token: str | None = None,
+        own: bool = False,
     ) -> None:
         """Sends nothing yet.
 
@@ -121,12 +122,13 @@ class Client:
             ca: file with the certificates of the authorities to trust, PEM; implies `tls`.
             headers: sent with every request.
             token: sent as a bearer token; None for the environment variable LATTE_FLOW_TOKEN.
+            own: this process runs the server, so that no HTTP proxy is between them.
 
         Raises:
             InputError: a header cannot be sent, a token would be sent in the clear, or `ca` cannot be read.
         """
         self.url = url
-        self._connection = Connection(url, tls, None if ca is None else Path(ca), headers or {}, token)
+        self._connection = Connection(url, tls, None if ca is None else Path(ca), headers or {}, token, own)
         self._retries = retries
         self._timeout = timeout
         self._reached = False
@@ -159,7 +161,7 @@ class Client:
         """Answers a question about images.
 
         Args:
-            images: a path, a PIL image or `[H, W, 3]` uint8; a list of these; or None.
+            images: a path, the content of a file, a PIL image or `[H, W, 3]` uint8; a list of these; or None.
             options: inputs of the model by name: `max_new_tokens=64`, …
 
         Raises:
@@ -356,7 +358,7 @@ class Client:
             return DeadlineError(message)
         if code == CANCELLED:
             return CancelledError(message)
-        if code == UNAVAILABLE and DRAINING in message:
+        if code == UNAVAILABLE and DRAINING in message and not begun:
             return DrainingError(f"{self.url}: {message}")
         if code == UNAVAILABLE and TRY_AGAIN in message and not begun:
             return QueueFullError(f"{self.url}: {message}")
@@ -435,7 +437,9 @@ def _response(result: Any) -> Response:
 
 
 def encoded(image: Any) -> bytes:
-    """Returns an image as a file: what is in it if it is a path, or else a PNG."""
+    """Returns an image as a file: the content of one is that already; what is at a path; or else a PNG."""
+    if isinstance(image, bytes):
+        return image
     if isinstance(image, (str, os.PathLike)):
         try:
             return Path(image).read_bytes()

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from model_repository.connection import TOKEN_VARIABLE
-from model_repository.layout import LogFormat, write_repository
+from model_repository.layout import LogFormat, settings_of, write_repository
 from model_repository.schema import Layout, Platform
 from model_repository.server import LOOPBACK, TritonServer
 from model_repository.signals import ends_by_interrupt, ignore_endings
@@ -86,6 +86,7 @@ def repository(
         if not number.isdecimal():
             raise InputError(f"expected --gpu ENGINE=NUMBER, got {engine}={number}")
         placement[engine] = int(number)
+    before = settings_of(out)
     write_repository(
         bundle,
         out,
@@ -99,6 +100,11 @@ def repository(
         execution_environment=environment,
         force=force,
     )
+    now = settings_of(out)
+    names = sorted(set(before) | set(now)) if before else []
+    changes = [f"{name} {before.get(name, 'unset')} -> {now.get(name, 'unset')}" for name in names]
+    if changed := [change for name, change in zip(names, changes, strict=True) if before.get(name) != now.get(name)]:
+        warn(f"settings of {out} that changed: {', '.join(changed)}; give their options again to keep them")
     typer.echo(str(out))
 
 

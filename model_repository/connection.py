@@ -9,12 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import tritonclient.grpc as grpc
+from tritonclient.grpc import MAX_GRPC_MESSAGE_SIZE
 
 from model_repository.transport import is_loopback, tls_context
 from runtime.errors import InputError
 
 TOKEN_VARIABLE = "LATTE_FLOW_TOKEN"
 """Environment variable with a bearer token."""
+_CHANNEL = [
+    ("grpc.max_send_message_length", MAX_GRPC_MESSAGE_SIZE),
+    ("grpc.max_receive_message_length", MAX_GRPC_MESSAGE_SIZE),
+]
+"""What the client library sets itself as long as nobody else sets anything."""
 _HEADER_NAME = re.compile(r"[0-9a-z_.-]+")
 
 
@@ -33,6 +39,8 @@ class Connection:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     token: str | None = field(default=None, repr=False)
     """Sent as `authorization: Bearer TOKEN`, over TLS or to this machine only. None for the environment's."""
+    own: bool = False
+    """This process runs the server, so that no proxy is between them, whatever the address."""
 
     def __post_init__(self) -> None:
         headers = {name.lower(): value for name, value in self.headers.items()}
@@ -59,4 +67,10 @@ class Connection:
     def open(self) -> grpc.InferenceServerClient:
         """Returns a new channel; nothing is sent yet."""
         ca = None if self.ca is None else str(self.ca)
-        return grpc.InferenceServerClient(self.url, ssl=self.secure, root_certificates=ca)
+        options = [*_CHANNEL, ("grpc.enable_http_proxy", int(self._may_use_proxy))]
+        return grpc.InferenceServerClient(self.url, ssl=self.secure, root_certificates=ca, channel_args=options)
+
+    @property
+    def _may_use_proxy(self) -> bool:
+        """gRPC obeys `http_proxy` also for this machine's own addresses, and would send a token there in the clear."""
+        return not (self.own or is_loopback(self.url.rpartition(":")[0]))

@@ -12,6 +12,7 @@ import os
 import secrets
 import stat
 import time
+from collections.abc import Mapping
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,17 @@ def server_options(models: Path | str, key: str) -> list[str]:
 
 
 def write_key(path: Path) -> str:
-    """Writes a new random key to a new file that only its owner can read; returns the key."""
+    """Writes a new random key to a new file that only its owner can read; returns the key.
+
+    Raises:
+        InputError: the file cannot be written, or is there already.
+    """
     key = secrets.token_hex(32)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(f"{key}\n")
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(f"{key}\n")
+    except OSError as error:
+        raise InputError(f"cannot write the control key to {path}: {error.strerror}; choose another file") from error
     return key
 
 
@@ -159,6 +167,17 @@ class Control:
             return False
         return any(entry["name"] == model and entry.get("state") == "READY" for entry in index)
 
+    def check_alive(self, seconds: float = ANSWER_SECONDS) -> None:
+        """Checks that a model which is loaded answers. One that drains or is being replaced counts as alive.
+
+        Raises:
+            ServiceError: the model does not answer, or its server does not.
+        """
+        if self.is_ready(seconds=seconds):
+            self._post(f"/v2/models/{MODEL}/generate", seconds, {"heartbeat": True})
+        else:
+            self._index(seconds)
+
     def is_unloaded(self, model: str = MODEL, seconds: float = DRAIN_SECONDS) -> bool:
         """Returns whether the model has finished all its requests and is gone."""
         entries = [entry for entry in self._index(seconds) if entry["name"] == model and "state" in entry]
@@ -183,16 +202,16 @@ class Control:
         index: list[dict[str, str]] = self._post("/v2/repository/index", seconds)
         return index
 
-    def _post(self, path: str, seconds: float) -> Any:
+    def _post(self, path: str, seconds: float, body: Mapping[str, Any] = {}) -> Any:
         connection = (
             HTTPConnection(self._host, self._port, timeout=seconds)
             if self._tls is None
             else HTTPSConnection(self._host, self._port, timeout=seconds, context=self._tls)
         )
         try:
-            connection.request("POST", path, b"{}", {CONTROL_HEADER: self._key})
+            connection.request("POST", path, json.dumps(body), {CONTROL_HEADER: self._key})
             response = connection.getresponse()
-            status, body = response.status, response.read()
+            status, answer = response.status, response.read()
         except (OSError, HTTPException) as error:
             raise ServiceError(f"{self.http_url} does not answer: {one_line(error)}") from error
         finally:
@@ -200,7 +219,7 @@ class Control:
         if status == 403:
             raise ServiceError(f"{self.http_url} refuses the control key; name the file that this server was given")
         try:
-            content = json.loads(body or b"null")
+            content = json.loads(answer or b"null")
         except ValueError:
             content = None
         if status != 200:

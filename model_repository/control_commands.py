@@ -1,4 +1,4 @@
-"""The commands of `latte-flow control`: reload and drain a running service."""
+"""The commands of `latte-flow control`: reload, drain and check a running service."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from model_repository.control import Control, read_key
+from model_repository.control import ANSWER_SECONDS, Control, read_key
 from model_repository.schema import DRAIN_SECONDS
 from runtime.console import command_group
 from runtime.errors import ServiceError
@@ -54,3 +54,21 @@ def drain(
     if not Control(url, read_key(key), tls=tls, ca=ca).drain(seconds):
         raise ServiceError(f"{url} still has requests in flight, or clients keep streams open, after {seconds:g} s")
     typer.echo(f"{url} has finished its requests")
+
+
+@app.command(no_args_is_help=True)
+def alive(
+    key: Key,
+    url: Url = LOCAL,
+    tls: Tls = False,
+    ca: Ca = None,
+    seconds: Annotated[float, typer.Option(help="How long each answer may take.")] = ANSWER_SECONDS,
+) -> None:
+    """Check that the model answers a heartbeat, or drains, or is being replaced. Exits with 1 if it must be restarted.
+
+    \b
+    Example:
+      latte-flow control alive --key control.key
+    """
+    Control(url, read_key(key), tls=tls, ca=ca).check_alive(seconds)
+    typer.echo(f"{url} is alive")

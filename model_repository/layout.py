@@ -98,6 +98,16 @@ def write_repository(
         shutil.rmtree(out / model)
 
 
+def settings_of(repository: Path) -> dict[str, str]:
+    """Returns the settings of a repository's service by name; none if there is no repository that can be read."""
+    try:
+        text = (repository / MODEL / CONFIG_FILE).read_text(encoding="utf-8")
+        parameters = text_format.Parse(text, model_config_pb2.ModelConfig()).parameters
+    except (OSError, ValueError, text_format.ParseError):
+        return {}
+    return {name: parameters[name].string_value for name in sorted(parameters)}
+
+
 def _write_model(folder: Path, config: Any, source: str | None) -> Path:
     """Writes a model's configuration and, if it is in Python, its source; returns the folder of its version."""
     version = folder / VERSION

@@ -10,7 +10,6 @@ from typing import Any
 from model_repository.client import Client, Response, encoded
 from runtime.chat import Message
 from runtime.errors import DRAINING, DrainingError, LatteFlowError, QueueFullError, ServiceError, one_line
-from runtime.images import open_image
 from runtime.serving.requests import (
     AnswerRequest,
     AnyRequest,
@@ -130,7 +129,7 @@ def _asking(request: AnswerRequest) -> dict[str, Any]:
 def _part(part: Mapping[str, Any] | Message, images: list[bytes]) -> dict[str, Any]:
     if part["type"] == "text":
         return dict(part)
-    images.append(encoded(open_image(part["image"])))
+    images.append(encoded(part["image"]))
     return {"type": "image", "image": len(images) - 1}
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
@@ -22,7 +21,7 @@ from runtime.answers import DEFAULT_MAX_NEW_TOKENS, AnswerSettings
 from runtime.chat import Message, user_message
 from runtime.errors import InputError
 from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_SHIFT, DEFAULT_STEPS
-from runtime.images import check_images, png_bytes
+from runtime.images import FORMATS, MAX_FILE_BYTES, MAX_IMAGES, png_bytes
 from runtime.serving.requests import AnswerRequest, GenerationRequest
 
 MODEL = "latte_flow"
@@ -37,7 +36,8 @@ ImageFormat = Literal["raw", "png", "png_base64"]
 IMAGE_FORMATS: tuple[ImageFormat, ...] = ("raw", "png", "png_base64")
 MAX_TEXT_BYTES = 65_536
 """Limit of a prompt or a question; the model's own limit in tokens is far lower."""
-MAX_IMAGE_BYTES = 20_000_000
+IMAGE_BEGINNINGS = (b"\x89PNG", b"\xff\xd8", b"RIFF", b"GIF8")
+"""Of the files of an image's formats; anything else must be the base64 of one."""
 INVALID, CANCELLED, UNAVAILABLE, INTERNAL = "INVALID_ARG", "CANCELLED", "UNAVAILABLE", "INTERNAL"
 """Triton's codes of errors; each message begins with its code."""
 DEADLINE = "DEADLINE_EXCEEDED"
@@ -85,7 +85,9 @@ INPUTS = (
         "a conversation instead, as JSON in the Hugging Face chat format; a part {type: image, image: i} is image i",
         ("messages",),
     ),
-    Field("image", "BYTES", (-1,), "images that the question is about: PNG or JPEG files, or their base64", ASK),
+    Field(
+        "image", "BYTES", (-1,), f"images that the question is about: {', '.join(FORMATS)} files, or their base64", ASK
+    ),
     Field("max_new_tokens", "INT32", (1,), f"largest number of tokens, default {DEFAULT_MAX_NEW_TOKENS}", ASK),
     Field("temperature", "FP32", (1,), "default 0, which takes the most likely token", ASK),
     Field("top_p", "FP32", (1,), "sample from the most likely tokens with this probability", ASK),
@@ -222,8 +224,10 @@ def _draw_request(values: dict[str, Any], common: dict[str, Any]) -> DrawRequest
 
 def _ask_request(values: dict[str, Any], common: dict[str, Any]) -> AskRequest:
     stream = values.pop("stream", False)
-    images = [_image(content) for content in values.pop("image", [])]
-    check_images(images)
+    files = values.pop("image", [])
+    if len(files) > MAX_IMAGES:
+        raise InputError(f"a question may be about {MAX_IMAGES} images, got {len(files)}; ask about fewer at a time")
+    images = [_image_file(content) for content in files]
     if "messages" in values:
         conversation = _conversation(values.pop("messages"), images)
     else:
@@ -232,7 +236,7 @@ def _ask_request(values: dict[str, Any], common: dict[str, Any]) -> AskRequest:
     return AskRequest(AnswerRequest(conversation, AnswerSettings(**values, stop=stop), **common), stream)
 
 
-def _conversation(text: str, images: Sequence[Image.Image]) -> tuple[Message, ...]:
+def _conversation(text: str, images: Sequence[bytes]) -> tuple[Message, ...]:
     """Reads a conversation whose image parts are indices, each of an image that is used once."""
     try:
         messages = _MESSAGES.validate_json(text)
@@ -278,19 +282,19 @@ class _Message(BaseModel):
 _MESSAGES = TypeAdapter(list[_Message])
 
 
-def _image(content: bytes | str) -> Image.Image:
+def _image_file(content: bytes | str) -> bytes:
+    """Returns an image's file. It is opened by the scheduler's readers, since even that can take long."""
     raw = content if isinstance(content, bytes) else content.encode()
-    if len(raw) > MAX_IMAGE_BYTES:
-        raise InputError(f"an image has {len(raw)} bytes, the limit is {MAX_IMAGE_BYTES}; make it smaller")
-    if not raw.startswith((b"\x89PNG", b"\xff\xd8")):
+    if not raw.startswith(IMAGE_BEGINNINGS):
+        if len(raw) > MAX_FILE_BYTES * 4 // 3 + 4:
+            raise InputError(f"an image has {len(raw)} bytes, the limit is {MAX_FILE_BYTES}; make it smaller")
         try:
             raw = base64.b64decode(raw, validate=True)
         except binascii.Error as error:
-            raise InputError("an image must be a PNG or JPEG file, or its base64") from error
-    try:
-        return Image.open(io.BytesIO(raw), formats=("PNG", "JPEG"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError("an image must be a PNG or JPEG file, or its base64; this one cannot be opened") from error
+            raise InputError(f"an image must be a {', '.join(FORMATS)} file, or its base64") from error
+    if len(raw) > MAX_FILE_BYTES:
+        raise InputError(f"an image has {len(raw)} bytes, the limit is {MAX_FILE_BYTES}; make it smaller")
+    return raw
 
 
 def encode_image(pixels: np.ndarray, image_format: ImageFormat) -> bytes:

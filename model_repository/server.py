@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import numpy as np
 
@@ -79,10 +79,11 @@ class TritonServer:
             http_port, grpc_port, metrics_port: 0 takes a free one.
             host: address to listen on.
             log_file: the server's log; None for a temporary one.
-            control_key: file with the control key; None for a new key in a temporary file.
+            control_key: file with the control key, or for a new one if there is none; None for a temporary file.
 
         Raises:
-            InputError: the key file cannot be used, `host` is no address, or the server does not fit this environment.
+            InputError: the key or the log file cannot be used, `host` is no address, or the server does not fit this
+                environment.
             MissingExtraError: the bundled server is not installed.
         """
         if ":" in host:
@@ -97,8 +98,10 @@ class TritonServer:
         try:
             executable, libraries = _prepare(folder)
             self.control_key = folder / "control.key" if control_key is None else control_key
-            key = write_key(self.control_key) if control_key is None else read_key(control_key)
+            key = read_key(self.control_key) if self.control_key.exists() else write_key(self.control_key)
             self.control = Control(self.http_url, key, own=True)
+            with self._open_log():
+                pass
         except BaseException:
             self._folder.cleanup()
             raise
@@ -116,10 +119,16 @@ class TritonServer:
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        with self.log_file.open("ab") as log:
+        with self._open_log() as log:
             return subprocess.Popen(
                 self._command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True
             )
+
+    def _open_log(self) -> BinaryIO:
+        try:
+            return self.log_file.open("ab")
+        except OSError as error:
+            raise InputError(f"cannot write the log {self.log_file}: {error.strerror}; choose another file") from error
 
     @property
     def http_url(self) -> str:
@@ -144,7 +153,7 @@ class TritonServer:
             if self.process.poll() is not None:
                 raise ServiceError(f"the Triton server ended with code {self.process.returncode}: {self._last_lines()}")
             # Triton opens its HTTP port last, and dies now and then of a stream that comes before.
-            if self.control.is_ready() and Client(self.grpc_url, retries=0, token="").is_alive(PROBE_SECONDS):
+            if self.control.is_ready() and Client(self.grpc_url, retries=0, token="", own=True).is_alive(PROBE_SECONDS):
                 return
             time.sleep(0.1)
         raise ServiceError(f"the Triton server did not answer within {START_SECONDS:g} s: {self._last_lines()}")
@@ -169,12 +178,14 @@ class TritonServer:
         self._kill()
         self.process = self._start()
 
-    def drain(self) -> bool:
+    def drain(self, seconds: float = DRAIN_SECONDS) -> bool:
         """Refuses new requests, lets those in flight finish, and ends the server; returns whether they finished."""
         finished = True
         if self.process.poll() is None:
-            with contextlib.suppress(ServiceError):  # a server that does not answer cannot be drained
-                finished = self.control.drain()
+            try:
+                finished = self.control.drain(seconds)
+            except ServiceError:  # a server that does not answer cannot be drained
+                finished = False
         self.close(EXIT_SECONDS if finished else 0)
         return finished
 

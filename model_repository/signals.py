@@ -11,10 +11,14 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def ends_by_interrupt() -> Iterator[None]:
-    """Lets SIGTERM, and the end of the terminal, do in the block what Ctrl-C does."""
+    """Lets SIGTERM, and the end of the terminal, do in the block what Ctrl-C does.
+
+    A signal that is ignored stays ignored: `nohup` asks for that.
+    """
     before = {number: signal.getsignal(number) for number in ENDING}
-    for number in ENDING:
-        signal.signal(number, signal.default_int_handler)
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:

@@ -38,7 +38,7 @@ class Supervisor:
         """
         self._server = server
         self._report = report
-        self._client = Client(server.grpc_url, retries=0, token="")
+        self._client = Client(server.grpc_url, retries=0, token="", own=True)
         self._restarts: deque[float] = deque(maxlen=MAX_RESTARTS + 1)
         self._stubs: set[Stub] = set()
         self._ended: dict[Stub, float] = {}

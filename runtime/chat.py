@@ -280,6 +280,13 @@ def user_message(images: Sequence[ImageInput], question: str) -> Message:
     return {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
 
 
+def images_in(conversation: Sequence[Message]) -> list[ImageInput]:
+    """Returns the images of a conversation, whose form need not be right."""
+    contents = [message.get("content") for message in conversation if isinstance(message, Mapping)]
+    parts = [part for content in contents if isinstance(content, (list, tuple)) for part in content]
+    return [part["image"] for part in parts if isinstance(part, Mapping) and "image" in part]
+
+
 def _parts_of(conversation: Sequence[Message]) -> list[Mapping[str, Any]]:
     """Returns the parts of all messages after checking their form."""
     if not conversation:

@@ -15,8 +15,12 @@ from PIL.PngImagePlugin import PngInfo
 
 from runtime.errors import InputError, one_line
 
-ImageInput = str | os.PathLike[str] | Image.Image | np.ndarray
-"""An image as a caller may give it: a file, a PIL image, or `[H, W, 3]` uint8."""
+ImageInput = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+"""An image as a caller may give it: a file, the content of one, a PIL image, or `[H, W, 3]` uint8."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+"""Formats of files whose content is given, as it is by the clients of a service."""
+MAX_FILE_BYTES = 20_000_000
+"""Limit of such a file."""
 MAX_PIXELS = 64_000_000
 """Limit of an image, and of all images of a question together; most larger files are decompression bombs."""
 MAX_IMAGES = 8
@@ -26,6 +30,9 @@ MIN_SIDE = 4
 MAX_ASPECT_RATIO = 200
 """Longer side to shorter side; the limit of Qwen2-VL's own processor."""
 
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")
+"""Those that the pixels depend on."""
 _MARGIN = 8
 _LINE = 14
 _TILE = 160
@@ -57,6 +64,15 @@ def check_images(images: Sequence[ImageInput]) -> list[tuple[int, int]]:
     return sizes
 
 
+def bytes_of(image: ImageInput) -> int:
+    """Returns about how many bytes an image has in memory while it waits; a path has none."""
+    if isinstance(image, bytes):
+        return len(image)
+    if isinstance(image, np.ndarray):
+        return image.nbytes
+    return 3 * image.width * image.height if isinstance(image, Image.Image) else 0
+
+
 def open_image(image: ImageInput) -> Image.Image:
     """Returns an RGB image, turned as its EXIF data say.
 
@@ -81,6 +97,11 @@ def _opened(image: ImageInput) -> Iterator[tuple[Image.Image, str]]:
     if isinstance(image, (str, os.PathLike)):
         with _open_file(Path(image)) as file:
             yield file, str(image)
+    elif isinstance(image, bytes):
+        if len(image) > MAX_FILE_BYTES:
+            raise InputError(f"an image has {len(image)} bytes, the limit is {MAX_FILE_BYTES}; make it smaller")
+        with _open_content(image) as file:
+            yield file, "the image"
     elif isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise InputError(f"an image array must be [H, W, 3] uint8, got {image.dtype} {list(image.shape)}")
@@ -104,6 +125,28 @@ def _open_file(path: Path) -> Image.Image:
             raise InputError(f"{path} has more than {MAX_PIXELS} pixels; make it smaller") from error
         except (OSError, ValueError, SyntaxError) as error:
             raise InputError(f"{path} cannot be read as an image: {one_line(error)}") from error
+
+
+def _open_content(content: bytes) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_check_size` refuses earlier
+        try:
+            return Image.open(io.BytesIO(_without_texts(content)), formats=FORMATS)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise InputError(f"an image must be a {', '.join(FORMATS)} file; this one cannot be opened") from error
+
+
+def _without_texts(content: bytes) -> bytes:
+    """Returns a PNG without its texts and profiles, which Pillow would inflate to 64 MB for a file of 64 kB."""
+    if not content.startswith(_PNG_SIGNATURE):
+        return content
+    view, kept, place = memoryview(content), [memoryview(_PNG_SIGNATURE)], len(_PNG_SIGNATURE)
+    while place < len(view):
+        end = place + 12 + int.from_bytes(view[place : place + 4])  # length, name and checksum have 4 bytes each
+        if view[place + 4 : place + 8] in _PNG_CHUNKS:
+            kept.append(view[place:end])
+        place = end
+    return b"".join(kept)
 
 
 def _check_size(name: str, width: int, height: int) -> None:

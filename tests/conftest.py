@@ -1,4 +1,4 @@
-"""Fixtures that cost seconds are made once for all tests."""
+"""Fixtures that cost seconds are made once for all tests, those in other processes of the session included."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from export.bundle import export_bundle
 from export.reference import Reference
@@ -18,11 +19,29 @@ from runtime.pipeline import LatteFlowPipeline
 from tests.tiny import save_tiny
 
 
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder of all processes of the session."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own if worker_id == "master" else own.parent) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def made_once(path: Path, make: Callable[[Path], object]) -> Path:
+    """What one process of the session makes at a path, which appears there complete or not at all."""
+    path.parent.mkdir(exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            make(path)
+    return path
+
+
 @pytest.fixture(scope="session", autouse=True)
-def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Traced graphs are shared by all tests of a session, those in other processes included."""
+def graph_cache(shared: Path) -> Iterator[None]:
+    """Traced graphs are shared by all tests of a session."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LATTE_FLOW_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("LATTE_FLOW_CACHE", str(shared / "cache"))
         yield
 
 
@@ -37,11 +56,9 @@ def no_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(shared: Path) -> Path:
     """The tiny checkpoint, `couple`."""
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    save_tiny(path)
-    return path
+    return made_once(shared / "checkpoint" / "tiny", save_tiny)
 
 
 @pytest.fixture(scope="session")
@@ -57,12 +74,14 @@ def reference(model: LatteFlow, checkpoint: Path) -> Reference:
 
 
 @pytest.fixture(scope="session")
-def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(checkpoint: Path, shared: Path) -> Path:
     """The tiny checkpoint exported in fp32 and verified. Tests that change it take `bundle_copy`."""
-    path = tmp_path_factory.mktemp("bundle") / "tiny"
-    _, failed = export_bundle(checkpoint, path)
-    assert not failed
-    return path
+
+    def make(path: Path) -> None:
+        _, failed = export_bundle(checkpoint, path)
+        assert not failed
+
+    return made_once(shared / "bundle" / "tiny", make)
 
 
 @pytest.fixture

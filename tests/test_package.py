@@ -95,11 +95,13 @@ def test_what_is_deployed_is_what_the_service_is() -> None:
     assert metric["pods"]["metric"]["name"].removeprefix("latte_flow_") in GAUGES
     kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text(encoding="utf-8"))
     assert {*kustomization["resources"], "kustomization.yaml"} == {path.name for path in folder.iterdir()}
-    probes = [container[name]["exec"]["command"] for name in ("livenessProbe", "readinessProbe")]
-    for probe in (service["healthcheck"]["test"], *probes):
+    for probe in (service["healthcheck"]["test"], container["readinessProbe"]["exec"]["command"]):
         assert any(word.endswith("/v2/models/latte_flow/generate") for word in probe)
         (body,) = (json.loads(word) for word in probe if word.startswith("{"))
-        assert body == {"heartbeat": True}  # liveness waits in no queue
+        assert body == {"heartbeat": True}  # which waits in no queue
+    *alive, key = container["livenessProbe"]["exec"]["command"]
+    assert alive == ["latte-flow", "control", "alive"]
+    assert {"name": KEY_VARIABLE, "value": key.removeprefix("--key=")} in container["env"]
     # One key, and one number for the end, wherever they are.
     *drain, key = container["lifecycle"]["preStop"]["exec"]["command"]
     assert drain == ["latte-flow", "control", "drain"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import io
 import time
 import uuid
 from collections.abc import Collection, Sequence
@@ -13,18 +12,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
-from PIL import Image
 
 from runtime.answers import AnswerSettings
 from runtime.chat import Message
 from runtime.errors import InputError, one_line
 from runtime.gateway.schema import ChatBody, ChatMessage, ImagePart
-from runtime.images import check_images
+from runtime.images import MAX_FILE_BYTES, check_images
 from runtime.serving.requests import AnswerRequest, Usage
 
-MAX_IMAGE_BYTES = 20_000_000
 FETCH_SECONDS = 10.0
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
 
 def answer_request(body: ChatBody, conversation: tuple[Message, ...], client_id: str, request_id: str) -> AnswerRequest:
@@ -41,7 +37,7 @@ def answer_request(body: ChatBody, conversation: tuple[Message, ...], client_id:
 
 
 async def conversation_of(messages: Sequence[ChatMessage], hosts: Collection[str]) -> tuple[Message, ...]:
-    """Returns messages in the Hugging Face chat format; images are opened, not decoded.
+    """Returns messages in the Hugging Face chat format; images are files, which are checked and not decoded.
 
     Args:
         hosts: those from which images may be fetched.
@@ -50,7 +46,7 @@ async def conversation_of(messages: Sequence[ChatMessage], hosts: Collection[str
         InputError: an image cannot be read, or may not be fetched.
     """
     conversation: list[Message] = []
-    images: list[Image.Image] = []
+    images: list[bytes] = []
     for message in messages:
         parts: list[dict[str, Any]] = []
         if isinstance(message.content, str):
@@ -58,7 +54,7 @@ async def conversation_of(messages: Sequence[ChatMessage], hosts: Collection[str
         of_list = message.content if isinstance(message.content, list) else []
         for part in (*of_list, *message.images):
             if isinstance(part, ImagePart):
-                images.append(await open_url(part.image_url.url, hosts))
+                images.append(await read_url(part.image_url.url, hosts))
                 parts.append({"type": "image", "image": images[-1]})
             else:
                 parts.append({"type": "text", "text": part.text})
@@ -90,24 +86,17 @@ def prompt_of(messages: Sequence[ChatMessage]) -> str:
     return prompt
 
 
-async def open_url(url: str, hosts: Collection[str]) -> Image.Image:
-    """Opens the image at a data URI, or at an http URL of an allowed host, without decoding it."""
+async def read_url(url: str, hosts: Collection[str]) -> bytes:
+    """Returns the file at a data URI, or at an http URL of an allowed host."""
     if url.startswith("data:"):
         header, comma, data = url.partition(",")
         if not comma or not header.endswith(";base64"):
             raise InputError("an image must be a data URI such as data:image/png;base64,…")
         try:
-            content = base64.b64decode(data, validate=True)
+            return base64.b64decode(data, validate=True)
         except (binascii.Error, ValueError) as error:
             raise InputError("the data URI of an image is not base64") from error
-    else:
-        content = await _fetch(url, hosts)
-    if len(content) > MAX_IMAGE_BYTES:
-        raise InputError(f"an image has {len(content)} bytes, the limit is {MAX_IMAGE_BYTES}; make it smaller")
-    try:
-        return Image.open(io.BytesIO(content), formats=FORMATS)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"an image must be a {', '.join(FORMATS)} file; this one cannot be opened") from error
+    return await _fetch(url, hosts)
 
 
 async def _fetch(url: str, hosts: Collection[str]) -> bytes:
@@ -129,8 +118,8 @@ async def _fetch(url: str, hosts: Collection[str]) -> bytes:
                 raise InputError(f"{host} answered {response.status_code} for an image")
             async for piece in response.aiter_bytes():
                 content += piece
-                if len(content) > MAX_IMAGE_BYTES:
-                    raise InputError(f"an image is larger than {MAX_IMAGE_BYTES} bytes; make it smaller")
+                if len(content) > MAX_FILE_BYTES:
+                    raise InputError(f"an image is larger than {MAX_FILE_BYTES} bytes; make it smaller")
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         raise InputError(f"an image could not be fetched from {host}: {one_line(error)}") from error
     return content

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, Self
 import numpy as np
 
 from runtime.answers import AnswerSettings
-from runtime.chat import Message
+from runtime.chat import Message, images_in
 from runtime.errors import InputError, one_line
 from runtime.flow_time import (
     DEFAULT_GUIDANCE_SCALE,
@@ -21,6 +21,7 @@ from runtime.flow_time import (
     check_guidance_scale,
     check_seeds,
 )
+from runtime.images import bytes_of
 
 Listener = Callable[["Handle", "Event"], None]
 RequestKind = Literal["draw", "ask"]
@@ -41,10 +42,13 @@ class Limits:
     max_rows_per_tick: int = 32
     """Rows in an expert's batch; a guided image has two. Plans may set a lower limit."""
     max_images_per_client: int = HALF_OF_THE_QUEUE
-    """Images of one client in the scheduler; by default half of the queue, so that no client locks out the others."""
+    """Images of one client in the scheduler; by default half of the queue, so that no client locks out the others.
+    Requests without a client id count as one client's."""
     max_queued_questions: int = 256
     """Questions in the scheduler, waiting or being answered."""
     max_questions_per_client: int = HALF_OF_THE_QUEUE
+    max_queued_bytes: int = 256 * 2**20
+    """Bytes of the images of questions in the scheduler; half of it for each client."""
     max_new_tokens: int = 1024
     """Tokens of an answer."""
     max_answers_at_once: int = 8
@@ -93,7 +97,7 @@ class ServiceRequest:
     Args:
         priority: −2 to 2; requests with a higher priority are served first.
         deadline: seconds from the submission after which the request fails; None for no deadline.
-        client_id: who asks; a client's requests share its quota and its weight. Requests without one are alone.
+        client_id: who asks; a client's requests share its quota and its weight. Requests without one share a quota.
         request_id: the request's name in the log.
     """
 
@@ -167,10 +171,17 @@ class AnswerRequest(ServiceRequest):
         """Number of units of work."""
         return 1
 
+    @property
+    def image_bytes(self) -> int:
+        """Bytes that its images have in memory, before they are decoded."""
+        return sum(bytes_of(image) for image in images_in(self.conversation))
+
     def check(self, limits: Limits) -> None:
         """Raises `InputError` for a value that cannot work or exceeds a limit."""
         super().check(limits)
         _check_range("max_new_tokens", self.settings.max_new_tokens, limits.max_new_tokens)
+        if (size := self.image_bytes) > (most := limits.max_queued_bytes // 2):
+            raise InputError(f"the images of a question have {size} bytes, the limit is {most}; make them smaller")
 
 
 AnyRequest = GenerationRequest | AnswerRequest

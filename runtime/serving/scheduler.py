@@ -16,7 +16,6 @@ import itertools
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
@@ -30,6 +29,7 @@ from runtime.errors import (
     DeadlineError,
     DrainingError,
     EngineError,
+    InputError,
     LatteFlowError,
     QueueFullError,
     ServiceError,
@@ -38,6 +38,7 @@ from runtime.errors import (
 from runtime.flow_time import check_finite, initial_latents, time_grid
 from runtime.serving.jobs import AnswerJob, ImageJob, Job, Station, Stations
 from runtime.serving.policy import CostAwarePolicy, SchedulingPolicy
+from runtime.serving.quotas import Quotas, needs_of
 from runtime.serving.requests import AnswerRequest, AnyRequest, Event, Handle, Limits, Listener, RequestKind, Usage
 from runtime.serving.statistics import OpenRequest, Outcome, RequestRecord, Statistics, name_of
 
@@ -78,10 +79,7 @@ class Scheduler:
         self._numbers = itertools.count()
         self._open: dict[Handle, OpenRequest] = {}
         """Requests that have not been told their end."""
-        self._pending: Counter[RequestKind] = Counter()
-        """Jobs by kind of request."""
-        self._of_client: Counter[tuple[RequestKind, str]] = Counter()
-        """Jobs by kind of request and client."""
+        self._quotas = Quotas(self.limits)
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._refusal: ServiceError | None = None
@@ -134,36 +132,16 @@ class Scheduler:
         """Raises `QueueFullError` if there is no room for so many jobs, or `DrainingError`."""
         if self._refusal is not None:
             raise type(self._refusal)(str(self._refusal))  # a new one: its traceback keeps the request in memory
-        limits, kind = self.limits, request.kind
-        drawing = kind == "draw"
-        noun = "images" if drawing else "questions"
-        most = limits.max_queued_images if drawing else limits.max_queued_questions
-        if (queued := self._pending[kind]) + jobs > most:
-            raise QueueFullError(
-                f"the queue has {queued} of {most} {noun} and no room for {jobs} more; {self._try_again(kind)}"
-            )
-        most = limits.max_images_per_client if drawing else limits.max_questions_per_client
-        queued = self._of_client[kind, request.client_id]
-        if request.client_id and queued + jobs > most:
-            raise QueueFullError(
-                f"client {request.client_id!r} has {queued} of {most} {noun} in the queue and no room for {jobs} more; "
-                + self._try_again(kind)
-            )
-
-    def _try_again(self, kind: RequestKind) -> str:
-        seconds = self.statistics.seconds_per_job[kind] * self._pending[kind] / 2
-        return f"{TRY_AGAIN} {max(1, round(seconds))} s"
+        if reason := self._quotas.refusal(needs_of(request, jobs), request.client_id):
+            seconds = self.statistics.seconds_per_job[request.kind] * self._quotas.taken(request.kind) / 2
+            raise QueueFullError(f"{reason}; {TRY_AGAIN} {max(1, round(seconds))} s")
 
     def _count(self, request: AnyRequest, jobs: int) -> None:
-        self._pending[request.kind] += jobs
-        if request.client_id:
-            self._of_client[request.kind, request.client_id] += jobs
-            if not self._of_client[request.kind, request.client_id]:
-                del self._of_client[request.kind, request.client_id]
+        self._quotas.take(needs_of(request, jobs), request.client_id)
 
     def _read_ahead(self) -> None:
         """Lets questions be read, few ahead of those that are answered: decoded images take much more memory."""
-        if not self._pending["ask"]:
+        if not self._quotas.taken("ask"):
             return
         with self._lock:
             jobs = [job for opened in self._open.values() for job in opened.jobs if isinstance(job, AnswerJob)]
@@ -192,12 +170,12 @@ class Scheduler:
     @property
     def pending(self) -> int:
         """Number of images in the scheduler."""
-        return self._pending["draw"]
+        return self._quotas.taken("draw")
 
     @property
     def pending_questions(self) -> int:
         """Number of questions in the scheduler."""
-        return self._pending["ask"]
+        return self._quotas.taken("ask")
 
     def drain(self) -> None:
         """Refuses new requests from now on; those in the scheduler finish."""
@@ -260,7 +238,7 @@ class Scheduler:
         with self._lock:
             for opened in self._open.values():
                 client = opened.request.client_id
-                sharers = self._of_client[opened.request.kind, client] if client else 0
+                sharers = self._quotas.of_client(opened.request.kind, client) if client else 0
                 for job in opened.jobs:
                     job.sharers = sharers or job.sharers
                     if (station := job.station(schedule)) is not None:
@@ -421,7 +399,7 @@ class Scheduler:
                 message = f"the request was not finished within its deadline of {deadline:g} s"
                 self._end(handle, "expired", DeadlineError(message))
             elif job.error is not None:
-                self._fail(handle, job.error)
+                self._end(handle, "rejected" if isinstance(job.error, InputError) else "failed", job.error)
 
     def _fail(self, handle: Handle, error: Exception) -> None:
         self._end(handle, "failed", error)

@@ -14,7 +14,7 @@ from model_repository.layout import write_repository
 from model_repository.server import TritonServer
 from runtime.serving.requests import Limits
 
-LIMITS = Limits(max_queued_images=64)
+LIMITS = Limits(max_queued_images=64, max_images_per_client=64)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from model_repository.client import Client
+from model_repository.schema import DRAIN_SECONDS
 from model_repository.server import TritonServer, free_port
 
 
@@ -57,7 +58,7 @@ def container(
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         try:
-            process.wait(60)
+            process.wait(DRAIN_SECONDS + 30)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import grpc
 import pytest
+from tritonclient.utils import InferenceServerException
 
 from model_repository.client import Client
+from model_repository.connection import Connection
 from model_repository.control import write_key
 from model_repository.server import TritonServer, free_port
 from model_repository.supervisor import Supervisor
-from runtime.errors import InputError, ServiceError
+from runtime.errors import DRAINING, TRY_AGAIN, DrainingError, InputError, QueueFullError, ServiceError
 from tests.model_repository.containers import container, make_certificate
 from tests.model_repository.test_service import stubs_of
 
@@ -171,6 +173,26 @@ def test_certificates_that_are_not_there_are_one_clear_line(tmp_path: Path, run_
         assert code == 2
         assert "cannot read the certificates" in error
         assert len(error.strip().splitlines()) == 1
+
+
+def test_a_proxy_does_not_stand_before_this_machine(server: TritonServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gRPC obeys `http_proxy` for loopback addresses too: a token went to the proxy, and `serve` was never ready."""
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert Client(server.grpc_url, retries=0, token="a secret").is_alive()
+    assert Connection("192.0.2.1:1")._may_use_proxy
+    assert not Connection("192.0.2.1:1", own=True)._may_use_proxy
+
+
+@pytest.mark.parametrize("message", [f"{DRAINING} and takes no new requests", f"the queue is full; {TRY_AGAIN} 1 s"])
+def test_only_a_request_that_has_not_begun_is_sent_again(message: str) -> None:
+    """A stream that a drain cut off was sent again, and its reader got the first pieces twice."""
+    client = Client("127.0.0.1:9")
+    error = InferenceServerException(f"UNAVAILABLE: {message}")
+    assert isinstance(client._as_error(error, begun=False), (DrainingError, QueueFullError))
+    assert type(client._as_error(error, begun=True)) is ServiceError
 
 
 def test_a_drain_does_not_lose_a_request_from_which_nothing_is_heard(

@@ -23,6 +23,7 @@ from model_repository.control import CONTROL_HEADER, GRPC_CONTROL_HEADER, Contro
 from model_repository.server import TritonServer, free_port
 from runtime.errors import InputError, ServiceError
 from tests.model_repository.containers import container, make_certificate, tls_proxy
+from tests.model_repository.test_service import wait_for
 
 RunCommand = Callable[..., tuple[int, str, str]]
 KEY_OF_ANOTHER = "0123456789abcdef" * 2
@@ -116,7 +117,7 @@ def test_only_its_owner_reads_a_key(server: TritonServer, tmp_path: Path) -> Non
     assert stat.S_IMODE(server.control_key.parent.stat().st_mode) == 0o700
     assert len(write_key(tmp_path / "a")) == 64
     assert read_key(tmp_path / "a") != write_key(tmp_path / "b")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(InputError, match="File exists"):
         write_key(tmp_path / "a")
 
 
@@ -240,20 +241,29 @@ def test_the_commands_of_the_manifest_work(repository: Path, server: TritonServe
         (Path(__file__).parents[2] / "deploy/kubernetes/service.yaml").read_text(encoding="utf-8")
     )
     (pod,) = next(deployment)["spec"]["template"]["spec"]["containers"]
-    probe, end = pod["livenessProbe"]["exec"]["command"], pod["lifecycle"]["preStop"]["exec"]["command"]
+    ready, alive, end = (
+        hook["exec"]["command"] for hook in (pod["readinessProbe"], pod["livenessProbe"], pod["lifecycle"]["preStop"])
+    )
     write_key(tmp_path / "key")
 
     def succeeds(command: list[str]) -> bool:
         return subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 0
 
     with container(repository, server, tmp_path) as (url, grpc_url):
-        here = [word.replace("localhost:8000", url) for word in probe]
-        own = [sys.executable, "-m", "runtime.cli", *end[1:-1], f"--key={tmp_path / 'key'}", f"--url={url}"]
-        assert succeeds(here)
+        heartbeat = [word.replace("localhost:8000", url) for word in ready]
+        alive, end = (
+            [sys.executable, "-m", "runtime.cli", *command[1:-1], f"--key={tmp_path / 'key'}", f"--url={url}"]
+            for command in (alive, end)
+        )
+        assert succeeds(heartbeat)
+        assert succeeds(alive)
         stream = Client(grpc_url).stream(prompt="a", num_inference_steps=200, num_images=16, progress=True)
         next(stream)
         with ThreadPoolExecutor(1) as pool:
-            ended = pool.submit(succeeds, own)  # returns when the request in flight has finished, not before
+            ended = pool.submit(succeeds, end)  # returns when the request in flight has finished, not before
+            wait_for(lambda: not succeeds(heartbeat))
+            assert succeeds(alive)
             assert [response.event for response in stream][-1] == "done"
             assert ended.result()
-        assert not succeeds(here)
+        assert not succeeds(heartbeat)
+        assert succeeds(alive)

@@ -144,6 +144,12 @@ def test_limits_and_options_are_in_the_configuration(bundle: Path, tmp_path: Pat
     config = text_format.Parse(text, model_config_pb2.ModelConfig())
     parameters = {name: value.string_value for name, value in config.parameters.items()}
     assert (parameters["max_steps"], parameters["max_queued_images"]) == ("7", "9")
+    code, _, error = run_command("repository", bundle, tmp_path / "models", "--force", "--limit", "max_steps=7")
+    said = " ".join(error.split())
+    assert code == 0
+    assert "max_queued_images 9 -> 1024" in said
+    assert "provider cuda -> cpu" in said
+    assert "max_steps" not in said
     assert (parameters["provider"], parameters["log_format"]) == ("cuda", "json")
     assert json.loads(parameters["provider_options"]) == {"device_id": "1", "io_binding": "0"}
     assert parameters["EXECUTION_ENV_PATH"] == str(tmp_path / "env")

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,9 +33,11 @@ ENDLESS = {"prompt": "a", "num_inference_steps": 200, "num_images": 16, "progres
 
 
 @contextmanager
-def served(bundle: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
+def served(
+    bundle: Path, *options: str, prefix: Sequence[str] = ()
+) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
     """A running `latte-flow serve` and the names and addresses that it printed."""
-    command: list[str | Path] = [sys.executable, "-m", "runtime.cli", "serve", bundle, *options]
+    command: list[str | Path] = [*prefix, sys.executable, "-m", "runtime.cli", "serve", bundle, *options]
     command += [word for name in ("http", "grpc", "metrics") for word in (f"--{name}-port", "0")]
     process = interruptible(command)
     assert process.stdout is not None
@@ -69,12 +71,16 @@ def address_of_this_machine() -> str:
 def test_a_terminated_service_drains_and_leaves_nothing(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a token in the environment, `serve` did not reach its own server on an address of this machine."""
+    """With a token in the environment, `serve` did not reach its own server on an address of this machine.
+
+    It also ended with its terminal, although `nohup` had it ignore that.
+    """
     monkeypatch.setenv("LATTE_FLOW_TOKEN", "a secret")
     host = address_of_this_machine()
     options = ("--limit", "max_steps=200", "--limit", "max_images_per_request=4", "--host", host)
-    options += ("--log-file", str(tmp_path / "serve.log"))
-    with served(bundle, *options) as (process, printed):
+    options += ("--log-file", str(tmp_path / "serve.log"), "--control-key", str(tmp_path / "new.key"))
+    with served(bundle, *options, prefix=["nohup"]) as (process, printed):
+        process.send_signal(signal.SIGHUP)
         assert printed["log"] == str(tmp_path / "serve.log")
         with pytest.raises(InputError, match="num_images must be from 1 to 4"):
             Client(printed["grpc"], token="").generate("a", num_images=5)
@@ -91,7 +97,8 @@ def test_a_terminated_service_drains_and_leaves_nothing(
         told = " ".join(process.stderr.read().split())
         assert f"warning: whoever reaches {host} can send requests, unencrypted" in told
         assert "warning: LATTE_FLOW_TOKEN is set, but this server asks for no token and has no TLS" in told
-    (tmp_path / "serve.log").unlink()  # it stays, since it was asked for
+    for name in ("serve.log", "new.key"):
+        (tmp_path / name).unlink()  # they stay, since they were asked for
     assert left_behind(process, printed) == []
 
 
@@ -121,17 +128,38 @@ def test_a_killed_model_is_revived_and_a_second_signal_cleans_up_at_once(bundle:
         stream = client.stream(**ENDLESS)
         next(stream)
         process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        told = ""
+        while "interrupt again to stop at once" not in told:
+            told += process.stderr.readline()
         time.sleep(0.5)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 130
+        assert process.wait(30) == 130
         with pytest.raises(ServiceError):
             list(stream)
-        assert process.stderr is not None
-        told = process.stderr.read()
+        told += process.stderr.read()
         assert "ended; starting the server again" in told
         assert "Traceback" not in told
     assert left_behind(process, printed) == []
+
+
+def test_requests_of_a_server_that_stands_still_are_not_called_finished(repository: Path) -> None:
+    """`serve` ended with 0 as if nothing was lost."""
+    with TritonServer(repository) as server:
+        os.killpg(server.process.pid, signal.SIGSTOP)
+        assert not server.drain(1)
+
+
+@pytest.mark.parametrize("option", ["--log-file", "--control-key"])
+def test_a_file_that_cannot_be_written_is_one_clear_line(
+    bundle: Path, tmp_path: Path, run_command: RunCommand, option: str
+) -> None:
+    code, out, error = run_command("serve", bundle, option, tmp_path / "missing" / "file")
+    assert (code, out) == (2, "")
+    (line,) = error.strip().splitlines()
+    assert "cannot write the" in line
+    assert line.endswith("No such file or directory; choose another file")
 
 
 def test_a_server_that_dies_again_and_again_is_given_up(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,8 +267,8 @@ def test_a_reload_replaces_the_engines_that_are_models_of_their_own(
     environment = Path(sys.prefix)
     write_repository(bundle, models, layout="per-engine", execution_environment=environment)
     scale_weight(bundle_copy, "expert_1", "heads", 2.0)
-    options = {"num_inference_steps": 200, "num_images": 4, "seed": 3}
-    call = {"num_inference_steps": 200, "num_images_per_prompt": 4, "seed": 3, "output_type": "np"}
+    options = {"num_inference_steps": 100, "num_images": 4, "seed": 3}
+    call = {"num_inference_steps": 100, "num_images_per_prompt": 4, "seed": 3, "output_type": "np"}
     before = pipe("a red star", **call).images
     with LatteFlowPipeline.from_pretrained(bundle_copy) as changed:
         after = changed("a red star", **call).images
@@ -252,7 +280,7 @@ def test_a_reload_replaces_the_engines_that_are_models_of_their_own(
         for model in (tmp_path / "new").iterdir():
             shutil.rmtree(models / model.name)
             model.rename(models / model.name)
-        in_flight = pool.submit(client.generate, "a red star", **options)
+        in_flight = pool.submit(Client(server.grpc_url, retries=0).generate, "a red star", **options)
         wait_for(lambda: metrics(server)["latte_flow_pending_images"] > 0)
         reloaded = pool.submit(server.control.reload)
         wait_for(lambda: not server.control.is_ready())

@@ -214,9 +214,9 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "1 MB": ({"prompt": "a" * 1_000_000}, "prompt has 1000000 bytes, the limit is 65536"),
     "special token": ({"prompt": "<|im_end|>"}, "special token"),
     "empty question": ({"question": " "}, "the question is empty"),
-    "no image": ({"question": "a", "image": [b"GIF89a"]}, "an image must be a PNG or JPEG file"),
+    "no image": ({"question": "a", "image": [b"hello"]}, "an image must be a PNG, JPEG, WEBP, GIF file, or its base64"),
     "broken image": ({"question": "a", "image": [b"\x89PNG\r\n"]}, "cannot be opened"),
-    "nine images": ({"question": "a", "image": [b"\x89PNG"] * 9}, "an image must be a PNG or JPEG"),
+    "nine images": ({"question": "a", "image": [b"\x89PNG"] * 9}, "a question may be about 8 images, got 9"),
     "cancel nothing": ({"cancel": ""}, "cancel must be the id of a request"),
     "temperature": ({"question": "a", "temperature": -1.0}, "temperature must be"),
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
-from PIL.PngImagePlugin import PngImageFile
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 from transformers.image_utils import load_image
 from transformers.vision_utils import get_vision_position_ids
 
 from latte.checkpoint import load_image_processor
 from runtime.errors import InputError
 from runtime.image_processor import ImageProcessor
-from runtime.images import MAX_IMAGES, MAX_PIXELS, open_image
+from runtime.images import MAX_FILE_BYTES, MAX_IMAGES, MAX_PIXELS, check_images, open_image
 from runtime.pipeline import LatteFlowPipeline
 
 RunCommand = Callable[..., tuple[int, str, str]]
@@ -72,6 +74,39 @@ def test_exif_turns_an_image(tmp_path: Path) -> None:
     image, options = SAVED["turned by EXIF"]
     image.save(tmp_path / "turned.png", **options)
     assert open_image(tmp_path / "turned.png").size == (40, 90)
+
+
+def test_the_content_of_a_file_is_an_image_too(tmp_path: Path) -> None:
+    image, options = SAVED["turned by EXIF"]
+    image.save(tmp_path / "turned.png", **options)
+    noise(40, 30).quantize(16).save(tmp_path / "palette.png", transparency=3)
+    for kind in ("JPEG", "WEBP", "GIF"):
+        noise(40, 30).save(tmp_path / kind, kind)
+    for path in tmp_path.iterdir():
+        assert open_image(path.read_bytes()).tobytes() == open_image(path).tobytes(), path.name
+    for content in (b"", b"an image", b"\x89PNG\r\n\x1a\n", (tmp_path / "turned.png").read_bytes()[:20]):
+        with pytest.raises(InputError, match="this one cannot be opened"):
+            check_images([content])
+    with pytest.raises(InputError, match="the limit is 20000000"):
+        check_images([b"\x89PNG" + bytes(MAX_FILE_BYTES)])
+
+
+def test_a_small_file_cannot_take_much_memory() -> None:
+    """Pillow inflates the texts of a PNG when it opens it: eight files of 64 kB once took 500 MB."""
+    png = PngInfo()
+    for i in range(60):
+        png.add_text(f"text {i}", "a" * 1_000_000, zip=True)
+    buffer = io.BytesIO()
+    noise(16, 16).save(buffer, "PNG", pnginfo=png)
+    files = [buffer.getvalue()] * MAX_IMAGES
+    assert len(files[0]) < 100_000
+    tracemalloc.start()
+    try:
+        assert check_images(files) == [(16, 16)] * MAX_IMAGES
+        assert open_image(files[0]).size == (16, 16)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_several_images_stand_one_after_another(processor: ImageProcessor) -> None:

@@ -34,10 +34,8 @@ from model_repository.schema import (
     read_request,
 )
 from runtime.errors import (
-    DRAINING,
     CancelledError,
     DeadlineError,
-    DrainingError,
     InputError,
     LatteFlowError,
     ServiceError,
@@ -152,7 +150,7 @@ class TritonPythonModel:
         drained = self.worker.drain(DRAIN_SECONDS)
         self.worker.close()
         if not drained:
-            self.scheduler.abort(DrainingError(f"{DRAINING}, and the request was not finished in time"))
+            self.scheduler.abort(ServiceError("the service ended before it had finished the request"))
         self.outbox.drain(max(LAST_WORDS_SECONDS, give_up - time.monotonic()))
         self.outbox.close()
         self.pipeline.close()

@@ -142,7 +142,7 @@ def test_a_question_has_deadline_cancel_priority_and_a_cap() -> None:
 
 
 def test_what_goes_wrong_with_a_question_is_its_own() -> None:
-    scheduler, _ = make(Limits(max_queued_questions=4))
+    scheduler, _ = make(Limits(max_queued_questions=4, max_questions_per_client=4))
     handles = [scheduler.submit(question(text)) for text in ("a", "unreadable", "broken", "b")]
     with pytest.raises(QueueFullError, match="4 of 4 questions"):
         scheduler.submit(question())
@@ -152,7 +152,8 @@ def test_what_goes_wrong_with_a_question_is_its_own() -> None:
         handles[1].answer(0)
     with pytest.raises(EngineError):
         handles[2].answer(0)
-    assert (scheduler.pending_questions, scheduler.statistics.finished, scheduler.statistics.failed) == (0, 2, 2)
+    statistics = scheduler.statistics
+    assert (scheduler.pending_questions, statistics.finished, statistics.rejected, statistics.failed) == (0, 2, 1, 1)
 
 
 def test_few_questions_are_read_ahead_the_urgent_ones_first() -> None:
@@ -333,3 +334,21 @@ def test_a_question_is_cancelled_between_the_runs_of_its_prefill(pipe: LatteFlow
     assert seen == ["failed"]
     assert scheduler.statistics.cancelled == 1
     assert scheduler.statistics.busy_seconds["prefill"] == 0
+
+
+def test_the_images_of_questions_have_a_quota_in_bytes() -> None:
+    def about(size: int, client_id: str) -> AnswerRequest:
+        return AnswerRequest((user_message([bytes(size)], "what?"),), client_id=client_id)
+
+    scheduler, _ = make(Limits(max_queued_bytes=4000))
+    with pytest.raises(InputError, match="have 2001 bytes, the limit is 2000; make them smaller"):
+        scheduler.submit(about(2001, "one"))
+    handle = scheduler.submit(about(1500, "one"))
+    with pytest.raises(QueueFullError, match="client 'one' has 1500 of 2000 bytes of images in the queue"):
+        scheduler.submit(about(501, "one"))
+    scheduler.submit(about(1900, "two"))
+    with pytest.raises(QueueFullError, match="the queue has 3400 of 4000 bytes"):
+        scheduler.submit(about(601, "three"))
+    handle.cancel()
+    scheduler.tick()
+    scheduler.submit(about(2000, "three"))

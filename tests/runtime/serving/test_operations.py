@@ -28,7 +28,17 @@ def test_one_client_cannot_lock_out_the_others() -> None:
     run(scheduler)
     assert [len(handle.result(0)) for handle in (other, nobody)] == [16, 16]
     scheduler.submit(request(num_images=16, client_id="greedy"))
-    assert not {name for (_, name) in scheduler._of_client} - {"greedy"}
+    assert scheduler._quotas.clients() <= {"greedy"}
+
+
+def test_clients_without_an_id_are_one_client() -> None:
+    """They had no quota, so anybody could fill the queue by leaving the id out."""
+    scheduler, _ = make(Limits(max_queued_images=64))
+    for _ in range(2):
+        scheduler.submit(request(num_images=16))
+    with pytest.raises(QueueFullError, match="clients without an id have 32 of 32 images"):
+        scheduler.submit(request())
+    scheduler.submit(request(num_images=16, client_id="other"))
 
 
 def test_a_client_has_half_of_the_queue_unless_something_else_was_said() -> None:
@@ -83,7 +93,9 @@ def test_limits_come_from_texts() -> None:
 def test_each_request_leaves_a_record_of_its_end() -> None:
     stations = ScriptedStations()
     records: list[RequestRecord] = []
-    scheduler = Scheduler(stations, stations.clock, Limits(max_queued_images=3), on_end=records.append)
+    scheduler = Scheduler(
+        stations, stations.clock, Limits(max_queued_images=3, max_images_per_client=3), on_end=records.append
+    )
     scheduler.submit(request("a", num_images=2, request_id="r1", client_id="c"))
     scheduler.submit(request("broken"))
     with pytest.raises(QueueFullError):

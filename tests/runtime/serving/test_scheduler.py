@@ -199,7 +199,9 @@ def p95_under_poisson_arrivals(
     """Seconds of simulated time from arrival to the last image."""
     rng = np.random.default_rng(0)
     stations = ScriptedStations(fixed, each)
-    scheduler = Scheduler(stations, stations.clock, Limits(max_queued_images=requests), policy)
+    scheduler = Scheduler(
+        stations, stations.clock, Limits(max_queued_images=requests, max_images_per_client=requests), policy
+    )
     arrivals = stations.now + np.cumsum(rng.exponential(1 / rate, requests))
     steps = rng.choice((10, 20, 40), requests)
     latencies: list[float] = []
@@ -332,7 +334,7 @@ def test_a_deadline_ends_a_request_wherever_it_is() -> None:
 
 
 def test_a_full_queue_refuses_and_loses_nothing() -> None:
-    scheduler, _ = make(Limits(max_queued_images=3))
+    scheduler, _ = make(Limits(max_queued_images=3, max_images_per_client=3))
     kept = [scheduler.submit(request(num_images=2)), scheduler.submit(request())]
     with pytest.raises(QueueFullError, match="has 3 of 3 images"):
         scheduler.submit(request())
