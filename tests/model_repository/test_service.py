@@ -30,7 +30,7 @@ from tritonclient.utils import InferenceServerException
 from model_repository.client import Client, Response, input_tensor
 from model_repository.layout import write_repository
 from model_repository.server import TritonServer
-from runtime.errors import DeadlineError, InputError, QueueFullError, ServiceError
+from runtime.errors import CancelledError, DeadlineError, InputError, QueueFullError, ServiceError
 from runtime.pipeline import LatteFlowPipeline
 from tests.model_repository.conftest import LIMITS
 
@@ -324,8 +324,12 @@ def test_a_question_has_a_deadline_and_a_cap_and_is_counted(server: TritonServer
 def test_a_full_queue_is_said_and_tried_again_and_the_heart_beats_on(server: TritonServer) -> None:
     """Liveness used to need a place in the queue, so a full queue restarted a healthy service."""
 
+    enough = threading.Event()
+
     def keep_busy() -> None:
-        assert len(Client(server.grpc_url).generate("a", num_images=16, num_inference_steps=200)) == 16
+        with contextlib.suppress(CancelledError):
+            inputs = {"prompt": "a", "num_images": 16, "num_inference_steps": 200}
+            list(Client(server.grpc_url).responses(inputs, enough.is_set))
 
     threads = [threading.Thread(target=keep_busy) for _ in range(LIMITS.max_queued_images // 16)]
     for thread in threads:
@@ -346,6 +350,7 @@ def test_a_full_queue_is_said_and_tried_again_and_the_heart_beats_on(server: Tri
     with contextlib.suppress(QueueFullError):  # the place that it waited for may be taken
         Client(server.grpc_url, retries=1).generate("a", num_inference_steps=2)
     assert time.monotonic() - began >= 1  # as it was told to, not a fraction of a second
+    enough.set()
     assert len(Client(server.grpc_url, retries=8).generate("a", num_inference_steps=2)) == 1
     for thread in threads:
         thread.join()
