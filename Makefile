@@ -9,7 +9,7 @@ DEMO_READY := $(VENV)/.demo
 TEST_READY := $(VENV)/.test
 TRITON_MODELS := $(wildcard model_repository/*/1/model.py)
 # A kustomization is no resource of a cluster, and has no schema there.
-KUBERNETES_FILES := $(filter-out %/kustomization.yaml,$(wildcard deploy/kubernetes*/*.yaml))
+KUBERNETES_FILES := $(filter-out %/kustomization.yaml,$(wildcard deploy/kubernetes*/*.yaml deploy/training/*.yaml))
 
 .PHONY: demo data-emoji test test-gpu bench-gpu lint check format clean
 
@@ -47,6 +47,7 @@ lint: $(TEST_READY)
 	$(BIN)/mypy latte_flow.py
 	for model in $(TRITON_MODELS); do $(BIN)/mypy $$model || exit 1; done
 	$(BIN)/hadolint deploy/Dockerfile
+	bash -n deploy/training/train.slurm
 	$(BIN)/yamllint --strict -d "{extends: default, rules: {document-start: disable, line-length: {max: 120}}}" deploy
 	for file in $(KUBERNETES_FILES); do $(BIN)/kubernetes-validate --strict --quiet $$file || exit 1; done
 
