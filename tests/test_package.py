@@ -73,8 +73,9 @@ def test_the_readme_says_that_this_is_an_independent_implementation() -> None:
 def test_what_is_deployed_is_what_the_service_is() -> None:
     """No container engine runs here: the files are parsed, and held to the names and ports of the service."""
     compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text(encoding="utf-8"))
-    (service,) = compose["services"].values()
-    assert (ROOT / "deploy" / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+    service, door = compose["services"]["latte-flow"], compose["services"]["gateway"]
+    for built in (service, door):
+        assert (ROOT / "deploy" / built["build"]["context"] / built["build"]["dockerfile"]).is_file()
     folder = ROOT / "deploy" / "kubernetes"
     deployment, access = yaml.safe_load_all((folder / "service.yaml").read_text(encoding="utf-8"))
     pod = deployment["spec"]["template"]["spec"]
@@ -120,3 +121,24 @@ def test_every_file_that_the_readme_and_docs_link_to_exists() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_gateway_that_is_deployed_has_the_commands_options_and_paths() -> None:
+    folder = ROOT / "deploy"
+    compose = yaml.safe_load((folder / "compose.yaml").read_text(encoding="utf-8"))
+    deployment, access, ingress = yaml.safe_load_all(
+        (folder / "kubernetes" / "gateway.yaml").read_text(encoding="utf-8")
+    )
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    command = typer.main.get_command(runtime.cli.app)
+    known = {option for parameter in command.get_command(None, "gateway").params for option in parameter.opts}
+    used = ["--host", *compose["services"]["gateway"]["command"], *container["args"]]
+    assert {option.partition("=")[0] for option in used} <= known
+    image = (folder / "Dockerfile.gateway").read_text(encoding="utf-8")
+    assert 'ENTRYPOINT ["latte-flow", "gateway", "--host=0.0.0.0"]' in image
+    assert access["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"]
+    (policy,) = yaml.safe_load_all((folder / "kubernetes" / "network.yaml").read_text(encoding="utf-8"))
+    (clients,) = policy["spec"]["ingress"][0]["from"]
+    assert clients["podSelector"]["matchLabels"].items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
+    paths = {path["path"] for path in ingress["spec"]["rules"][0]["http"]["paths"]}
+    assert paths == {"/v1", "/docs", "/openapi.json"}
