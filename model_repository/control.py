@@ -190,8 +190,8 @@ class Control:
             ServiceError: the server does not answer, or refuses the key.
         """
         give_up = time.monotonic() + seconds
-        self.unload(seconds=seconds)
-        while not self.is_unloaded(seconds=max(give_up - time.monotonic(), 1.0)):
+        self.unload(seconds=max(seconds, ANSWER_SECONDS))
+        while not self.is_unloaded(seconds=max(give_up - time.monotonic(), ANSWER_SECONDS)):
             if time.monotonic() > give_up:
                 return False
             time.sleep(POLL_SECONDS)

@@ -15,6 +15,7 @@ import yaml
 import latte.checkpoint
 from model_repository.container import KEY_FILE, KEY_VARIABLE
 from model_repository.schema import DRAIN_SECONDS
+from runtime.cli import load_command
 from runtime.serving.metrics import GAUGES
 
 ROOT = Path(__file__).parents[1]
@@ -130,8 +131,7 @@ def test_the_gateway_that_is_deployed_has_the_commands_options_and_paths() -> No
         (folder / "kubernetes" / "gateway.yaml").read_text(encoding="utf-8")
     )
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    command = typer.main.get_command(runtime.cli.app)
-    known = {option for parameter in command.get_command(None, "gateway").params for option in parameter.opts}
+    known = {option for parameter in load_command("gateway").params for option in parameter.opts}
     used = ["--host", *compose["services"]["gateway"]["command"], *container["args"]]
     assert {option.partition("=")[0] for option in used} <= known
     image = (folder / "Dockerfile.gateway").read_text(encoding="utf-8")

@@ -62,6 +62,7 @@ def container(
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def make_certificate(folder: Path) -> tuple[Path, Path]:

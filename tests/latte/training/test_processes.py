@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+import runtime.cli
 from latte.checkpoint import load_checkpoint
 from latte.shapes.recipe import Shapes
 from latte.training.log import LOG
@@ -20,6 +24,7 @@ from latte.training.loop import make_accelerator
 from latte.training.run import RunOptions, run_stage
 from latte.training.settings import TrainSettings
 from latte.training.states import STATE, states_of
+from model_repository.server import free_port
 from runtime.errors import InputError
 from tests.latte.data.worlds import folder_with_metadata
 from tests.tiny import save_tiny, save_untrained
@@ -49,18 +54,50 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def command(checkpoint: Path, out: Path, *options: object, data: object = "shapes", processes: int = 2) -> list[str]:
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "-m")
+def training(checkpoint: Path, out: Path, *options: object, data: object = "shapes") -> list[str]:
+    """The arguments of `latte-flow`."""
     values = {name: value for name, value in SETTINGS.items() if name != "cpu"} | {"train_batch_size": 2}
     given = [item for name, value in values.items() for item in (f"--{name.replace('_', '-')}", value)]
-    arguments = ("train", checkpoint, "--data", data, "--out", out, "--cpu", "--precision", "fp32", *given)
-    return [str(part) for part in (*launcher, "runtime.cli", *arguments, *options)]
+    arguments = ("train", checkpoint, "--data", data, "--out", out, "--cpu", "--precision", "fp32", *given, *options)
+    return [str(argument) for argument in arguments]
+
+
+def start(checkpoint: Path, out: Path, *options: object, data: object = "shapes", processes: int = 2) -> list[Any]:
+    """Starts what `torchrun` would, as forks of a process that has imported everything: most of the time is imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["latte.training.commands", "latte.training.run", "latte.shapes.recipe"])
+    variables = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    arguments = training(checkpoint, out, *options, data=data)
+    ranks: list[Any] = []
+    for rank in range(processes):
+        own = variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(context.Process(target=train_as_rank, args=(arguments, own, said_by(out, rank))))
+        with patch.dict(os.environ, ENVIRONMENT):  # of the process that they are forks of
+            ranks[-1].start()
+    return ranks
+
+
+def said_by(out: Path, rank: int) -> Path:
+    return out.with_name(f"{out.name}.{rank}.txt")
 
 
 def run(checkpoint: Path, out: Path, *options: object, data: object = "shapes", processes: int = 2) -> None:
-    arguments = command(checkpoint, out, *options, data=data, processes=processes)
-    result = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    ranks = start(checkpoint, out, *options, data=data, processes=processes)
+    for process in ranks:
+        process.join(300)
+    said = [said_by(out, rank).read_text() for rank in range(processes)]
+    assert [process.exitcode for process in ranks] == [0] * processes, said
+
+
+def train_as_rank(arguments: list[str], variables: dict[str, str], said: Path) -> None:
+    """One process of a run; what it says goes to a file."""
+    with said.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ |= variables
+    torch.set_num_threads(1)
+    sys.argv = ["latte-flow", *arguments]
+    runtime.cli.main()
 
 
 @pytest.fixture(scope="module")
@@ -114,18 +151,13 @@ def test_two_processes_fill_a_cache_and_begin_with_the_same_statistics(untrained
 
 def test_a_run_of_which_a_process_was_killed_goes_on_bit_for_bit(checkpoint: Path, two_processes: Path) -> None:
     out = checkpoint.parent / "killed"
-    with subprocess.Popen(
-        command(checkpoint, out, "--checkpointing-steps", 3),
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as launched:
-        deadline = time.monotonic() + 200
-        while not states_of(out) and launched.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        os.killpg(launched.pid, signal.SIGKILL)
+    ranks = start(checkpoint, out, "--checkpointing-steps", 3)
+    deadline = time.monotonic() + 200
+    while not states_of(out) and any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for process in ranks:
+        process.kill()
+        process.join()
     (state,) = states_of(out)[-1:]
     assert state.name == "checkpoint-3"
     for newer in states_of(out)[:-1]:  # it may have been too quick for the signal
@@ -133,6 +165,17 @@ def test_a_run_of_which_a_process_was_killed_goes_on_bit_for_bit(checkpoint: Pat
         newer.rmdir()
     run(checkpoint, out, "--checkpointing-steps", 3)
     assert distance(out, two_processes) == 0
+
+
+def test_torchrun_starts_the_processes(checkpoint: Path, tmp_path: Path) -> None:
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    arguments = training(checkpoint, tmp_path / "run", "--max-train-steps", 1)
+    command = [*launcher, "runtime.cli", *arguments]
+    finished = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert load_checkpoint(tmp_path / "run" / "checkpoint").config.schedule.num_groups == 2
 
 
 def test_sharding_needs_several_processes() -> None:
