@@ -31,6 +31,7 @@ COMMANDS = {
     ),
     "generate": _Command("runtime.commands", "generate", "Generate images from prompts.", "cpu"),
     "ask": _Command("runtime.commands", "ask", "Ask a question about images.", "cpu"),
+    "run-batch": _Command("runtime.batch.commands", "run_batch", "Draw and answer all rows of a file.", "batch,cpu"),
     "inspect": _Command("runtime.commands", "inspect", "Show what a bundle contains.", "cpu"),
     "doctor": _Command("runtime.commands", "doctor", "Show what this machine has, and how to fix each problem.", ""),
     "export": _Command("export.commands", "export", "Turn a checkpoint into a bundle of engines.", "export,cpu"),

@@ -20,7 +20,7 @@ from runtime.doctor import examine
 from runtime.errors import InputError
 from runtime.files import make_writable_folder
 from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_SHIFT, DEFAULT_STEPS, ExpertSchedule
-from runtime.images import contact_sheet, save_png
+from runtime.images import contact_sheet, drawing_metadata, save_png
 from runtime.manifest import Manifest, TensorSpec, load_manifest
 from runtime.pipeline import LatteFlowPipeline
 from runtime.tracing import Tracer
@@ -94,16 +94,15 @@ def generate(
     of_image = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
     files = []
     for index, (image, prompt, image_seed) in enumerate(zip(output.images, of_image, output.seeds, strict=True)):
-        metadata = {
-            "prompt": prompt,
-            "negative_prompt": negative_prompt,
-            "seed": str(image_seed),
-            "num_inference_steps": str(num_inference_steps),
-            "guidance_scale": str(guidance_scale),
-            "shift": str(shift),
-            "bundle": bundle_hash,
-            "Software": "latte-flow",
-        }
+        metadata = drawing_metadata(
+            prompt,
+            negative_prompt=negative_prompt,
+            seed=image_seed,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            shift=shift,
+            bundle_hash=bundle_hash,
+        )
         path = out / f"{index:03d}-{_slug(prompt)}-{image_seed}.png"
         save_png(image, path, metadata)
         files.append(path)

@@ -160,28 +160,51 @@ def _check_size(name: str, width: int, height: int) -> None:
         )
 
 
+def drawing_metadata(
+    prompt: str,
+    *,
+    negative_prompt: str,
+    seed: int | None,
+    num_inference_steps: int,
+    guidance_scale: float,
+    shift: float,
+    bundle_hash: str,
+) -> dict[str, str]:
+    """Returns what a PNG says of how it was drawn."""
+    return {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "seed": str(seed),
+        "num_inference_steps": str(num_inference_steps),
+        "guidance_scale": str(guidance_scale),
+        "shift": str(shift),
+        "bundle": bundle_hash,
+        "Software": "latte-flow",
+    }
+
+
 def save_png(image: Image.Image, path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a PNG with text metadata, under a temporary name first.
 
     Raises:
         InputError: the folder cannot be written to.
     """
-    info = PngInfo()
-    for key, value in (metadata or {}).items():
-        info.add_itxt(key, value)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(temporary, format="PNG", pnginfo=info)
+        temporary.write_bytes(png_bytes(image, metadata))
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}; choose another output folder") from error
 
 
-def png_bytes(image: Image.Image) -> bytes:
-    """Returns the content of a PNG file."""
+def png_bytes(image: Image.Image, metadata: Mapping[str, str] | None = None) -> bytes:
+    """Returns the content of a PNG file, with text metadata."""
+    info = PngInfo()
+    for key, value in (metadata or {}).items():
+        info.add_itxt(key, value)
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    image.save(buffer, format="PNG", pnginfo=info)
     return buffer.getvalue()
 
 

@@ -261,10 +261,13 @@ class LatteFlowPipeline:
         return [rows[prompt] for prompt in prompts]
 
     def encode_negative_prompts(self, prompts: Sequence[str]) -> list[PrefixRow]:
-        """Returns the keys and values of negative prompts. The latest are remembered, above all the empty one."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._negative_prefixes]
-        if new:
-            self._negative_prefixes.update(zip(new, self.encode_prompts(new), strict=True))
+        """Returns the keys and values of negative prompts. The latest are remembered, above all the empty one.
+
+        Each is encoded by itself, so that what is remembered does not depend, by rounding, on who asked first.
+        """
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._negative_prefixes:
+                (self._negative_prefixes[prompt],) = self.encode_prompts([prompt])
         rows = [self._negative_prefixes[prompt] for prompt in prompts]
         for prompt in prompts:
             self._negative_prefixes.move_to_end(prompt)

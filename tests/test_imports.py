@@ -58,6 +58,7 @@ LAYERS_OF_RUNTIME = (
     {"pipeline"},
     {"serving", "commands"},
     {"gateway"},
+    {"batch"},
     {"cli"},
 )
 """A module imports only from layers before its own, or from its own."""

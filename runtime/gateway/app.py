@@ -20,7 +20,9 @@ from starlette.exceptions import HTTPException
 from runtime.errors import DRAINING, InputError, ServiceError, one_line
 from runtime.gateway import chat, images
 from runtime.gateway.door import Door
-from runtime.gateway.errors import ApiError, api_error
+from runtime.gateway.drawing import draw, stream
+from runtime.gateway.errors import ApiError, api_error, line_of
+from runtime.gateway.fetching import read_url
 from runtime.gateway.keys import ApiKey, KeyRing
 from runtime.gateway.metrics import Gauges
 from runtime.gateway.schema import ChatBody, ImagesBody
@@ -89,7 +91,7 @@ class Gateway:
             return JSONResponse(self._fresh(known, body, request), headers={RESULT_CACHE: "hit"})
         with self.settings.keys.quota(key, "draw", body.n):
             async with cancelled_by_disconnect(request):
-                drawn = await images.draw(self.service, drawing, body)
+                drawn = await draw(self.service, drawing, body)
         items = [{"b64_json": images.base64_text(file)} for file in drawn.files]
         result = images.response_body(body, self.service.model, drawing.seed, items, drawn.usage)
         headers = {}
@@ -128,7 +130,7 @@ class Gateway:
         every = images.preview_every(drawing.num_inference_steps, body.partial_images)
         request = replace(drawing, preview_every=every)
         with self.settings.keys.quota(key, "draw", 1):
-            async for file, index, usage in images.stream(self.service, request, body, body.partial_images):
+            async for file, index, usage in stream(self.service, request, body, body.partial_images):
                 event = images.event_body(body, self.service.model, drawing.seed, file, index, usage)
                 yield event["type"], event
 
@@ -139,7 +141,9 @@ class Gateway:
 
     async def _answer(self, body: ChatBody, request: Request) -> Response:
         key = request.state.key
-        conversation = await chat.conversation_of(body.messages, self.settings.allowed_image_hosts)
+        urls = chat.image_urls(body.messages)
+        files = [await read_url(url, self.settings.allowed_image_hosts) for url in urls]
+        conversation = await asyncio.to_thread(chat.conversation_of, body.messages, files)
         asking = chat.answer_request(body, conversation, self._client_id(key, body.user), request.state.request_id)
         completion = chat.Completion(self.service.model.name)
 
@@ -180,7 +184,7 @@ class Gateway:
 
         async def chunks() -> AsyncIterator[tuple[str | None, dict[str, Any]]]:
             with self.settings.keys.quota(key, "draw", 1):
-                drawn = await images.draw(self.service, drawing, body)
+                drawn = await draw(self.service, drawing, body)
             message = chat.drawn_message([images.data_uri(file, body.output_format) for file in drawn.files])
             yield None, completion.chunk({"role": "assistant"} | message)
             yield None, completion.chunk({}, "stop")
@@ -191,7 +195,7 @@ class Gateway:
             return await self._streamed(chunks(), done="[DONE]")
         with self.settings.keys.quota(key, "draw", 1):
             async with cancelled_by_disconnect(request):
-                drawn = await images.draw(self.service, drawing, body)
+                drawn = await draw(self.service, drawing, body)
         uris = [images.data_uri(file, body.output_format) for file in drawn.files]
         return JSONResponse(completion.body(chat.drawn_message(uris), drawn.usage))
 
@@ -331,8 +335,7 @@ async def _on_invalid_body(request: Request, error: Exception) -> Response:
         failure = ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', 'broken')}", "invalid_json")
     else:
         place = ".".join(str(part) for part in first["loc"][1:])
-        message = f"{place}: {first['msg']}" if place else str(first["msg"])
-        failure = ApiError(422, message.replace("Value error, ", ""), first["type"], place or None)
+        failure = ApiError(422, line_of({**first, "loc": first["loc"][1:]}), first["type"], place or None)
     return JSONResponse(failure.body, failure.status)
 
 

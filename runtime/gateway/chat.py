@@ -1,26 +1,23 @@
-"""`POST /v1/chat/completions`: answers about images, and drawing in a chat."""
+"""`POST /v1/chat/completions`: answers about images, and drawing in a chat.
+
+Needs no web server: batches take and write the same bodies.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import time
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
-from urllib.parse import urlsplit
-
-import httpx2
 
 from runtime.answers import AnswerSettings
 from runtime.chat import Message
-from runtime.errors import InputError, one_line
-from runtime.gateway.schema import ChatBody, ChatMessage, ImagePart
-from runtime.images import MAX_FILE_BYTES, check_images
+from runtime.errors import InputError
+from runtime.gateway.schema import ChatBody, ChatMessage, ImagePart, TextPart
+from runtime.images import check_images
 from runtime.serving.requests import AnswerRequest, Usage
-
-FETCH_SECONDS = 10.0
 
 
 def answer_request(body: ChatBody, conversation: tuple[Message, ...], client_id: str, request_id: str) -> AnswerRequest:
@@ -36,33 +33,41 @@ def answer_request(body: ChatBody, conversation: tuple[Message, ...], client_id:
     )
 
 
-async def conversation_of(messages: Sequence[ChatMessage], hosts: Collection[str]) -> tuple[Message, ...]:
-    """Returns messages in the Hugging Face chat format; images are files, which are checked and not decoded.
+def image_urls(messages: Sequence[ChatMessage]) -> list[str]:
+    """Returns the URLs of all images, in order."""
+    return [part.image_url.url for message in messages for part in _parts(message) if isinstance(part, ImagePart)]
+
+
+def conversation_of(messages: Sequence[ChatMessage], files: Sequence[bytes]) -> tuple[Message, ...]:
+    """Returns messages in the Hugging Face chat format.
 
     Args:
-        hosts: those from which images may be fetched.
+        files: the images at `image_urls(messages)`; they are checked and not decoded.
 
     Raises:
-        InputError: an image cannot be read, or may not be fetched.
+        InputError: an image cannot be used.
     """
     conversation: list[Message] = []
-    images: list[bytes] = []
+    images = iter(files)
     for message in messages:
         parts: list[dict[str, Any]] = []
         if isinstance(message.content, str):
             parts.append({"type": "text", "text": message.content})
-        of_list = message.content if isinstance(message.content, list) else []
-        for part in (*of_list, *message.images):
+        for part in _parts(message):
             if isinstance(part, ImagePart):
-                images.append(await read_url(part.image_url.url, hosts))
-                parts.append({"type": "image", "image": images[-1]})
+                parts.append({"type": "image", "image": next(images)})
             else:
                 parts.append({"type": "text", "text": part.text})
         role = "system" if message.role == "developer" else message.role
         plain = isinstance(message.content, str) and not message.images
         conversation.append({"role": role, "content": message.content if plain else parts})
-    await asyncio.to_thread(check_images, images)
+    check_images(files)
     return tuple(conversation)
+
+
+def _parts(message: ChatMessage) -> list[TextPart | ImagePart]:
+    of_list = message.content if isinstance(message.content, list) else []
+    return [*of_list, *message.images]
 
 
 def prompt_of(messages: Sequence[ChatMessage]) -> str:
@@ -86,50 +91,29 @@ def prompt_of(messages: Sequence[ChatMessage]) -> str:
     return prompt
 
 
-async def read_url(url: str, hosts: Collection[str]) -> bytes:
-    """Returns the file at a data URI, or at an http URL of an allowed host."""
-    if url.startswith("data:"):
-        header, comma, data = url.partition(",")
-        if not comma or not header.endswith(";base64"):
-            raise InputError("an image must be a data URI such as data:image/png;base64,…")
-        try:
-            return base64.b64decode(data, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise InputError("the data URI of an image is not base64") from error
-    return await _fetch(url, hosts)
-
-
-async def _fetch(url: str, hosts: Collection[str]) -> bytes:
+def content_of(uri: str) -> bytes:
+    """Returns the file in a data URI."""
+    header, comma, data = uri.partition(",")
+    if not uri.startswith("data:") or not comma or not header.endswith(";base64"):
+        raise InputError("an image must be a data URI such as data:image/png;base64,…")
     try:
-        parts = urlsplit(url)
-        host = parts.hostname or ""
-    except ValueError as error:
-        raise InputError(f"an image's URL cannot be read: {one_line(error)}") from error
-    if parts.scheme not in ("http", "https") or host not in hosts:
-        allowed = f"only from {', '.join(sorted(hosts))}" if hosts else "from no host"
-        raise InputError(f"images are fetched {allowed}; send a data URI (the operator can add --allow-image-host)")
-    content = b""
-    try:
-        async with (
-            httpx2.AsyncClient(timeout=FETCH_SECONDS, follow_redirects=False) as client,
-            client.stream("GET", url) as response,
-        ):
-            if response.status_code != httpx2.codes.OK:
-                raise InputError(f"{host} answered {response.status_code} for an image")
-            async for piece in response.aiter_bytes():
-                content += piece
-                if len(content) > MAX_FILE_BYTES:
-                    raise InputError(f"an image is larger than {MAX_FILE_BYTES} bytes; make it smaller")
-    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        raise InputError(f"an image could not be fetched from {host}: {one_line(error)}") from error
-    return content
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InputError("the data URI of an image is not base64") from error
 
 
 class Completion:
-    """The parts of one answer that all its bodies share."""
+    """The parts of one answer that all its bodies share.
 
-    def __init__(self, model: str) -> None:
-        self._same = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+    Args:
+        name: the answer's own part of its id; by default one that no other has.
+        created: in seconds since 1970; by default now.
+    """
+
+    def __init__(self, model: str, name: str | None = None, created: int | None = None) -> None:
+        name = uuid.uuid4().hex if name is None else name
+        created = int(time.time()) if created is None else created
+        self._same = {"id": f"chatcmpl-{name}", "created": created, "model": model}
 
     def body(self, message: dict[str, Any], usage: Usage) -> dict[str, Any]:
         """Returns the whole answer."""

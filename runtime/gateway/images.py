@@ -1,14 +1,14 @@
-"""`POST /v1/images/generations`: from the body to a request, and from its images to OpenAI's responses and events."""
+"""`POST /v1/images/generations`: from the body to a request, and from its images to OpenAI's responses and events.
+
+Needs no web server: batches take and write the same bodies.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import secrets
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,22 +16,13 @@ from PIL import Image
 
 from runtime.errors import InputError
 from runtime.gateway.schema import DrawingOptions, ImagesBody, OutputFormat
-from runtime.gateway.streams import events_of
 from runtime.serving.requests import GenerationRequest, Usage
-from runtime.serving.service import ServedModel, Service
+from runtime.serving.service import ServedModel
 
 DEFAULT_COMPRESSION = 100
 """As OpenAI's: the best quality."""
 MEDIA_TYPES: dict[OutputFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 RANDOM_SEEDS = 2**32
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """The images of a request, as files."""
-
-    files: list[bytes]
-    usage: Usage
 
 
 def generation_request(
@@ -72,35 +63,6 @@ def encode(pixels: np.ndarray, options: DrawingOptions) -> bytes:
     return buffer.getvalue()
 
 
-async def draw(service: Service, request: GenerationRequest, options: DrawingOptions) -> Drawn:
-    """Draws all images of a request; each is encoded as soon as it is drawn."""
-    files: dict[int, asyncio.Task[bytes]] = {}
-    usage = Usage(0, 0)
-    async with events_of(service, request) as events:
-        async for event in events:
-            if event.kind == "image" and event.pixels is not None:
-                files[event.image] = asyncio.create_task(asyncio.to_thread(encode, event.pixels, options))
-            usage = event.usage or usage
-    return Drawn([await files[index] for index in sorted(files)], usage)
-
-
-async def stream(
-    service: Service, request: GenerationRequest, options: DrawingOptions, partial_images: int
-) -> AsyncIterator[tuple[bytes, int | None, Usage | None]]:
-    """Yields partial images with their index, then the image with its usage."""
-    sent = 0
-    final = b""
-    async with events_of(service, request) as events:
-        async for event in events:
-            if event.kind == "preview" and event.pixels is not None and sent < partial_images:
-                yield await asyncio.to_thread(encode, event.pixels, options), sent, None
-                sent += 1
-            elif event.kind == "image" and event.pixels is not None:
-                final = await asyncio.to_thread(encode, event.pixels, options)
-            elif event.kind == "done":
-                yield final, None, event.usage or Usage(0, 0)
-
-
 def preview_every(steps: int, partial_images: int) -> int:
     """Returns the number of steps between previews, so that at least so many come before the end, spread evenly."""
     return max(1, steps // (partial_images + 1)) if partial_images else 0
@@ -139,11 +101,21 @@ def said(options: DrawingOptions, model: ServedModel) -> dict[str, str]:
 
 
 def response_body(
-    body: ImagesBody, model: ServedModel, seed: int, items: list[dict[str, str]], usage: Usage
+    body: ImagesBody,
+    model: ServedModel,
+    seed: int,
+    items: list[dict[str, str]],
+    usage: Usage,
+    created: int | None = None,
 ) -> dict[str, Any]:
-    """Returns the response: each item has `b64_json` or `url`, and the seed that draws the same image again."""
+    """Returns the response: each item has `b64_json` or `url`, and the seed that draws the same image again.
+
+    Args:
+        created: in seconds since 1970; by default now.
+    """
     data = [item | {"seed": seed + index} for index, item in enumerate(items)]
-    return {"created": int(time.time()), "data": data, **said(body, model), "usage": usage_body(usage)}
+    created = int(time.time()) if created is None else created
+    return {"created": created, "data": data, **said(body, model), "usage": usage_body(usage)}
 
 
 def event_body(

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import Protocol, Self
 
+from runtime.manifest import Manifest
 from runtime.pipeline import LatteFlowPipeline
 from runtime.serving.requests import AnyRequest, Handle, Limits, Listener
 from runtime.serving.scheduler import OnEnd, Scheduler
@@ -27,6 +28,12 @@ class ServedModel:
     width: int
     groups: int
     """Number of expert groups."""
+
+    @classmethod
+    def of(cls, manifest: Manifest, name: str) -> Self:
+        """Describes a bundle's model."""
+        height, width = (side * manifest.geometry.vae_scale_factor for side in manifest.geometry.latent_size)
+        return cls(name, height, width, manifest.schedule.num_groups)
 
 
 class Service(Protocol):
@@ -81,9 +88,7 @@ class LocalService:
         on_end: OnEnd = lambda record: None,
         on_death: OnDeath = lambda error: None,
     ) -> None:
-        geometry = pipeline.manifest.geometry
-        height, width = (side * geometry.vae_scale_factor for side in geometry.latent_size)
-        self.model = ServedModel(name, height, width, pipeline.manifest.schedule.num_groups)
+        self.model = ServedModel.of(pipeline.manifest, name)
         self.pipeline = pipeline
         self.scheduler = Scheduler(PipelineStations(pipeline), time.monotonic, limits, on_end=on_end)
         self.worker = Worker(self.scheduler, on_death)

@@ -1,0 +1,122 @@
+"""The command `run-batch`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from runtime.batch.job import ROWS_PER_SHARD, Job, Watcher, run_job
+from runtime.batch.outputs import ERRORS, Format
+from runtime.batch.reading import DEFAULT_QUESTION, RowOptions
+from runtime.batch.rows import Row
+from runtime.batch.shard import ShardOptions
+from runtime.commands import AsJson, Bundle, Provider, ProviderOption
+from runtime.console import parse_pairs, stderr
+
+ROWS_FAILED = 3
+"""Exit code of a job that is finished, but for rows that failed."""
+SHOWN = 10
+"""Number of bad rows that are shown; all are in the file of errors."""
+
+
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f} rows/s")
+
+
+class _Shown(Watcher):
+    """Shows a job on stderr."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("read", total=None)
+        self.bad = 0
+
+    def bad_row(self, row: Row) -> None:
+        self.bad += 1
+        if self.bad <= SHOWN:
+            self._progress.console.print(f"{row.place}: {row.error}", style="yellow", markup=False, soft_wrap=True)
+
+    def start(self, rows: int, finished: int) -> None:
+        if self.bad > SHOWN:
+            self._progress.console.print(f"… and {self.bad - SHOWN} more rows that cannot be run", style="yellow")
+        self._progress.remove_task(self._task)
+        self._task = self._progress.add_task("rows", total=rows, completed=finished)
+
+    def row_ended(self) -> None:
+        self._progress.advance(self._task)
+
+
+def run_batch(
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="JSON lines, CSV, Parquet, a text file of prompts, or a folder.")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder for the results, and for the progress.")],
+    bundle: Bundle,
+    format_: Annotated[Format, typer.Option("--format", help="What the results are written as.")] = "parquet",
+    negative_prompt: Annotated[str | None, typer.Option(help="For rows that have none.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(help="For rows that have none.", min=1)] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="For rows that have none.")] = None,
+    shift: Annotated[float | None, typer.Option(help="For rows that have none.")] = None,
+    question: Annotated[str, typer.Option(help="For rows with an image and no question.")] = DEFAULT_QUESTION,
+    max_new_tokens: Annotated[int | None, typer.Option(help="For rows that have none.", min=1)] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="Carry a column to the output; may be repeated.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Run only the first rows.", min=1)] = None,
+    rows_per_shard: Annotated[
+        int, typer.Option(help="Rows in an output file; at most so many are run again after a crash.", min=1)
+    ] = ROWS_PER_SHARD,
+    batch_size: Annotated[int, typer.Option(help="Number of images that share a run of an engine.", min=1)] = 16,
+    model_name: Annotated[str, typer.Option(help="Name of the model in OpenAI's requests.")] = "latte-flow",
+    provider: Provider = "cpu",
+    provider_option: ProviderOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw and answer all rows of a file; start it again to go on after an interruption.
+
+    A row with a prompt is drawn, a row with an image or a question is answered. The exit code is 0, or 3 if rows
+    failed; those are in OUTPUT/errors.
+
+    \b
+    Examples:
+      latte-flow run-batch prompts.txt drawn demo/bundle
+      latte-flow run-batch rows.csv drawn demo/bundle --format png --num-inference-steps 40
+      latte-flow run-batch requests.jsonl answered demo/bundle --format openai
+      latte-flow run-batch photos captions demo/bundle --question "describe the image"
+    """
+    given = {
+        "negative_prompt": negative_prompt,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "shift": shift,
+        "max_new_tokens": max_new_tokens,
+    }
+    defaults = {name: value for name, value in given.items() if value is not None}
+    job = Job(
+        source,
+        output,
+        bundle,
+        format_,
+        rows_per_shard,
+        RowOptions(defaults, question, tuple(keep or ()), limit),
+        ShardOptions(batch_size, model_name),
+        provider,
+        parse_pairs(provider_option, "--provider-option"),
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True) as progress:
+        report = run_job(job, _Shown(progress))
+    if as_json:
+        typer.echo(json.dumps({"output": str(output), "rows": report.rows, "failed": report.failed}))
+    else:
+        failed = f", {report.failed} failed: see {output / ERRORS}" if report.failed else ""
+        typer.echo(f"{report.rows} rows in {output}{failed}")
+    if report.failed:
+        raise typer.Exit(ROWS_FAILED)

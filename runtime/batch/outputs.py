@@ -1,0 +1,310 @@
+"""Results as files, one set for each shard: Parquet, PNGs with metadata, WebDataset, or OpenAI's output lines.
+
+A shard is finished when its file (or its folder of PNGs) has its name: everything is written under a temporary name
+first. Failed rows are lines of a file of their own in `errors/`, which is there before.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from runtime.batch.rows import Row, question_of
+from runtime.batch.shard import Result
+from runtime.errors import InputError, MissingExtraError
+from runtime.gateway import chat, images
+from runtime.gateway.schema import ImagesBody
+from runtime.serving.requests import AnswerRequest, GenerationRequest, RequestKind
+from runtime.serving.service import ServedModel
+
+Format = Literal["parquet", "png", "webdataset", "openai"]
+SUFFIXES: dict[Format, str] = {"parquet": ".parquet", "png": "", "webdataset": ".tar", "openai": ".jsonl"}
+ERRORS = "errors"
+LONGEST_NAME = 100
+CREATED = 0
+"""Time in OpenAI's bodies: the same job has the same bytes, whenever it ran."""
+_UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
+_DRAWN = {
+    "prompt": "string",
+    "negative_prompt": "string",
+    "num_inference_steps": "int64",
+    "guidance_scale": "float64",
+    "shift": "float64",
+}
+_ANSWERED = {
+    "question": "string",
+    "answer": "string",
+    "finish_reason": "string",
+    "max_new_tokens": "int64",
+    "temperature": "float64",
+    "top_p": "float64",
+    "input_tokens": "int64",
+    "output_tokens": "int64",
+}
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where results go."""
+
+    folder: Path
+    format: Format
+    kinds: tuple[RequestKind, ...]
+    """What the rows ask for."""
+    keep: tuple[str, ...]
+    model: ServedModel
+    bundle_hash: str
+
+    def path(self, shard: int) -> Path:
+        """Returns the file or folder that a finished shard has."""
+        return self.folder / f"part-{shard:05d}{SUFFIXES[self.format]}"
+
+    def is_finished(self, shard: int) -> bool:
+        """Whether a shard was written."""
+        return self.path(shard).exists()
+
+    def write(self, shard: int, results: Sequence[Result]) -> None:
+        """Writes a shard, in place of what an interrupted run left of it.
+
+        Raises:
+            InputError: it cannot be written; finished shards stay.
+        """
+        path = self.path(shard)
+        errors = self.folder / ERRORS / f"part-{shard:05d}.jsonl"
+        done = [result for result in results if result.error is None]
+        failed = [result for result in results if result.error is not None]
+        try:
+            errors.unlink(missing_ok=True)
+            if failed:
+                errors.parent.mkdir(exist_ok=True)
+                _replace(errors, self._error_lines(failed))
+            if self.format == "png":
+                self._write_folder(path, done)
+            else:
+                _replace(path, self._content(done))
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            reason = "there is no space left" if full else (error.strerror or str(error))
+            raise InputError(
+                f"cannot write {path}: {reason}; finished shards stay: "
+                f"{'free some' if full else 'repair that'} and run the same command again"
+            ) from error
+
+    def _content(self, results: Sequence[Result]) -> bytes:
+        if self.format == "parquet":
+            return self._parquet(results)
+        return self._tar(results) if self.format == "webdataset" else _lines(map(self._response, results))
+
+    def _columns(self) -> dict[str, str]:
+        columns = {"id": "string"}
+        if "draw" in self.kinds:
+            columns |= {"index": "int64", "image": "image", **_DRAWN}
+        if "ask" in self.kinds:
+            columns |= _ANSWERED
+        return columns | {"seed": "int64"} | dict.fromkeys(self.keep, "string")
+
+    def _parquet(self, results: Sequence[Result]) -> bytes:
+        pa, pq = parquet_library()
+        columns = self._columns()
+        image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        types = {name: image if kind == "image" else getattr(pa, kind)() for name, kind in columns.items()}
+        features = {
+            name: {"_type": "Image"} if kind == "image" else {"dtype": kind, "_type": "Value"}
+            for name, kind in columns.items()
+        }
+        schema = pa.schema(
+            list(types.items()),
+            # What Hugging Face datasets and the hub read the kinds of columns from.
+            {"huggingface": json.dumps({"info": {"features": features}}), "latte_flow_bundle": self.bundle_hash},
+        )
+        rows = []
+        for result, index, values in _flat(results):
+            row = {name: _text(value) if name in self.keep else value for name, value in values.items()}
+            if index is not None:
+                row["image"] = {"bytes": result.files[index], "path": f"{_key(result, index)}.{_extension(result)}"}
+            rows.append(row)
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, schema), buffer, compression="zstd", row_group_size=256)
+        return buffer.getvalue()
+
+    def _tar(self, results: Sequence[Result]) -> bytes:
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for result, index, values in _flat(results):
+                key = _key(result, index)
+                if index is not None:
+                    _add(tar, f"{key}.{_extension(result)}", result.files[index])
+                _add(tar, f"{key}.json", _json(values).encode())
+        return buffer.getvalue()
+
+    def _write_folder(self, path: Path, results: Sequence[Result]) -> None:
+        temporary = _temporary(path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        drawn, answered = [], []
+        for result, index, values in _flat(results):
+            if index is None:
+                answered.append(values)
+                continue
+            name = f"{_key(result, index)}.{_extension(result)}"
+            (temporary / name).write_bytes(result.files[index])
+            drawn.append({"file_name": name, **values})
+        for name, lines in (("metadata.jsonl", drawn), ("answers.jsonl", answered)):
+            if lines:
+                (temporary / name).write_bytes(_lines(lines))
+        os.replace(temporary, path)
+
+    def _response(self, result: Result) -> dict[str, Any]:
+        """Returns OpenAI's output line."""
+        assert result.body is not None
+        assert result.usage is not None
+        if isinstance(result.body, ImagesBody):
+            assert isinstance(result.request, GenerationRequest)
+            items = [{"b64_json": images.base64_text(file)} for file in result.files]
+            body = images.response_body(
+                result.body, self.model, result.request.seed, items, result.usage, created=CREATED
+            )
+        else:
+            completion = chat.Completion(self.model.name, _hash(result.row), CREATED)
+            uris = [images.data_uri(file, result.body.output_format) for file in result.files]
+            body = completion.body(chat.drawn_message(uris) if uris else {"content": result.text}, result.usage)
+        return _openai_line(result.row, 200, body)
+
+    def _error_lines(self, failed: Sequence[Result]) -> bytes:
+        if self.format == "openai":
+            return _lines(_openai_line(r.row, r.error.status, r.error.body) for r in failed if r.error is not None)
+        return _lines(
+            {"id": r.row.id or None, "place": r.row.place, "error": r.error.message, "row": r.row.values}
+            for r in failed
+            if r.error is not None
+        )
+
+
+def parquet_library() -> tuple[Any, Any]:
+    """Returns pyarrow and its part for Parquet.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            'Parquet needs pyarrow, which is not installed; run: pip install "latte-flow[batch,cpu]", '
+            "or choose another --format"
+        ) from error
+    return pyarrow, pyarrow.parquet
+
+
+def _flat(results: Sequence[Result]) -> Iterator[tuple[Result, int | None, dict[str, Any]]]:
+    """Yields each image with its number in its row, and each answer with None, and what is said of it."""
+    for result in results:
+        request, kept = result.request, result.row.kept
+        if isinstance(request, GenerationRequest):
+            said = {name: getattr(request, name) for name in _DRAWN}
+            for index in range(len(result.files)):
+                yield result, index, {"id": result.row.id, "index": index, **said, "seed": request.seed + index, **kept}
+        elif isinstance(request, AnswerRequest) and result.usage is not None:
+            settings = request.settings
+            said = {
+                "question": question_of(request),
+                "answer": result.text,
+                "finish_reason": chat.finish_reason(result.usage),
+                "max_new_tokens": settings.max_new_tokens,
+                "temperature": settings.temperature,
+                "top_p": settings.top_p,
+                "input_tokens": result.usage.input_tokens,
+                "output_tokens": result.usage.output_tokens,
+            }
+            yield result, None, {"id": result.row.id, **said, "seed": settings.seed, **kept}
+
+
+def _extension(result: Result) -> str:
+    return result.body.output_format if result.body is not None else "png"
+
+
+def _key(result: Result, index: int | None) -> str:
+    """Returns the name of an image or answer: its id where that is a good name for a file."""
+    name = _UNSAFE.sub("_", result.row.id)
+    if name != result.row.id or len(name) > LONGEST_NAME:  # two ids must not share a name
+        name = f"{name[:LONGEST_NAME]}-{_hash(result.row)[:8]}"
+    return name if index is None or len(result.files) == 1 else f"{name}+{index}"
+
+
+def _hash(row: Row) -> str:
+    return hashlib.sha256(row.id.encode()).hexdigest()[:32]
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) or value is None else _json(value)
+
+
+def _json(value: Any) -> str:
+    def described(other: Any) -> str:
+        return f"{len(other)} bytes" if isinstance(other, bytes) else str(other)
+
+    return json.dumps(value, ensure_ascii=False, default=described)
+
+
+def _lines(values: Any) -> bytes:
+    return "".join(f"{_json(value)}\n" for value in values).encode(errors="replace")
+
+
+def _openai_line(row: Row, status: int, body: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an output line; one without an id could not even be read."""
+    if not row.id:
+        error = {"code": "invalid_line", "message": f"{row.place}: {row.error}"}
+        return {"id": None, "custom_id": None, "response": None, "error": error}
+    name = _hash(row)
+    response = {"status_code": status, "request_id": f"req_{name}", "body": body}
+    return {"id": f"batch_req_{name}", "custom_id": row.id, "response": response, "error": None}
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    tar.addfile(entry, io.BytesIO(content))
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes a file that is complete, on the disk too, before it has its name."""
+    temporary = _temporary(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes what an interrupted run left."""
+    for place in (folder, folder / ERRORS):
+        for path in place.glob(".*.tmp"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def count_failed(folder: Path) -> int:
+    """Returns the number of failed rows of all finished shards."""
+    total = 0
+    for path in (folder / ERRORS).glob("part-*.jsonl"):
+        with path.open("rb") as file:
+            total += sum(1 for _ in file)
+    return total

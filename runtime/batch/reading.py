@@ -1,0 +1,332 @@
+"""Rows from files: JSON lines, CSV, Parquet, a text file of prompts, or a folder of images.
+
+Everything is read row by row, so that memory does not grow with the input. A line that cannot be read is a row with an
+error; what is wrong with the whole input is an `InputError`.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+import json
+import os
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runtime.batch.rows import COLUMNS, IMAGE_COLUMNS, Row, body_of
+from runtime.errors import InputError, MissingExtraError, one_line
+from runtime.files import sha256_of
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+MAX_ID = 512
+"""Characters of an id."""
+ROWS_AT_ONCE = 64
+"""Rows of a Parquet file in memory."""
+DEFAULT_QUESTION = "describe the image"
+_NAMED = ("custom_id", "body")
+"""What tells a line of OpenAI's batch format from a plain one."""
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """What holds for all rows."""
+
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Values for plain rows that have none."""
+    question: str = DEFAULT_QUESTION
+    """For plain rows that have an image, but no question."""
+    keep: tuple[str, ...] = ()
+    """Columns that are carried to the output."""
+    limit: int | None = None
+    """Number of rows to read; None for all."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row as its file has it."""
+
+    place: str
+    values: Mapping[str, Any]
+    base: Path
+    """Folder that its image paths are relative to."""
+    error: str = ""
+
+
+class Ids:
+    """The ids of all rows so far, in a temporary database on disk."""
+
+    def __init__(self) -> None:
+        self._database = sqlite3.connect("")
+        self._database.execute("CREATE TABLE given (id TEXT PRIMARY KEY, place TEXT) WITHOUT ROWID")
+        self._database.execute("CREATE TABLE made (hash BLOB PRIMARY KEY, count INTEGER) WITHOUT ROWID")
+
+    def take(self, name: str, place: str) -> None:
+        """Notes a given id.
+
+        Raises:
+            InputError: another row has it.
+        """
+        try:
+            self._database.execute("INSERT INTO given VALUES (?, ?)", (name, place))
+        except sqlite3.IntegrityError:
+            (first,) = self._database.execute("SELECT place FROM given WHERE id = ?", (name,)).fetchone()
+            raise InputError(f"the id {name!r} is there twice, in {first} and {place}; ids must differ") from None
+
+    def make(self, values: Mapping[str, Any]) -> str:
+        """Returns an id that follows from the values of a row, and from how many rows before it have the same."""
+        text = json.dumps(values, sort_keys=True, default=_described)
+        content = hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:10]
+        (count,) = self._database.execute(
+            "INSERT INTO made VALUES (?, 1) ON CONFLICT DO UPDATE SET count = count + 1 RETURNING count", (content,)
+        ).fetchone()
+        return content.hex() if count == 1 else f"{content.hex()}-{count}"
+
+    def close(self) -> None:
+        """Deletes the database."""
+        self._database.close()
+
+
+def _described(value: Any) -> str:
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
+
+
+def read_rows(source: Path, options: RowOptions) -> Iterator[Row]:
+    """Yields all rows with their ids; those that cannot be run have an error.
+
+    Raises:
+        InputError: the input cannot be read, an id is there twice, or there is a column that has no meaning.
+    """
+    ids = Ids()
+    try:
+        for record in itertools.islice(_records(source, options), options.limit):
+            yield _row(record, ids, options)
+    except OSError as error:
+        raise InputError(f"cannot read {source}: {error.strerror or one_line(error)}") from error
+    finally:
+        ids.close()
+
+
+def _row(record: Record, ids: Ids, options: RowOptions) -> Row:
+    values = {name: value for name, value in record.values.items() if value is not None}
+    if record.error:
+        return Row(record.place, "", {}, error=record.error)
+    is_openai = any(name in values for name in _NAMED)
+    kept = {name: values.pop(name) for name in options.keep if name in values and name not in COLUMNS}
+    given = values.pop("custom_id" if is_openai else "id", None)
+    if given is None and is_openai:
+        return Row(record.place, "", {}, error="the line has no custom_id")
+    error = "" if given is None else _fault_of_id(given)
+    name = ids.make(values) if given is None or error else str(given)
+    if given is not None and not error:
+        ids.take(name, record.place)
+    if is_openai:
+        return _checked(_openai_row(record.place, name, values, kept), error)
+    if "prompt" in values:
+        values = {**{k: v for k, v in options.defaults.items() if k not in _OF_ANSWERS}, **values}
+    else:
+        values = {**{k: v for k, v in options.defaults.items() if k in _OF_ANSWERS}, **values}
+        if any(column in values for column in IMAGE_COLUMNS):
+            values.setdefault("question", options.question)
+    if unknown := sorted(set(values) - set(COLUMNS)):
+        error = error or _unknown(unknown)
+    return _checked(Row(record.place, name, _with_paths(values, record.base), kept), error)
+
+
+_OF_ANSWERS = ("max_new_tokens", "temperature", "top_p")
+
+
+def _openai_row(place: str, name: str, values: Mapping[str, Any], kept: Mapping[str, Any]) -> Row:
+    body, url = values.get("body"), values.get("url")
+    error = ""
+    if unknown := sorted(set(values) - {"method", "url", "body"}):
+        error = f"the line has an unknown field {unknown[0]!r}"
+    elif values.get("method", "POST") != "POST":
+        error = f"method must be POST, got {values['method']!r}"
+    elif not isinstance(body, Mapping) or not isinstance(url, str) or not url:
+        error = "the line needs a url and a body"
+    return Row(place, name, body if isinstance(body, Mapping) else {}, kept, str(url or "?"), error)
+
+
+def _checked(row: Row, error: str) -> Row:
+    """Returns a row with what is wrong with it."""
+    try:
+        json.dumps([row.id, row.values], ensure_ascii=False, default=lambda _: "").encode()
+        if not (error := error or row.error):
+            body_of(row)
+            return row
+    except (InputError, UnicodeEncodeError) as fault:
+        error = one_line(fault) if isinstance(fault, InputError) else "the text is not valid Unicode; save it as UTF-8"
+        if isinstance(fault, UnicodeEncodeError):
+            return Row(row.place, "", {}, error=error)
+    return Row(row.place, row.id, row.values, row.kept, row.url, error)
+
+
+def _fault_of_id(given: Any) -> str:
+    if not isinstance(given, (str, int)) or isinstance(given, bool) or not str(given).strip():
+        return f"an id must be text or a whole number, got {given!r}"
+    return f"an id has at most {MAX_ID} characters, got {len(str(given))}" if len(str(given)) > MAX_ID else ""
+
+
+def _unknown(names: list[str]) -> str:
+    known = ", ".join(COLUMNS)
+    return f"unknown column {names[0]!r}; known are {known}, and --keep {names[0]} only carries it to the output"
+
+
+def _with_paths(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    """Returns values whose image paths do not depend on the working directory."""
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, str) and value:
+            return str(base / value)
+        if isinstance(value, Mapping) and value.get("bytes") is None and isinstance(value.get("path"), str):
+            return str(base / value["path"])
+        return [placed(item) for item in value] if isinstance(value, list) else value
+
+    return {name: placed(value) if name in IMAGE_COLUMNS else value for name, value in values.items()}
+
+
+def _records(source: Path, options: RowOptions) -> Iterator[Record]:
+    files = files_of(source)
+    if source.is_dir() and not files:
+        for path in _images_in(source):
+            yield Record(path.relative_to(source).as_posix(), _image_values(path, source), source.absolute())
+        return
+    for file in files:
+        where = "" if file == source else f"{file.name}, "
+        for place, values, error in _READERS[file.suffix.lower()](file, options):
+            yield Record(where + place, values, file.absolute().parent, error)
+
+
+def _image_values(path: Path, folder: Path) -> dict[str, str]:
+    name = path.relative_to(folder).as_posix()
+    return {"id": name, "image": name}
+
+
+def files_of(source: Path) -> list[Path]:
+    """Returns the files with rows: the input itself, or those of one kind in a folder; none in a folder of images.
+
+    Raises:
+        InputError: there is no such file or folder, or it is of another kind.
+    """
+    if source.is_dir():
+        files = sorted(path for path in source.iterdir() if path.suffix.lower() in _READERS and path.suffix != ".txt")
+        if len({path.suffix.lower() for path in files}) > 1:
+            raise InputError(f"{source} has files of several kinds; name one of them, such as {files[0].name}")
+        return files
+    if not source.exists():
+        raise InputError(f"there is no {source}; name a file or a folder with rows")
+    if source.suffix.lower() not in _READERS:
+        raise InputError(f"{source.name} must end in {', '.join(_READERS)}, or be a folder of images")
+    return [source]
+
+
+def hash_of(source: Path) -> str:
+    """Returns a hash of the input: of its files' content, or of the names and sizes of a folder's images."""
+    total = hashlib.sha256()
+    try:
+        files = files_of(source)
+        for file in files:
+            total.update(f"{file.name} {sha256_of(file)}\n".encode())
+        for image in _images_in(source) if not files else ():
+            total.update(f"{image.relative_to(source)} {image.stat().st_size}\n".encode(errors="surrogateescape"))
+    except OSError as error:
+        raise InputError(f"cannot read {source}: {error.strerror or one_line(error)}") from error
+    return total.hexdigest()
+
+
+def _images_in(folder: Path) -> Iterator[Path]:
+    """Yields the images in a folder and the folders below, in the order of their names."""
+    with os.scandir(folder) as entries:
+        found = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    for name, is_folder in found:
+        if is_folder:
+            yield from _images_in(folder / name)
+        elif name.lower().endswith(IMAGE_SUFFIXES):
+            yield folder / name
+
+
+Parsed = Iterator[tuple[str, Mapping[str, Any], str]]
+"""Place, values and error of each row."""
+
+
+def _json_lines(path: Path, options: RowOptions) -> Parsed:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                yield f"line {number}", {}, f"not JSON: {one_line(error)}"
+                continue
+            is_object = isinstance(values, dict)
+            yield f"line {number}", values if is_object else {}, "" if is_object else "not a JSON object"
+
+
+def _text_lines(path: Path, options: RowOptions) -> Parsed:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"line {number}", {"prompt": line.strip()}, ""
+
+
+def _csv_rows(path: Path, options: RowOptions) -> Parsed:
+    """Yields the rows of a CSV file. Every value is text: a prompt such as 007 is no number."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        _check_columns(path, header, options)
+        while True:
+            number = reader.line_num + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield f"line {number}", {}, f"not CSV: {one_line(error)}"
+                continue
+            if not cells:
+                continue
+            fits = len(cells) == len(header)
+            error_of_row = "" if fits else f"the row has {len(cells)} cells, the header has {len(header)}"
+            yield f"line {number}", {k: v for k, v in zip(header, cells, strict=False) if v != ""}, error_of_row
+
+
+def _parquet_rows(path: Path, options: RowOptions) -> Parsed:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            'reading Parquet needs pyarrow, which is not installed; run: pip install "latte-flow[batch,cpu]"'
+        ) from error
+    try:
+        with pq.ParquetFile(path) as table:
+            _check_columns(path, table.schema_arrow.names, options)
+            rows = (row for batch in table.iter_batches(ROWS_AT_ONCE) for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                yield f"row {number}", row, ""
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} is not a complete Parquet file: {one_line(error)}") from error
+
+
+def _check_columns(path: Path, names: list[str], options: RowOptions) -> None:
+    """Refuses a table with a column that has no meaning, before any row is run."""
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{path.name} has two columns {name!r}; rename one")
+    if unknown := [name for name in names if name not in COLUMNS and name not in options.keep]:
+        raise InputError(f"{path.name}: {_unknown(unknown)}")
+
+
+_READERS: dict[str, Callable[[Path, RowOptions], Parsed]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+    ".txt": _text_lines,
+}

@@ -1,0 +1,169 @@
+"""Rows of a batch: what each asks for, and the request that it becomes.
+
+A row is plain, with values named like the arguments of a call, or a request in OpenAI's batch format. Both become the
+gateway's bodies, so that a batch takes what the gateway takes and refuses what it refuses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from runtime.chat import user_message
+from runtime.errors import InputError
+from runtime.gateway.chat import answer_request, content_of, conversation_of, image_urls, prompt_of
+from runtime.gateway.errors import line_of
+from runtime.gateway.images import generation_request
+from runtime.gateway.schema import ChatBody, ImagesBody
+from runtime.images import ImageInput, check_images
+from runtime.serving.requests import AnswerRequest, AnyRequest, RequestKind
+from runtime.serving.service import ServedModel
+
+IMAGES_URL = "/v1/images/generations"
+CHAT_URL = "/v1/chat/completions"
+DRAWING = {
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "num_inference_steps": "num_inference_steps",
+    "guidance_scale": "guidance_scale",
+    "shift": "shift",
+    "seed": "seed",
+    "num_images_per_prompt": "n",
+}
+"""Columns of a row that draws, and the fields of `ImagesBody` that they become."""
+ASKING = {
+    "question": "messages",
+    "max_new_tokens": "max_tokens",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "seed": "seed",
+    "stop": "stop",
+}
+"""Columns of a row that asks, and the fields of `ChatBody` that they become."""
+IMAGE_COLUMNS = ("image", "images")
+COLUMNS = tuple(dict.fromkeys(("id", *DRAWING, *ASKING, *IMAGE_COLUMNS)))
+_SEED_BYTES = 6
+"""Of the hash of an id: every program reads such a number from JSON exactly."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the input. It can be pickled, and is all that a worker needs to know."""
+
+    place: str
+    """Where it is, for messages: "line 7"."""
+    id: str
+    values: Mapping[str, Any]
+    """The values of a plain row, or the body of OpenAI's."""
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    """Values that are only carried to the output."""
+    url: str = ""
+    """OpenAI's endpoint; nothing for a plain row."""
+    error: str = ""
+    """Why it cannot be run."""
+
+    @property
+    def kind(self) -> RequestKind:
+        """What it asks for."""
+        draws = self.url == IMAGES_URL or ("image" in (self.values.get("modalities") or ()) if self.url else False)
+        return "draw" if draws or (not self.url and "prompt" in self.values) else "ask"
+
+
+def body_of(row: Row) -> ImagesBody | ChatBody:
+    """Returns a row's body; no image is opened.
+
+    Raises:
+        InputError: the row does not say what to do, or a value is of the wrong kind.
+    """
+    names: Mapping[str, str] = {}
+    if row.url:
+        if row.url not in (IMAGES_URL, CHAT_URL):
+            raise InputError(f"url must be {IMAGES_URL} or {CHAT_URL}, got {row.url!r}")
+        body: dict[str, Any] = dict(row.values)
+    else:
+        names = DRAWING if row.kind == "draw" else ASKING
+        body = _plain_body(row, names)
+    try:
+        return (ImagesBody if row.kind == "draw" and row.url != CHAT_URL else ChatBody).model_validate(body)
+    except ValidationError as error:
+        columns = {target: column for column, target in names.items()}
+        first = error.errors()[0]
+        loc = ("question",) if names and first["loc"][:1] == ("messages",) else first["loc"]
+        raise InputError(line_of({**first, "loc": [columns.get(str(part), part) for part in loc]})) from error
+
+
+def _plain_body(row: Row, names: Mapping[str, str]) -> dict[str, Any]:
+    if "prompt" not in row.values and "question" not in row.values:
+        raise InputError("the row has neither a prompt (to draw) nor a question (to answer)")
+    allowed = {*names, *(IMAGE_COLUMNS if row.kind == "ask" else ())}
+    if wrong := sorted(set(row.values) - allowed):
+        verb = "draws" if row.kind == "draw" else "asks"
+        raise InputError(f"a row that {verb} has no {wrong[0]}; its columns are {', '.join(sorted(allowed))}")
+    body = {names[name]: value for name, value in row.values.items() if name in names}
+    if row.kind == "ask":
+        body["messages"] = [{"role": "user", "content": row.values["question"]}]
+    return body
+
+
+def request_of(row: Row, body: ImagesBody | ChatBody, model: ServedModel) -> AnyRequest:
+    """Returns the request of a row. Where it has no seed, one follows from its id.
+
+    Raises:
+        InputError: an image cannot be used, or the model cannot do it.
+    """
+    if body.model not in (None, "", model.name):
+        raise InputError(f"the model {body.model!r} is not here; use {model.name!r}, or give --model-name")
+    if body.seed is None:
+        body = body.model_copy(update={"seed": seed_of(row.id)})
+    if isinstance(body, ImagesBody):
+        request: AnyRequest = generation_request(body, body.prompt, model, "", row.id, body.n)
+    elif body.draws:
+        request = generation_request(body, prompt_of(body.messages), model, "", row.id)
+    else:
+        if row.url:
+            files = [content_of(url) for url in image_urls(body.messages)]
+            conversation = conversation_of(body.messages, files)
+        else:
+            images = images_of(row.values)
+            check_images(images)
+            conversation = (user_message(images, row.values["question"]),)
+        request = answer_request(body, conversation, "", row.id)
+    return replace(request, priority=0, deadline=None)  # results must not depend on time
+
+
+def images_of(values: Mapping[str, Any]) -> list[ImageInput]:
+    """Returns the images of a plain row: paths, or the content of files.
+
+    Raises:
+        InputError: something else is there.
+    """
+    several = values.get("images") or ()
+    if not isinstance(several, Sequence) or isinstance(several, (str, bytes)):
+        raise InputError("images must be a list of paths")
+    given = ([values["image"]] if values.get("image") is not None else []) + list(several)
+    return [_image(value) for value in given]
+
+
+def _image(value: Any) -> ImageInput:
+    if isinstance(value, Mapping):  # as Hugging Face stores images
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if not isinstance(value, (str, bytes)) or not value:
+        raise InputError(f"an image must be a path or the content of a file, got {type(value).__name__}")
+    return value
+
+
+def question_of(request: AnswerRequest) -> str:
+    """Returns the text of the last message."""
+    content = request.conversation[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content if part["type"] == "text")
+
+
+def seed_of(name: str) -> int:
+    """Returns the seed that follows from an id."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:_SEED_BYTES])

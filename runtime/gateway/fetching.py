@@ -1,0 +1,49 @@
+"""The images that messages name by URL."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from urllib.parse import urlsplit
+
+import httpx2
+
+from runtime.errors import InputError, one_line
+from runtime.gateway.chat import content_of
+from runtime.images import MAX_FILE_BYTES
+
+FETCH_SECONDS = 10.0
+
+
+async def read_url(url: str, hosts: Collection[str]) -> bytes:
+    """Returns the file at a data URI, or at an http URL of an allowed host.
+
+    Raises:
+        InputError: it cannot be read, or may not be fetched.
+    """
+    return content_of(url) if url.startswith("data:") else await _fetch(url, hosts)
+
+
+async def _fetch(url: str, hosts: Collection[str]) -> bytes:
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+    except ValueError as error:
+        raise InputError(f"an image's URL cannot be read: {one_line(error)}") from error
+    if parts.scheme not in ("http", "https") or host not in hosts:
+        allowed = f"only from {', '.join(sorted(hosts))}" if hosts else "from no host"
+        raise InputError(f"images are fetched {allowed}; send a data URI (the operator can add --allow-image-host)")
+    content = b""
+    try:
+        async with (
+            httpx2.AsyncClient(timeout=FETCH_SECONDS, follow_redirects=False) as client,
+            client.stream("GET", url) as response,
+        ):
+            if response.status_code != httpx2.codes.OK:
+                raise InputError(f"{host} answered {response.status_code} for an image")
+            async for piece in response.aiter_bytes():
+                content += piece
+                if len(content) > MAX_FILE_BYTES:
+                    raise InputError(f"an image is larger than {MAX_FILE_BYTES} bytes; make it smaller")
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        raise InputError(f"an image could not be fetched from {host}: {one_line(error)}") from error
+    return content

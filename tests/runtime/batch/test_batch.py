@@ -1,0 +1,322 @@
+"""`run-batch` on the tiny bundle: formats, failures, and jobs that are interrupted."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from runtime.batch.job import Job, run_job
+from runtime.batch.reading import RowOptions, read_rows
+from runtime.batch.rows import seed_of
+from runtime.batch.shard import ShardOptions, run_shard
+from runtime.errors import EngineError, InputError
+from runtime.pipeline import LatteFlowPipeline
+
+RunCommand = Callable[..., tuple[int, str, str]]
+FEW_STEPS = ("--num-inference-steps", 2)
+
+
+def write(path: Path, *lines: object) -> Path:
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image.png"
+    Image.new("RGB", (32, 32), "red").save(path)
+    return path
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """Rows of several lengths, steps and scales, one that fails, and a question."""
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "image.png")
+    rows: list[object] = [
+        {"id": f"row {i}", "prompt": "a red star" + " and a ring" * (i % 3), "num_inference_steps": 1 + i % 3}
+        | ({"guidance_scale": 1.0} if i % 4 == 0 else {})
+        | ({"negative_prompt": "a blue cross"} if i % 5 == 0 else {})
+        for i in range(9)
+    ]
+    rows[4] = "{"
+    rows.append({"id": "asked", "question": "what is it?", "image": "image.png", "max_new_tokens": 3})
+    return write(tmp_path / "rows.jsonl", *rows)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """The content of all files, but for the lock."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def table_of(folder: Path) -> list[dict[str, object]]:
+    return [row for path in sorted(folder.glob("part-*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def test_parquet_has_the_images_and_what_they_were_made_from(
+    bundle: Path, pipe: LatteFlowPipeline, tmp_path: Path, run_command: RunCommand
+) -> None:
+    source = write(
+        tmp_path / "rows.csv", "id,prompt,seed,label,num_images_per_prompt", "a,a ring,5,x,", "b,a star,,y,2"
+    )
+    out = tmp_path / "out"
+    code, said, _ = run_command("run-batch", source, out, bundle, *FEW_STEPS, "--keep", "label", "--shift", 2)
+    assert (code, said) == (0, f"2 rows in {out}\n")
+    rows = table_of(out)
+    assert [(row["id"], row["index"], row["seed"], row["label"]) for row in rows] == [
+        ("a", 0, 5, "x"),
+        ("b", 0, seed_of("b"), "y"),
+        ("b", 1, seed_of("b") + 1, "y"),
+    ]
+    assert (rows[0]["prompt"], rows[0]["num_inference_steps"], rows[0]["shift"]) == ("ring", 2, 2.0)
+    with Image.open(io.BytesIO(rows[0]["image"]["bytes"])) as file:
+        pixels, text = np.asarray(file).astype(int), file.text
+    assert (text["prompt"], text["seed"], text["shift"]) == ("ring", "5", "2.0")
+    expected = pipe("ring", seed=5, num_inference_steps=2, shift=2.0, output_type="np").images[0]
+    assert np.abs(pixels - expected.astype(int)).max() <= 1
+    loaded = datasets.load_dataset("parquet", data_files=str(out / "*.parquet"), split="train")
+    assert loaded[2]["image"].size == pixels.shape[1::-1]  # decoded: the file says which column has images
+
+
+def test_pngs_have_metadata_and_names_that_cannot_meet(bundle: Path, tmp_path: Path, run_command: RunCommand) -> None:
+    rows = [{"id": name, "prompt": "a ring"} for name in ("a/b", "a:b", "plain", "../up")]
+    source = write(tmp_path / "rows.jsonl", *rows, {"id": "q", "question": "what?", "max_new_tokens": 2})
+    out = tmp_path / "out"
+    code, _, said = run_command("run-batch", source, out, bundle, *FEW_STEPS, "--format", "png")
+    assert code == 0, said
+    lines = [json.loads(line) for line in (out / "part-00000" / "metadata.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["a/b", "a:b", "plain", "../up"]
+    assert lines[2]["file_name"] == "plain.png"
+    assert len({line["file_name"] for line in lines}) == 4
+    assert all((out / "part-00000" / line["file_name"]).is_file() for line in lines)
+    (answer,) = (out / "part-00000" / "answers.jsonl").read_text().splitlines()
+    assert set(json.loads(answer)) >= {"id", "question", "answer", "finish_reason"}
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(out / "part-00000"), split="train")
+    assert loaded[0]["prompt"] == "a ring"
+
+
+def test_webdataset_has_an_image_and_a_json_for_each_key(bundle: Path, tmp_path: Path, run_command: RunCommand) -> None:
+    source = write(tmp_path / "prompts.txt", "a ring", "a star")
+    out = tmp_path / "out"
+    code, _, _ = run_command("run-batch", source, out, bundle, *FEW_STEPS, "--format", "webdataset")
+    assert code == 0
+    with tarfile.open(out / "part-00000.tar") as tar:
+        names = tar.getnames()
+        first = json.load(tar.extractfile(names[1]))
+    assert [name.partition(".")[2] for name in names] == ["png", "json"] * 2
+    assert names[0].startswith(first["id"])
+    loaded = datasets.load_dataset("webdataset", data_files=str(out / "*.tar"), split="train")
+    assert loaded[1]["json"]["prompt"] == "a star"
+
+
+def test_openais_lines_become_openais_lines(bundle: Path, image: Path, tmp_path: Path, run_command: RunCommand) -> None:
+    content = [{"type": "image_url", "image_url": {"url": data_uri(image)}}, {"type": "text", "text": "what is it?"}]
+    asked = {"messages": [{"role": "user", "content": content}], "max_tokens": 3}
+    few = {"num_inference_steps": 2}
+    chat = {"messages": [{"role": "user", "content": "a star"}], "modalities": ["image", "text"], **few}
+    source = write(
+        tmp_path / "requests.jsonl",
+        *(
+            {"custom_id": name, "method": "POST", "url": f"/v1/{url}", "body": body}
+            for name, url, body in (
+                ("drawn", "images/generations", {"prompt": "a ring", "n": 2, "seed": 3, **few}),
+                ("jpeg", "images/generations", {"prompt": "a ring", "output_format": "jpeg", **few}),
+                ("asked", "chat/completions", asked),
+                ("in chat", "chat/completions", chat),
+                ("size", "images/generations", {"prompt": "a ring", "size": "8x8"}),
+                ("other", "chat/completions", {**asked, "model": "gpt-5"}),
+            )
+        ),
+        "{",
+    )
+    out = tmp_path / "out"
+    code, _, said = run_command("run-batch", source, out, bundle, "--format", "openai")
+    assert code == 3
+    assert "line 7: not JSON" in said
+    lines = [json.loads(line) for line in (out / "part-00000.jsonl").read_text().splitlines()]
+    assert all(set(line) == {"id", "custom_id", "response", "error"} for line in lines)
+    bodies = {line["custom_id"]: line["response"]["body"] for line in lines}
+    assert [item["seed"] for item in bodies["drawn"]["data"]] == [3, 4]
+    with Image.open(io.BytesIO(base64.b64decode(bodies["jpeg"]["data"][0]["b64_json"]))) as file:
+        assert file.format == "JPEG"
+    assert bodies["asked"]["choices"][0]["finish_reason"] == "length"
+    assert bodies["in chat"]["choices"][0]["message"]["images"]
+    errors = [json.loads(line) for line in (out / "errors" / "part-00000.jsonl").read_text().splitlines()]
+    by_id = {line["custom_id"]: line for line in errors}
+    assert by_id["size"]["response"]["status_code"] == 400
+    assert "size must be" in by_id["size"]["response"]["body"]["error"]["message"]
+    assert "the model 'gpt-5' is not here" in by_id["other"]["response"]["body"]["error"]["message"]
+    assert "line 7" in by_id[None]["error"]["message"]
+
+
+def test_an_image_that_cannot_be_opened_fails_its_own_row(
+    bundle: Path, image: Path, tmp_path: Path, run_command: RunCommand
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("a.png", "c.png"):
+        shutil.copy(image, folder / name)
+    (folder / "b.png").write_bytes(image.read_bytes()[:40])
+    out = tmp_path / "out"
+    code, said, _ = run_command("run-batch", folder, out, bundle, "--max-new-tokens", 2)
+    assert (code, said) == (3, f"3 rows in {out}, 1 failed: see {out / 'errors'}\n")
+    assert [row["id"] for row in table_of(out)] == ["a.png", "c.png"]
+    assert {row["question"] for row in table_of(out)} == {"describe the image"}
+    (error,) = (out / "errors" / "part-00000.jsonl").read_text().splitlines()
+    assert json.loads(error)["id"] == "b.png"
+    assert "b.png" in json.loads(error)["error"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "png", "openai"])
+def test_a_job_that_is_killed_goes_on_and_ends_byte_for_byte(
+    bundle: Path, prompts: Path, tmp_path: Path, kind: str
+) -> None:
+    def command(out: Path) -> list[str]:
+        words = ["run-batch", prompts, out, bundle, "--format", kind, "--rows-per-shard", 2]
+        return [sys.executable, "-m", "runtime.cli", *map(str, words)]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_job(Job(prompts, whole, bundle, kind, 2)).failed == 1
+    kills = 0
+    for finished in (0, 1, 3):
+        process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(list(killed.glob("part-*"))) <= finished:
+            time.sleep(0.002)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        seen = set(files_in(killed))
+        assert not [name for name in seen if name.startswith("part-") and name not in files_in(whole)]
+    assert kills
+    (killed / ".part-00004.tmp").write_text("what a run left")
+    assert subprocess.run(command(killed), check=False, capture_output=True).returncode == 3
+    assert files_in(killed) == files_in(whole)
+
+
+def test_a_shard_does_not_depend_on_what_ran_before_it(bundle: Path, prompts: Path) -> None:
+    rows = list(read_rows(prompts, RowOptions()))
+    with LatteFlowPipeline.from_pretrained(bundle) as fresh:
+        expected = run_shard(fresh, rows[5:], ShardOptions())
+    with LatteFlowPipeline.from_pretrained(bundle) as used:
+        run_shard(used, rows, ShardOptions(batch_size=3))
+        found = run_shard(used, rows[5:], ShardOptions())
+    assert [result.files for result in found] == [result.files for result in expected]
+    assert [result.text for result in found] == [result.text for result in expected]
+
+
+def test_another_job_does_not_go_on_in_its_place(bundle: Path, tmp_path: Path, run_command: RunCommand) -> None:
+    source = write(tmp_path / "prompts.txt", "a ring")
+    out = tmp_path / "out"
+    command = ("run-batch", source, out, bundle, *FEW_STEPS)
+    assert run_command(*command)[0] == 0
+    before = files_in(out)
+    assert run_command(*command)[0] == 0  # nothing is left to do
+    code, _, said = run_command(*command, "--shift", 2)
+    assert code == 2
+    assert f"{out} has the progress of another job: other options" in said
+    write(source, "a star")
+    code, _, said = run_command(*command)
+    assert (code, len(said.strip().splitlines())) == (2, 1)
+    assert "other input" in said
+    assert files_in(out) == before
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_an_empty_file_is_one_line(bundle: Path, tmp_path: Path, run_command: RunCommand, content: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(content)
+    code, _, said = run_command("run-batch", tmp_path / "rows.jsonl", tmp_path / "out", bundle)
+    assert (code, said) == (2, f"error: {tmp_path / 'rows.jsonl'} has no rows\n")
+
+
+def test_a_folder_that_cannot_be_written_or_is_of_somebody_else_is_one_line(
+    bundle: Path, tmp_path: Path, run_command: RunCommand
+) -> None:
+    source = write(tmp_path / "prompts.txt", "a ring")
+    code, _, said = run_command("run-batch", source, source / "out", bundle)
+    assert (code, len(said.strip().splitlines())) == (2, 1)
+    assert "cannot write to" in said
+    code, _, said = run_command("run-batch", source, tmp_path, bundle)
+    assert code == 2
+    assert "is not empty and has no progress of a job" in said
+
+
+WITH_FULL_DISK = 'mount -t tmpfs -o size="$1" none "$2" && shift 2 && "$@"; code=$?; ls -a "$0"; exit $code'
+
+
+def test_a_full_disk_is_one_line_and_finished_shards_stay(bundle: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    source = write(tmp_path / "prompts.txt", *["a ring"] * 12)
+    job = [sys.executable, "-m", "runtime.cli", "run-batch", source, disk / "out", bundle, *FEW_STEPS]
+    words = ["unshare", "-rm", "sh", "-c", WITH_FULL_DISK, disk / "out", "36k", disk, *job, "--rows-per-shard", "1"]
+    found = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False)
+    if "unshare" in found.stderr or "mount" in found.stderr:
+        pytest.skip("this user may not mount a file system")
+    assert found.returncode == 2, found.stderr
+    assert "there is no space left; finished shards stay" in found.stderr
+    assert "Traceback" not in found.stderr
+    assert "part-00000.parquet" in found.stdout
+    assert ".tmp" not in found.stdout
+
+
+def test_two_runs_at_once_are_refused(bundle: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another run writes to"):
+            run_job(Job(write(tmp_path / "prompts.txt", "a ring"), tmp_path / "out", bundle))
+
+
+def test_engines_that_break_do_not_use_up_the_rows(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise EngineError("the device is lost")
+
+    source = write(tmp_path / "prompts.txt", "a ring", "a star")
+    monkeypatch.setattr("runtime.serving.stations.PipelineStations.step", broken)
+    with pytest.raises(EngineError, match="every row of a shard failed: the device is lost"):
+        run_job(Job(source, tmp_path / "out", bundle))
+    assert not list((tmp_path / "out").glob("part-*"))
+    monkeypatch.undo()
+    job = Job(source, tmp_path / "out", bundle)
+    assert run_job(job).failed == 0
+    assert len(table_of(tmp_path / "out")) == 2
+
+
+def test_without_pyarrow_everything_but_parquet_works(bundle: Path, tmp_path: Path) -> None:
+    from tests.test_imports import HEAVY, run_without
+
+    blocked = HEAVY | {"pyarrow", "fastapi", "httpx2", "latte", "export"}
+    source = write(tmp_path / "prompts.txt", "a ring")
+    found = run_without(blocked, "run-batch", source, tmp_path / "out", bundle)
+    assert (found.returncode, len(found.stderr.strip().splitlines())) == (2, 1)
+    assert 'pip install "latte-flow[batch,cpu]"' in found.stderr
+    found = run_without(blocked, "run-batch", source, tmp_path / "out", bundle, *FEW_STEPS, "--format", "png")
+    assert found.returncode == 0, found.stderr
+    assert os.listdir(tmp_path / "out" / "part-00000")

@@ -1,0 +1,143 @@
+"""Rows from files, and what is said of those that cannot be run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from runtime.batch.reading import RowOptions, read_rows
+from runtime.batch.rows import Row, seed_of
+from runtime.errors import InputError
+
+
+def write(path: Path, *lines: object) -> Path:
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def rows_of(path: Path, **options: Any) -> list[Row]:
+    return list(read_rows(path, RowOptions(**options)))
+
+
+def test_a_text_file_has_a_prompt_in_each_line_and_ids_follow_from_the_content(tmp_path: Path) -> None:
+    first = rows_of(write(tmp_path / "a.txt", "a red star", "", "a ring", "a red star"))
+    assert [row.values["prompt"] for row in first] == ["a red star", "a ring", "a red star"]
+    assert [row.place for row in first] == ["line 1", "line 3", "line 4"]
+    assert len({row.id for row in first}) == 3  # who asks twice wants two images
+    again = rows_of(write(tmp_path / "b.txt", "a ring", "a cross", "a red star"))
+    assert {first[0].id, first[1].id} < {row.id for row in again}  # whatever stands around
+    assert len({seed_of(row.id) for row in first}) == 3
+
+
+def test_the_same_rows_come_from_json_csv_and_parquet(tmp_path: Path) -> None:
+    rows = [
+        {"id": "007", "prompt": "007", "num_inference_steps": 4, "seed": 3},
+        {"id": "b", "prompt": "a ring", "num_inference_steps": None, "seed": None},
+    ]
+    write(tmp_path / "rows.jsonl", *rows)
+    write(tmp_path / "rows.csv", "id,prompt,num_inference_steps,seed", "007,007,4,3", "b,a ring,,")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    found = [rows_of(tmp_path / f"rows.{kind}", defaults={"shift": 2.0}) for kind in ("jsonl", "csv", "parquet")]
+    for read in found:
+        assert [(row.id, row.error, row.kind) for row in read] == [("007", "", "draw"), ("b", "", "draw")]
+        assert read[0].values["prompt"] == "007"
+        assert int(read[0].values["num_inference_steps"]) == 4
+        assert read[1].values == {"prompt": "a ring", "shift": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "not a JSON object"),
+        ({"id": "a"}, "neither a prompt"),
+        ({"prompt": "a", "num_infrence_steps": 3}, "unknown column 'num_infrence_steps'"),
+        ({"prompt": "a", "question": "b"}, "a row that draws has no question"),
+        ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt: Input should be greater"),
+        ({"prompt": "a", "guidance_scale": "much"}, "guidance_scale: Input should be a valid number"),
+        ({"question": 3, "image": "a.png"}, "question: "),
+        ({"question": "a", "max_new_tokens": 0}, "max_new_tokens: "),
+        ({"id": [], "prompt": "a"}, "an id must be text"),
+        ('{"prompt": "\\ud800"}', "not valid Unicode"),
+        ({"custom_id": "a", "method": "GET", "url": "/v1/images/generations", "body": {"prompt": "a"}}, "POST"),
+        ({"custom_id": "a", "method": "POST", "url": "/v1/embeddings", "body": {}}, "url must be"),
+        ({"custom_id": "a", "method": "POST", "url": "/v1/images/generations", "body": {"promt": "a"}}, "prompt: "),
+        ({"custom_id": "a", "url": "/v1/images/generations"}, "needs a url and a body"),
+        ({"url": "/v1/images/generations", "body": {"prompt": "a"}}, "no custom_id"),
+    ],
+)
+def test_a_bad_line_is_a_row_with_an_error_and_the_rest_goes_on(tmp_path: Path, line: object, message: str) -> None:
+    first, bad, last = rows_of(write(tmp_path / "rows.jsonl", {"prompt": "a ring"}, line, {"prompt": "a star"}))
+    assert (first.error, last.error) == ("", "")
+    assert message in bad.error
+    assert "\n" not in bad.error
+    assert bad.place == "line 2"
+
+
+def test_csv_of_the_wrong_width_or_encoding_is_told_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b'prompt,seed\n"a\nred star",3\na ring\n\xff,4\na cross,5\n')
+    rows = rows_of(path)
+    assert [row.place for row in rows] == ["line 2", "line 4", "line 5", "line 6"]
+    assert rows[0].values["prompt"] == "a\nred star"
+    assert "1 cells, the header has 2" in rows[1].error
+    assert "UTF-8" in rows[2].error
+    assert not rows[3].error
+
+
+def test_an_unknown_column_of_a_table_is_refused_unless_it_is_kept(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", "prompt,label", "a ring,7")
+    with pytest.raises(InputError, match=r"rows.csv: unknown column 'label'.*--keep label"):
+        rows_of(path)
+    (row,) = rows_of(path, keep=("label",))
+    assert (row.values, row.kept) == ({"prompt": "a ring"}, {"label": "7"})
+
+
+def test_an_id_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", {"id": "a", "prompt": "a ring"}, {"id": "a", "prompt": "a star"})
+    with pytest.raises(InputError, match="the id 'a' is there twice, in line 1 and line 2"):
+        rows_of(path)
+
+
+def test_a_folder_of_images_is_captioned(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    for name in ("z.png", "b/a.jpg", ".hidden.png", "notes.md"):
+        if name.endswith("md"):
+            (tmp_path / name).touch()
+        else:
+            Image.new("RGB", (8, 8)).save(tmp_path / name)
+    rows = rows_of(tmp_path, question="what is it?", defaults={"max_new_tokens": 3, "shift": 2.0})
+    assert [row.id for row in rows] == ["b/a.jpg", "z.png"]
+    assert rows[1].values == {
+        "image": str(tmp_path / "z.png"),
+        "question": "what is it?",
+        "max_new_tokens": 3,
+    }
+
+
+def test_a_folder_of_tables_is_read_in_order(tmp_path: Path) -> None:
+    write(tmp_path / "b.jsonl", {"prompt": "a star"})
+    write(tmp_path / "a.jsonl", {"prompt": "a ring"})
+    assert [row.place for row in rows_of(tmp_path)] == ["a.jsonl, line 1", "b.jsonl, line 1"]
+    write(tmp_path / "c.csv", "prompt")
+    with pytest.raises(InputError, match="several kinds"):
+        rows_of(tmp_path)
+
+
+def test_a_truncated_parquet_and_another_file_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist([{"prompt": "a ring"}] * 1000), path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"rows.parquet is not a complete Parquet file") as error:
+        rows_of(path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="must end in"):
+        rows_of(write(tmp_path / "rows.xlsx"))
+    with pytest.raises(InputError, match="there is no"):
+        rows_of(tmp_path / "none.jsonl")
