@@ -111,7 +111,7 @@ def run_batch(
         parse_pairs(provider_option, "--provider-option"),
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, transient=True) as progress:
+    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as progress:
         report = run_job(job, _Shown(progress))
     if as_json:
         typer.echo(json.dumps({"output": str(output), "rows": report.rows, "failed": report.failed}))

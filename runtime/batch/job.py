@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runtime.batch.outputs import Format, Output, count_failed, parquet_library, remove_temporaries
+from runtime.batch.outputs import Format, Output, count_failed, parquet_library, remove_temporaries, unwritable
 from runtime.batch.reading import RowOptions, hash_of, read_rows
 from runtime.batch.rows import Row
 from runtime.batch.shard import ENCODERS, PendingResult, ShardOptions, start_shard
@@ -154,7 +154,10 @@ def _open(job: Job, watcher: Watcher) -> Plan:
     new = job.fingerprint()
     if not path.exists():
         plan = _plan(job, watcher)
-        write_text(path, json.dumps({**new, "plan": asdict(plan)}, indent=2) + "\n")
+        try:
+            write_text(path, json.dumps({**new, "plan": asdict(plan)}, indent=2) + "\n")
+        except OSError as error:
+            raise unwritable(path, error) from error
         return plan
     try:
         old = json.loads(path.read_text(encoding="utf-8"))

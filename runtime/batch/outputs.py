@@ -93,12 +93,7 @@ class Output:
             else:
                 _replace(path, self._content(done))
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            reason = "there is no space left" if full else (error.strerror or str(error))
-            raise InputError(
-                f"cannot write {path}: {reason}; finished shards stay: "
-                f"{'free some' if full else 'repair that'} and run the same command again"
-            ) from error
+            raise unwritable(path, error) from error
 
     def _content(self, results: Sequence[Result]) -> bytes:
         if self.format == "parquet":
@@ -205,6 +200,13 @@ def parquet_library() -> tuple[Any, Any]:
             "or choose another --format"
         ) from error
     return pyarrow, pyarrow.parquet
+
+
+def unwritable(path: Path, error: OSError) -> InputError:
+    """Returns what to say if a file of a job cannot be written."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    reason, remedy = ("there is no space left", "free some") if full else (error.strerror or str(error), "repair that")
+    return InputError(f"cannot write {path}: {reason}; finished shards stay: {remedy} and run the same command again")
 
 
 def _flat(results: Sequence[Result]) -> Iterator[tuple[Result, int | None, dict[str, Any]]]:

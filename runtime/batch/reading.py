@@ -106,6 +106,8 @@ def read_rows(source: Path, options: RowOptions) -> Iterator[Row]:
             yield _row(record, ids, options)
     except OSError as error:
         raise InputError(f"cannot read {source}: {error.strerror or one_line(error)}") from error
+    except sqlite3.Error as error:
+        raise InputError(f"the ids cannot be kept in a temporary file: {one_line(error)}; set TMPDIR") from error
     finally:
         ids.close()
 

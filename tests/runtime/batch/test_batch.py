@@ -91,11 +91,11 @@ def test_parquet_has_the_images_and_what_they_were_made_from(
         ("b", 0, seed_of("b"), "y"),
         ("b", 1, seed_of("b") + 1, "y"),
     ]
-    assert (rows[0]["prompt"], rows[0]["num_inference_steps"], rows[0]["shift"]) == ("ring", 2, 2.0)
+    assert (rows[0]["prompt"], rows[0]["num_inference_steps"], rows[0]["shift"]) == ("a ring", 2, 2.0)
     with Image.open(io.BytesIO(rows[0]["image"]["bytes"])) as file:
         pixels, text = np.asarray(file).astype(int), file.text
-    assert (text["prompt"], text["seed"], text["shift"]) == ("ring", "5", "2.0")
-    expected = pipe("ring", seed=5, num_inference_steps=2, shift=2.0, output_type="np").images[0]
+    assert (text["prompt"], text["seed"], text["shift"]) == ("a ring", "5", "2.0")
+    expected = pipe("a ring", seed=5, num_inference_steps=2, shift=2.0, output_type="np").images[0]
     assert np.abs(pixels - expected.astype(int)).max() <= 1
     loaded = datasets.load_dataset("parquet", data_files=str(out / "*.parquet"), split="train")
     assert loaded[2]["image"].size == pixels.shape[1::-1]  # decoded: the file says which column has images
