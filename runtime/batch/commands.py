@@ -69,6 +69,9 @@ def run_batch(
     keep: Annotated[
         list[str] | None, typer.Option(metavar="COLUMN", help="Carry a column to the output; may be repeated.")
     ] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="Read only this column; may be repeated.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Run only the first rows.", min=1)] = None,
     rows_per_shard: Annotated[
         int, typer.Option(help="Rows in an output file; at most so many are run again after a crash.", min=1)
@@ -90,6 +93,7 @@ def run_batch(
       latte-flow run-batch rows.csv drawn demo/bundle --format png --num-inference-steps 40
       latte-flow run-batch requests.jsonl answered demo/bundle --format openai
       latte-flow run-batch photos captions demo/bundle --question "describe the image"
+      latte-flow run-batch drawn captions demo/bundle --columns image
     """
     given = {
         "negative_prompt": negative_prompt,
@@ -105,13 +109,13 @@ def run_batch(
         bundle,
         format_,
         rows_per_shard,
-        RowOptions(defaults, question, tuple(keep or ()), limit),
+        RowOptions(defaults, question, tuple(keep or ()), tuple(columns or ()), limit),
         ShardOptions(batch_size, model_name),
         provider,
         parse_pairs(provider_option, "--provider-option"),
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as progress:
+    shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
+    with Progress(*shown, console=stderr, disable=not stderr.is_terminal) as progress:
         report = run_job(job, _Shown(progress))
     if as_json:
         typer.echo(json.dumps({"output": str(output), "rows": report.rows, "failed": report.failed}))

@@ -27,13 +27,11 @@ from runtime.files import make_writable_folder, sha256_of, write_text
 from runtime.manifest import FILE_NAME, Manifest, load_manifest
 from runtime.pipeline import LatteFlowPipeline
 from runtime.serving.requests import RequestKind
-from runtime.serving.service import ServedModel
+from runtime.serving.service import ServedModel, warm_up
 
 JOB_FILE = "job.json"
 VERSION = 1
 ROWS_PER_SHARD = 256
-BROKEN = 500
-"""Statuses from here on are not the row's fault."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +129,7 @@ def _run_shards(job: Job, plan: Plan, output: Output, manifest: Manifest, watche
             if shard in finished:
                 continue
             pending = start_shard(pipeline, of_shard, job.shard, encoders, watcher.row_ended)
+            _check_engines(pipeline, pending)
             if written is not None:
                 written.result()
             written = writer.submit(_write, output, shard, pending)
@@ -139,13 +138,23 @@ def _run_shards(job: Job, plan: Plan, output: Output, manifest: Manifest, watche
 
 
 def _write(output: Output, shard: int, pending: list[PendingResult]) -> None:
-    """Writes a shard, unless everything in it failed: then the engines are broken, and the rows are not to blame."""
-    broken = [one.error for one in pending if one.error is not None and one.request is not None]
-    results = [one.result() for one in pending]
-    statuses = [result.error.status if result.error else 0 for result in results if result.request is not None]
-    if statuses and min(statuses) >= BROKEN:
-        raise EngineError(f"every row of a shard failed: {one_line(broken[0])}") from broken[0]
-    output.write(shard, results)
+    output.write(shard, [one.result() for one in pending])
+
+
+def _check_engines(pipeline: LatteFlowPipeline, pending: list[PendingResult]) -> None:
+    """Looks whether the engines still work where a row failed in them: a lost device must not use up the rows.
+
+    Raises:
+        EngineError: they do not.
+    """
+    if not any(one.error is not None and not isinstance(one.error, InputError) for one in pending):
+        return
+    try:
+        warm_up(pipeline)
+    except Exception as error:
+        raise EngineError(
+            f"the engines do not work any more: {one_line(error)}; finished shards stay: run the same command again"
+        ) from error
 
 
 def _open(job: Job, watcher: Watcher) -> Plan:

@@ -41,6 +41,13 @@ class RowOptions:
     """For plain rows that have an image, but no question."""
     keep: tuple[str, ...] = ()
     """Columns that are carried to the output."""
+    columns: tuple[str, ...] = ()
+    """Columns of plain rows that are read, besides those to keep; none for all."""
+
+    def reads(self, column: str) -> bool:
+        """Returns whether a column of plain rows is read."""
+        return not self.columns or column in self.columns or column in self.keep
+
     limit: int | None = None
     """Number of rows to read; None for all."""
 
@@ -117,6 +124,8 @@ def _row(record: Record, ids: Ids, options: RowOptions) -> Row:
     if record.error:
         return Row(record.place, "", {}, error=record.error)
     is_openai = any(name in values for name in _NAMED)
+    if not is_openai:
+        values = {name: value for name, value in values.items() if options.reads(name)}
     kept = {name: values.pop(name) for name in options.keep if name in values and name not in COLUMNS}
     given = values.pop("custom_id" if is_openai else "id", None)
     if given is None and is_openai:
@@ -174,8 +183,8 @@ def _fault_of_id(given: Any) -> str:
 
 
 def _unknown(names: list[str]) -> str:
-    known = ", ".join(COLUMNS)
-    return f"unknown column {names[0]!r}; known are {known}, and --keep {names[0]} only carries it to the output"
+    remedy = f"--keep {names[0]} carries it to the output, --columns reads only others"
+    return f"unknown column {names[0]!r}; known are {', '.join(COLUMNS)}; {remedy}"
 
 
 def _with_paths(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
@@ -209,12 +218,14 @@ def _image_values(path: Path, folder: Path) -> dict[str, str]:
 
 
 def files_of(source: Path) -> list[Path]:
-    """Returns the files with rows: the input itself, or those of one kind in a folder; none in a folder of images.
+    """Returns the files with rows: the input itself, or those of one kind in a folder without images.
 
     Raises:
         InputError: there is no such file or folder, or it is of another kind.
     """
     if source.is_dir():
+        if any(path.suffix.lower() in IMAGE_SUFFIXES for path in source.iterdir()):
+            return []  # what else is there describes the images
         files = sorted(path for path in source.iterdir() if path.suffix.lower() in _READERS and path.suffix != ".txt")
         if len({path.suffix.lower() for path in files}) > 1:
             raise InputError(f"{source} has files of several kinds; name one of them, such as {files[0].name}")
@@ -308,21 +319,25 @@ def _parquet_rows(path: Path, options: RowOptions) -> Parsed:
         ) from error
     try:
         with pq.ParquetFile(path) as table:
-            _check_columns(path, table.schema_arrow.names, options)
-            rows = (row for batch in table.iter_batches(ROWS_AT_ONCE) for row in batch.to_pylist())
+            names = _check_columns(path, table.schema_arrow.names, options)
+            rows = (row for batch in table.iter_batches(ROWS_AT_ONCE, columns=names) for row in batch.to_pylist())
             for number, row in enumerate(rows, 1):
                 yield f"row {number}", row, ""
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} is not a complete Parquet file: {one_line(error)}") from error
 
 
-def _check_columns(path: Path, names: list[str], options: RowOptions) -> None:
-    """Refuses a table with a column that has no meaning, before any row is run."""
+def _check_columns(path: Path, names: list[str], options: RowOptions) -> list[str]:
+    """Returns the columns to read; a table with one that has no meaning is refused, before any row is run."""
+    if missing := [name for name in (*options.columns, *options.keep) if name not in names]:
+        raise InputError(f"{path.name} has no column {missing[0]!r}; its columns are {', '.join(names)}")
+    names = [name for name in names if options.reads(name)]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"{path.name} has two columns {name!r}; rename one")
     if unknown := [name for name in names if name not in COLUMNS and name not in options.keep]:
         raise InputError(f"{path.name}: {_unknown(unknown)}")
+    return names
 
 
 _READERS: dict[str, Callable[[Path, RowOptions], Parsed]] = {

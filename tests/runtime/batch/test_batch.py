@@ -6,13 +6,14 @@ import base64
 import io
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
@@ -27,6 +28,8 @@ from runtime.batch.rows import seed_of
 from runtime.batch.shard import ShardOptions, run_shard
 from runtime.errors import EngineError, InputError
 from runtime.pipeline import LatteFlowPipeline
+from runtime.serving.jobs import ImageJob
+from runtime.serving.stations import PipelineStations
 
 RunCommand = Callable[..., tuple[int, str, str]]
 FEW_STEPS = ("--num-inference-steps", 2)
@@ -217,30 +220,33 @@ def test_a_job_that_is_killed_goes_on_and_ends_byte_for_byte(
 
 
 def test_a_shard_does_not_depend_on_what_ran_before_it(bundle: Path, prompts: Path) -> None:
-    rows = list(read_rows(prompts, RowOptions()))
+    rows = pickle.loads(pickle.dumps(list(read_rows(prompts, RowOptions()))))  # as a worker elsewhere gets them
     with LatteFlowPipeline.from_pretrained(bundle) as fresh:
         expected = run_shard(fresh, rows[5:], ShardOptions())
     with LatteFlowPipeline.from_pretrained(bundle) as used:
         run_shard(used, rows, ShardOptions(batch_size=3))
         found = run_shard(used, rows[5:], ShardOptions())
+    found = pickle.loads(pickle.dumps(found))
     assert [result.files for result in found] == [result.files for result in expected]
     assert [result.text for result in found] == [result.text for result in expected]
 
 
-def test_another_job_does_not_go_on_in_its_place(bundle: Path, tmp_path: Path, run_command: RunCommand) -> None:
+def test_another_job_does_not_go_on_in_its_place(bundle_copy: Path, tmp_path: Path, run_command: RunCommand) -> None:
     source = write(tmp_path / "prompts.txt", "a ring")
     out = tmp_path / "out"
-    command = ("run-batch", source, out, bundle, *FEW_STEPS)
+    command = ("run-batch", source, out, bundle_copy, *FEW_STEPS)
     assert run_command(*command)[0] == 0
     before = files_in(out)
     assert run_command(*command)[0] == 0  # nothing is left to do
     code, _, said = run_command(*command, "--shift", 2)
     assert code == 2
     assert f"{out} has the progress of another job: other options" in said
+    with (bundle_copy / "manifest.json").open("a") as file:
+        file.write("\n")
     write(source, "a star")
     code, _, said = run_command(*command)
     assert (code, len(said.strip().splitlines())) == (2, 1)
-    assert "other input" in said
+    assert "other bundle, input;" in said
     assert files_in(out) == before
 
 
@@ -299,14 +305,30 @@ def test_engines_that_break_do_not_use_up_the_rows(
         raise EngineError("the device is lost")
 
     source = write(tmp_path / "prompts.txt", "a ring", "a star")
-    monkeypatch.setattr("runtime.serving.stations.PipelineStations.step", broken)
-    with pytest.raises(EngineError, match="every row of a shard failed: the device is lost"):
+    monkeypatch.setattr("runtime.sampler.Sampler.step", broken)
+    with pytest.raises(EngineError, match="the engines do not work any more: the device is lost"):
         run_job(Job(source, tmp_path / "out", bundle))
     assert not list((tmp_path / "out").glob("part-*"))
     monkeypatch.undo()
     job = Job(source, tmp_path / "out", bundle)
     assert run_job(job).failed == 0
     assert len(table_of(tmp_path / "out")) == 2
+
+
+def test_a_row_that_breaks_alone_does_not_stop_the_job(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = PipelineStations.step
+
+    def fails_for_some(stations: PipelineStations, group: int, jobs: Sequence[ImageJob]) -> list[np.ndarray]:
+        if any("bad" in job.request.prompt for job in jobs):
+            raise EngineError("not this one")
+        return step(stations, group, jobs)
+
+    monkeypatch.setattr(PipelineStations, "step", fails_for_some)
+    source = write(tmp_path / "prompts.txt", "a ring", "a bad one", "a star", "a bad one")
+    assert run_job(Job(source, tmp_path / "out", bundle, rows_per_shard=3)).failed == 2
+    assert [row["prompt"] for row in table_of(tmp_path / "out")] == ["a ring", "a star"]
 
 
 def test_without_pyarrow_everything_but_parquet_works(bundle: Path, tmp_path: Path) -> None:

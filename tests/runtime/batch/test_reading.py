@@ -93,10 +93,14 @@ def test_csv_of_the_wrong_width_or_encoding_is_told_by_line(tmp_path: Path) -> N
 
 def test_an_unknown_column_of_a_table_is_refused_unless_it_is_kept(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.csv", "prompt,label", "a ring,7")
-    with pytest.raises(InputError, match=r"rows.csv: unknown column 'label'.*--keep label"):
+    with pytest.raises(InputError, match=r"rows.csv: unknown column 'label'.*--keep label.*--columns"):
         rows_of(path)
     (row,) = rows_of(path, keep=("label",))
     assert (row.values, row.kept) == ({"prompt": "a ring"}, {"label": "7"})
+    (row,) = rows_of(path, columns=("prompt",))
+    assert (row.values, row.kept) == ({"prompt": "a ring"}, {})
+    with pytest.raises(InputError, match=r"rows.csv has no column 'text'; its columns are prompt, label"):
+        rows_of(path, columns=("text",))
 
 
 def test_an_id_that_is_there_twice_is_refused(tmp_path: Path) -> None:
@@ -107,8 +111,8 @@ def test_an_id_that_is_there_twice_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_of_images_is_captioned(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
-    for name in ("z.png", "b/a.jpg", ".hidden.png", "notes.md"):
-        if name.endswith("md"):
+    for name in ("z.png", "b/a.jpg", ".hidden.png", "metadata.jsonl"):
+        if name.endswith("jsonl"):
             (tmp_path / name).touch()
         else:
             Image.new("RGB", (8, 8)).save(tmp_path / name)
