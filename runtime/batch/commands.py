@@ -93,7 +93,7 @@ def run_batch(
       latte-flow run-batch rows.csv drawn demo/bundle --format png --num-inference-steps 40
       latte-flow run-batch requests.jsonl answered demo/bundle --format openai
       latte-flow run-batch photos captions demo/bundle --question "describe the image"
-      latte-flow run-batch drawn captions demo/bundle --columns image
+      latte-flow run-batch drawn captions demo/bundle --columns id --columns image
     """
     given = {
         "negative_prompt": negative_prompt,

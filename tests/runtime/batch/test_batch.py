@@ -104,6 +104,19 @@ def test_parquet_has_the_images_and_what_they_were_made_from(
     assert loaded[2]["image"].size == pixels.shape[1::-1]  # decoded: the file says which column has images
 
 
+def test_what_was_drawn_is_captioned(bundle: Path, tmp_path: Path, run_command: RunCommand) -> None:
+    source = write(tmp_path / "rows.jsonl", {"id": "a", "prompt": "a ring"}, {"id": "b", "prompt": "a star"})
+    drawn, captions = tmp_path / "drawn", tmp_path / "captions"
+    assert run_command("run-batch", source, drawn, bundle, *FEW_STEPS, "--rows-per-shard", 1)[0] == 0
+    columns = ("--columns", "id", "--columns", "image", "--max-new-tokens", 2)
+    assert run_command("run-batch", drawn, captions, bundle, *columns)[0] == 0
+    rows = table_of(captions)
+    assert [(row["id"], row["question"], row["output_tokens"]) for row in rows] == [
+        ("a", "describe the image", 2),
+        ("b", "describe the image", 2),
+    ]
+
+
 def test_pngs_have_metadata_and_names_that_cannot_meet(bundle: Path, tmp_path: Path, run_command: RunCommand) -> None:
     rows = [{"id": name, "prompt": "a ring"} for name in ("a/b", "a:b", "plain", "../up")]
     source = write(tmp_path / "rows.jsonl", *rows, {"id": "q", "question": "what?", "max_new_tokens": 2})
@@ -122,10 +135,11 @@ def test_pngs_have_metadata_and_names_that_cannot_meet(bundle: Path, tmp_path: P
 
 
 def test_webdataset_has_an_image_and_a_json_for_each_key(bundle: Path, tmp_path: Path, run_command: RunCommand) -> None:
-    source = write(tmp_path / "prompts.txt", "a ring", "a star")
+    source = write(tmp_path / "prompts.txt", "a ring", "a star", "a cross")
     out = tmp_path / "out"
-    code, _, _ = run_command("run-batch", source, out, bundle, *FEW_STEPS, "--format", "webdataset")
-    assert code == 0
+    options = ("--format", "webdataset", "--limit", 2, "--json")
+    code, said, _ = run_command("run-batch", source, out, bundle, *FEW_STEPS, *options)
+    assert (code, json.loads(said)) == (0, {"output": str(out), "rows": 2, "failed": 0})
     with tarfile.open(out / "part-00000.tar") as tar:
         names = tar.getnames()
         first = json.load(tar.extractfile(names[1]))
