@@ -293,8 +293,7 @@ class Client:
             ServiceError: they do not.
         """
         try:
-            for _ in self._stream_once({"heartbeat": True}, time.monotonic() + seconds, watch=False):
-                pass
+            self.describe(seconds)
         except (DrainingError, QueueFullError, _ReplacedError):
             return  # the server lives, and finishes what it has taken
         except ServiceError as error:

@@ -101,9 +101,12 @@ def repository(
         force=force,
     )
     now = settings_of(out)
-    names = sorted(set(before) | set(now)) if before else []
-    changes = [f"{name} {before.get(name, 'unset')} -> {now.get(name, 'unset')}" for name in names]
-    if changed := [change for name, change in zip(names, changes, strict=True) if before.get(name) != now.get(name)]:
+    changed = [
+        f"{name} {before.get(name, 'unset')} -> {now.get(name, 'unset')}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    if before and changed:
         warn(f"settings of {out} that changed: {', '.join(changed)}; give their options again to keep them")
     typer.echo(str(out))
 

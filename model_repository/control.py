@@ -12,7 +12,7 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,7 @@ class Control:
             index = self._index(seconds)
         except ServiceError:
             return False
-        return any(entry["name"] == model and entry.get("state") == "READY" for entry in index)
+        return _is_ready(index, model)
 
     def check_alive(self, seconds: float = ANSWER_SECONDS) -> None:
         """Checks that a model which is loaded answers. One that drains or is being replaced counts as alive.
@@ -173,10 +173,8 @@ class Control:
         Raises:
             ServiceError: the model does not answer, or its server does not.
         """
-        if self.is_ready(seconds=seconds):
+        if _is_ready(self._index(seconds), MODEL):
             self._post(f"/v2/models/{MODEL}/generate", seconds, {"heartbeat": True})
-        else:
-            self._index(seconds)
 
     def is_unloaded(self, model: str = MODEL, seconds: float = DRAIN_SECONDS) -> bool:
         """Returns whether the model has finished all its requests and is gone."""
@@ -226,6 +224,10 @@ class Control:
             reason = content.get("error") if isinstance(content, dict) else None
             raise ServiceError(f"{self.http_url} answered {status}: {one_line(Exception(reason or 'no reason given'))}")
         return content
+
+
+def _is_ready(index: Sequence[Mapping[str, str]], model: str) -> bool:
+    return any(entry["name"] == model and entry.get("state") == "READY" for entry in index)
 
 
 def _parse(url: str) -> tuple[bool, str, int | None]:

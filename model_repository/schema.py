@@ -19,9 +19,9 @@ from pydantic import BaseModel, Discriminator, TypeAdapter, ValidationError
 
 from runtime.answers import DEFAULT_MAX_NEW_TOKENS, AnswerSettings
 from runtime.chat import Message, user_message
-from runtime.errors import InputError
+from runtime.errors import InputError, line_of
 from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_SHIFT, DEFAULT_STEPS
-from runtime.images import FORMATS, MAX_FILE_BYTES, MAX_IMAGES, png_bytes
+from runtime.images import FORMATS, MAX_FILE_BYTES, check_file_size, check_number, png_bytes
 from runtime.serving.requests import AnswerRequest, GenerationRequest
 
 MODEL = "latte_flow"
@@ -225,8 +225,7 @@ def _draw_request(values: dict[str, Any], common: dict[str, Any]) -> DrawRequest
 def _ask_request(values: dict[str, Any], common: dict[str, Any]) -> AskRequest:
     stream = values.pop("stream", False)
     files = values.pop("image", [])
-    if len(files) > MAX_IMAGES:
-        raise InputError(f"a question may be about {MAX_IMAGES} images, got {len(files)}; ask about fewer at a time")
+    check_number(len(files))
     images = [_image_file(content) for content in files]
     if "messages" in values:
         conversation = _conversation(values.pop("messages"), images)
@@ -241,11 +240,8 @@ def _conversation(text: str, images: Sequence[bytes]) -> tuple[Message, ...]:
     try:
         messages = _MESSAGES.validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the text"
-        raise InputError(
-            f"messages must be a JSON list of messages, each with role and content: {place}: {first['msg']}"
-        ) from error
+        reason = line_of(error.errors()[0], "the text")
+        raise InputError(f"messages must be a JSON list of messages, each with role and content: {reason}") from error
     left = dict(enumerate(images))
     conversation: list[Message] = []
     for message in messages:
@@ -286,14 +282,12 @@ def _image_file(content: bytes | str) -> bytes:
     """Returns an image's file. It is opened by the scheduler's readers, since even that can take long."""
     raw = content if isinstance(content, bytes) else content.encode()
     if not raw.startswith(IMAGE_BEGINNINGS):
-        if len(raw) > MAX_FILE_BYTES * 4 // 3 + 4:
-            raise InputError(f"an image has {len(raw)} bytes, the limit is {MAX_FILE_BYTES}; make it smaller")
+        check_file_size(len(raw), MAX_FILE_BYTES * 4 // 3 + 4)
         try:
             raw = base64.b64decode(raw, validate=True)
         except binascii.Error as error:
             raise InputError(f"an image must be a {', '.join(FORMATS)} file, or its base64") from error
-    if len(raw) > MAX_FILE_BYTES:
-        raise InputError(f"an image has {len(raw)} bytes, the limit is {MAX_FILE_BYTES}; make it smaller")
+    check_file_size(len(raw))
     return raw
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 import numpy as np
 
@@ -95,40 +95,36 @@ class TritonServer:
         self._folder = tempfile.TemporaryDirectory(prefix="latte-flow-triton-")
         folder = Path(self._folder.name)
         self.log_file = folder / "log.txt" if log_file is None else log_file
+        self._shared_memory = f"latte-flow-{os.getpid()}-{uuid.uuid4().hex[:8]}-"
+        ports = dict(zip(("http", "grpc", "metrics"), self._ports, strict=True))
         try:
             executable, libraries = _prepare(folder)
             self.control_key = folder / "control.key" if control_key is None else control_key
             key = read_key(self.control_key) if self.control_key.exists() else write_key(self.control_key)
             self.control = Control(self.http_url, key, own=True)
-            with self._open_log():
-                pass
+            self._command = [
+                str(executable),
+                *server_options(repository.absolute(), key),
+                f"--backend-directory={folder / 'backends'}",
+                f"--backend-config=python,shm-region-prefix-name={self._shared_memory}",
+                *(f"--{name}-address={host}" for name in ports),
+                *(f"--{name}-port={port}" for name, port in ports.items()),
+            ]
+            self._environment = os.environ | {"LD_LIBRARY_PATH": str(libraries)}
+            self.process = self._start()
         except BaseException:
             self._folder.cleanup()
             raise
-        self._shared_memory = f"latte-flow-{os.getpid()}-{uuid.uuid4().hex[:8]}-"
-        ports = dict(zip(("http", "grpc", "metrics"), self._ports, strict=True))
-        self._command = [
-            str(executable),
-            *server_options(repository.absolute(), key),
-            f"--backend-directory={folder / 'backends'}",
-            f"--backend-config=python,shm-region-prefix-name={self._shared_memory}",
-            *(f"--{name}-address={host}" for name in ports),
-            *(f"--{name}-port={port}" for name, port in ports.items()),
-        ]
-        self._environment = os.environ | {"LD_LIBRARY_PATH": str(libraries)}
-        self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        with self._open_log() as log:
+        try:
+            log = self.log_file.open("ab")
+        except OSError as error:
+            raise InputError(f"cannot write the log {self.log_file}: {error.strerror}; choose another file") from error
+        with log:
             return subprocess.Popen(
                 self._command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True
             )
-
-    def _open_log(self) -> BinaryIO:
-        try:
-            return self.log_file.open("ab")
-        except OSError as error:
-            raise InputError(f"cannot write the log {self.log_file}: {error.strerror}; choose another file") from error
 
     @property
     def http_url(self) -> str:

@@ -21,6 +21,8 @@ it and exits with the class's `exit_code`.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 DRAINING = "the service is shutting down"
 """Begins the message of a `DrainingError`. A client knows the error by it, since Triton has no code for it."""
@@ -99,3 +101,13 @@ class CancelledError(ServiceError):
 def one_line(error: BaseException) -> str:
     """Returns an exception's message without line breaks, or its class name if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def line_of(fault: Mapping[str, Any], whole: str = "") -> str:
+    """Returns one of pydantic's errors in one line: where it is, and what it is.
+
+    Args:
+        whole: what to call the place of an error that is in no field.
+    """
+    place = ".".join(str(part) for part in fault["loc"]) or whole
+    return (f"{place}: {fault['msg']}" if place else str(fault["msg"])).replace("Value error, ", "")

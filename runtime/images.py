@@ -48,8 +48,7 @@ def check_images(images: Sequence[ImageInput]) -> list[tuple[int, int]]:
     Raises:
         InputError: there are too many, one is not an image, or sizes are beyond the limits.
     """
-    if len(images) > MAX_IMAGES:
-        raise InputError(f"a question may be about {MAX_IMAGES} images, got {len(images)}; ask about fewer at a time")
+    check_number(len(images))
     sizes = []
     for image in images:
         with _opened(image) as (opened, name):
@@ -62,6 +61,22 @@ def check_images(images: Sequence[ImageInput]) -> list[tuple[int, int]]:
             "make them smaller"
         )
     return sizes
+
+
+def check_number(images: int) -> None:
+    """Raises `InputError` for more images than a question may be about."""
+    if images > MAX_IMAGES:
+        raise InputError(f"a question may be about {MAX_IMAGES} images, got {images}; ask about fewer at a time")
+
+
+def check_file_size(size: int, most: int = MAX_FILE_BYTES) -> None:
+    """Raises `InputError` for a file of more bytes than it may have.
+
+    Args:
+        most: the limit in the file's encoding, if it is encoded.
+    """
+    if size > most:
+        raise InputError(f"an image has {size} bytes, the limit is {MAX_FILE_BYTES}; make it smaller")
 
 
 def bytes_of(image: ImageInput) -> int:
@@ -98,8 +113,7 @@ def _opened(image: ImageInput) -> Iterator[tuple[Image.Image, str]]:
         with _open_file(Path(image)) as file:
             yield file, str(image)
     elif isinstance(image, bytes):
-        if len(image) > MAX_FILE_BYTES:
-            raise InputError(f"an image has {len(image)} bytes, the limit is {MAX_FILE_BYTES}; make it smaller")
+        check_file_size(len(image))
         with _open_content(image) as file:
             yield file, "the image"
     elif isinstance(image, np.ndarray):

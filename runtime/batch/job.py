@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runtime.batch.outputs import Format, Output, count_failed, parquet_library, remove_temporaries, unwritable
+from runtime.batch.outputs import Format, Output, count_failed, parquet_to_write, remove_temporaries, unwritable
 from runtime.batch.reading import RowOptions, hash_of, read_rows
 from runtime.batch.rows import Row
 from runtime.batch.shard import ENCODERS, PendingResult, ShardOptions, start_shard
@@ -103,7 +103,7 @@ def run_job(job: Job, watcher: Watcher | None = None) -> Report:
     watcher = watcher or Watcher()
     manifest = load_manifest(job.bundle)
     if job.format == "parquet":
-        parquet_library()
+        parquet_to_write()
     with _locked(job.folder):
         plan = _open(job, watcher)
         remove_temporaries(job.folder)

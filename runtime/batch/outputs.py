@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from runtime.batch.reading import parquet_library
 from runtime.batch.rows import Row, question_of
 from runtime.batch.shard import Result
-from runtime.errors import InputError, MissingExtraError
+from runtime.errors import InputError
 from runtime.gateway import chat, images
 from runtime.gateway.schema import ImagesBody
 from runtime.serving.requests import AnswerRequest, GenerationRequest, RequestKind
@@ -109,7 +110,7 @@ class Output:
         return columns | {"seed": "int64"} | dict.fromkeys(self.keep, "string")
 
     def _parquet(self, results: Sequence[Result]) -> bytes:
-        pa, pq = parquet_library()
+        pa, pq = parquet_to_write()
         columns = self._columns()
         image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
         types = {name: image if kind == "image" else getattr(pa, kind)() for name, kind in columns.items()}
@@ -185,21 +186,9 @@ class Output:
         )
 
 
-def parquet_library() -> tuple[Any, Any]:
-    """Returns pyarrow and its part for Parquet.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            'Parquet needs pyarrow, which is not installed; run: pip install "latte-flow[batch,cpu]", '
-            "or choose another --format"
-        ) from error
-    return pyarrow, pyarrow.parquet
+def parquet_to_write() -> tuple[Any, Any]:
+    """Returns what `parquet_library` does; another format needs nothing."""
+    return parquet_library("Parquet", ", or choose another --format")
 
 
 def unwritable(path: Path, error: OSError) -> InputError:

@@ -309,14 +309,28 @@ def _csv_rows(path: Path, options: RowOptions) -> Parsed:
             yield f"line {number}", {k: v for k, v in zip(header, cells, strict=False) if v != ""}, error_of_row
 
 
-def _parquet_rows(path: Path, options: RowOptions) -> Parsed:
+def parquet_library(what: str, remedy: str = "") -> tuple[Any, Any]:
+    """Returns pyarrow and its part for Parquet.
+
+    Args:
+        what: what needs it.
+        remedy: what else can be done.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
     try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        import pyarrow
+        import pyarrow.parquet
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            'reading Parquet needs pyarrow, which is not installed; run: pip install "latte-flow[batch,cpu]"'
+            f'{what} needs pyarrow, which is not installed; run: pip install "latte-flow[batch,cpu]"{remedy}'
         ) from error
+    return pyarrow, pyarrow.parquet
+
+
+def _parquet_rows(path: Path, options: RowOptions) -> Parsed:
+    pa, pq = parquet_library("reading Parquet")
     try:
         with pq.ParquetFile(path) as table:
             names = _check_columns(path, table.schema_arrow.names, options)

@@ -14,9 +14,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from runtime.chat import user_message
-from runtime.errors import InputError
+from runtime.errors import InputError, line_of
 from runtime.gateway.chat import answer_request, content_of, conversation_of, image_urls, prompt_of
-from runtime.gateway.errors import line_of
 from runtime.gateway.images import generation_request
 from runtime.gateway.schema import ChatBody, ImagesBody
 from runtime.images import ImageInput, check_images

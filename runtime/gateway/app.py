@@ -17,11 +17,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from runtime.errors import DRAINING, InputError, ServiceError, one_line
+from runtime.errors import DRAINING, InputError, ServiceError, line_of, one_line
 from runtime.gateway import chat, images
 from runtime.gateway.door import Door
 from runtime.gateway.drawing import draw, stream
-from runtime.gateway.errors import ApiError, api_error, line_of
+from runtime.gateway.errors import ApiError, api_error
 from runtime.gateway.fetching import read_url
 from runtime.gateway.keys import ApiKey, KeyRing
 from runtime.gateway.metrics import Gauges

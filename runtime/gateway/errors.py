@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +46,6 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         """The headers of the response."""
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-
-
-def line_of(fault: Mapping[str, Any]) -> str:
-    """Returns one of pydantic's errors in one line: the field, and what is wrong with it."""
-    place = ".".join(str(part) for part in fault["loc"])
-    return (f"{place}: {fault['msg']}" if place else str(fault["msg"])).replace("Value error, ", "")
 
 
 def api_error(error: BaseException) -> ApiError:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from runtime.errors import InputError, QueueFullError
+from runtime.errors import InputError, QueueFullError, line_of
 
 MIN_KEY_CHARACTERS = 16
 
@@ -51,11 +51,8 @@ class KeyRing:
         except OSError as error:
             raise InputError(f"cannot read the API keys in {path}: {error.strerror or error}") from error
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "the file"
-            raise InputError(
-                f"{path} must be a JSON list of API keys, each with a name and a key: {place}: {first['msg']}"
-            ) from error
+            reason = line_of(error.errors()[0], "the file")
+            raise InputError(f"{path} must be a JSON list of API keys, each with a name and a key: {reason}") from error
         if mode & stat.S_IRWXO:
             raise InputError(
                 f"every user of this machine can reach the API keys in {path} (mode {mode:04o}); run: chmod 600 {path}"

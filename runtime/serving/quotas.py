@@ -49,10 +49,6 @@ class Quotas:
         """Returns how much one client has taken."""
         return self._of_client[resource, client_id]
 
-    def clients(self) -> set[str]:
-        """Returns the clients that have taken something."""
-        return {client for _, client in self._of_client}
-
     def refusal(self, needs: Mapping[Resource, int], client_id: str) -> str | None:
         """Returns why there is no room now for what a client needs, or None."""
         who = f"client {client_id!r} has" if client_id else "clients without an id have"

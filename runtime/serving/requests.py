@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from queue import SimpleQueue
 from typing import ClassVar, Literal, Self
 
@@ -171,7 +172,7 @@ class AnswerRequest(ServiceRequest):
         """Number of units of work."""
         return 1
 
-    @property
+    @cached_property
     def image_bytes(self) -> int:
         """Bytes that its images have in memory, before they are decoded."""
         return sum(bytes_of(image) for image in images_in(self.conversation))

@@ -26,6 +26,7 @@ from model_repository.schema import (
     DRAIN_SECONDS,
     INTERNAL,
     INVALID,
+    MODEL,
     UNAVAILABLE,
     AnyWanted,
     AskRequest,
@@ -47,7 +48,7 @@ from runtime.serving.log import log_request, set_up_logging
 from runtime.serving.metrics import Metrics
 from runtime.serving.requests import Event, Limits
 from runtime.serving.scheduler import Scheduler
-from runtime.serving.service import warm_up
+from runtime.serving.service import ServedModel, warm_up
 from runtime.serving.stations import PipelineStations
 from runtime.serving.worker import Worker
 
@@ -126,13 +127,12 @@ class TritonPythonModel:
 
     def _state(self) -> str:
         """What a heartbeat answers, as JSON: how the service does, what it serves, and what it accepts."""
-        geometry = self.pipeline.manifest.geometry
-        height, width = (side * geometry.vae_scale_factor for side in geometry.latent_size)
+        model = ServedModel.of(self.pipeline.manifest, MODEL)
         state = {
             "pending_images": self.scheduler.pending,
             "pending_questions": self.scheduler.pending_questions,
             "seconds_since_heartbeat": round(self.worker.seconds_since_heartbeat, 3),
-            "model": {"height": height, "width": width, "groups": self.pipeline.manifest.schedule.num_groups},
+            "model": {"height": model.height, "width": model.width, "groups": model.groups},
             "limits": asdict(self.scheduler.limits),
         }
         return json.dumps(state)

@@ -6,8 +6,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 
 from runtime.answers import Answer, AnswerSettings
 from runtime.backends import Backend, DeviceTensor, Session, Value, open_backend, to_host
+from runtime.batch.shard import AtOnce
 from runtime.chat import ChatInputs, user_message
 from runtime.errors import CancelledError, DeadlineError, EngineError, InputError, QueueFullError
 from runtime.manifest import EngineEntry, load_manifest
@@ -26,15 +26,6 @@ from runtime.serving.scheduler import READ_AHEAD, Scheduler
 from runtime.serving.stations import PipelineStations
 from runtime.serving.worker import Worker
 from tests.runtime.serving.test_scheduler import ScriptedStations, request, run
-
-
-class AtOnce(Executor):
-    """Runs what it is given in the caller's thread."""
-
-    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(function(*arguments, **options))
-        return future
 
 
 class Countdown:

@@ -28,7 +28,7 @@ def test_one_client_cannot_lock_out_the_others() -> None:
     run(scheduler)
     assert [len(handle.result(0)) for handle in (other, nobody)] == [16, 16]
     scheduler.submit(request(num_images=16, client_id="greedy"))
-    assert scheduler._quotas.clients() <= {"greedy"}
+    assert {client for _, client in scheduler._quotas._of_client} <= {"greedy"}
 
 
 def test_clients_without_an_id_are_one_client() -> None:
