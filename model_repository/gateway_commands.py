@@ -6,12 +6,13 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from fastapi import FastAPI
 
 from model_repository.client import Client
 from model_repository.commands import (
@@ -27,15 +28,19 @@ from model_repository.commands import (
 from model_repository.remote import TritonService
 from model_repository.schema import DRAIN_SECONDS
 from model_repository.transport import is_loopback
+from runtime.commands import report_as_text
 from runtime.console import stderr
-from runtime.errors import InputError, one_line
+from runtime.errors import InputError, MissingExtraError, one_line
 from runtime.gateway.app import Gateway, GatewaySettings, make_app
 from runtime.gateway.keys import KeyRing
 from runtime.gateway.metrics import Families
 from runtime.gateway.server import make_server
+from runtime.images import MAX_FILE_BYTES
+from runtime.manifest import load_manifest
 from runtime.pipeline import LatteFlowPipeline
 from runtime.serving.log import log_request, set_up_logging
 from runtime.serving.metrics import Metrics
+from runtime.serving.requests import Limits
 from runtime.serving.service import LocalService, Service, warm_up
 
 LOOPBACK = "127.0.0.1"
@@ -67,6 +72,9 @@ def gateway(
     result_cache: Annotated[
         int, typer.Option(metavar="MB", help="Memory for answers to equal requests with a seed; 0: none.", min=0)
     ] = 0,
+    with_page: Annotated[
+        bool, typer.Option("--playground", help="Show the playground at /, for everybody who can connect.")
+    ] = False,
     access_log: Annotated[bool, typer.Option("--access-log", help="Log every HTTP request.")] = False,
     log_format: LogFormatOption = "text",
     provider: Provider = "cpu",
@@ -88,6 +96,8 @@ def gateway(
     """
     set_up_logging(log_format)
     keys = KeyRing([]) if api_key_file is None else KeyRing.from_file(api_key_file)
+    if with_page and not keys.is_empty:
+        raise InputError("the page asks for no key; leave out --playground or --api-key-file")
     if keys.is_empty and not is_loopback(host):
         warn(f"everybody who can reach {host}:{port} may ask; give --api-key-file")
     settings = GatewaySettings(
@@ -101,19 +111,96 @@ def gateway(
         door = Gateway(service, settings)
     else:
         assert bundle is not None
-        pipeline = LatteFlowPipeline.from_pretrained(bundle, provider, provider_options_of(provider_option, device))
-        warm_up(pipeline)
-        local = LocalService(pipeline, limits_of(limit), name=model_name, on_end=log_request, on_death=_end_process)
-        service, door = local, Gateway(local, settings)
-        metrics = Metrics(Families(door.gauges.registry), local.model.groups)
-        door.report = lambda: metrics.update(local.scheduler, local.worker, local.scheduler.open_requests)
+        options = provider_options_of(provider_option, device)
+        service, door = _local_door(bundle, provider, options, limits_of(limit), settings, model_name)
+    page = _page(service, bundle) if with_page else None
+    told = f"http://{_shown(listener)}/v1 serves {model_name}; /docs describes the API"
+    _run(listener, door, [service], f"{told}, / is the playground" if with_page else told, page)
+
+
+def playground(
+    bundle: Annotated[Path, typer.Argument(help="Folder that `latte-flow export` wrote.")],
+    compare: Annotated[
+        Path | None, typer.Option(metavar="BUNDLE", help="Another bundle, to draw the same with both.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; by default this machine only.")] = LOOPBACK,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 7860,
+    provider: Provider = "cpu",
+    provider_option: ProviderOption = None,
+    device: Device = None,
+) -> None:
+    """Draw, ask and compare on a page in the browser. The gateway's API is there too.
+
+    \b
+    Examples:
+      latte-flow playground demo/bundle
+      latte-flow playground demo/bundle --compare int8 --port 0
+    """
+    set_up_logging("text")
+    if not is_loopback(host):
+        warn(f"everybody who can reach {host}:{port} may use the page")
+    listener = _listen(host, port)
+    options = provider_options_of(provider_option, device)
+    service, door = _local_door(bundle, provider, options, Limits(), GatewaySettings(), "latte-flow")
+    other = None
+    if compare is not None:
+        other = LocalService(LatteFlowPipeline.from_pretrained(compare, provider, options), on_death=_end_process)
+    page = _page(service, bundle, other, compare)
+    services = [service] if other is None else [service, other]
+    _run(listener, door, services, f"the playground is at http://{_shown(listener)}", page)
+
+
+def _local_door(
+    bundle: Path, provider: str, options: dict[str, str], limits: Limits, settings: GatewaySettings, name: str
+) -> tuple[LocalService, Gateway]:
+    """Returns the service of a bundle in this process, and the gateway to it with its metrics."""
+    pipeline = LatteFlowPipeline.from_pretrained(bundle, provider, options)
+    warm_up(pipeline)
+    service = LocalService(pipeline, limits, name=name, on_end=log_request, on_death=_end_process)
+    door = Gateway(service, settings)
+    metrics = Metrics(Families(door.gauges.registry), service.model.groups)
+    door.report = lambda: metrics.update(service.scheduler, service.worker, service.scheduler.open_requests)
+    return service, door
+
+
+def _page(
+    service: Service, bundle: Path | None, other: Service | None = None, other_bundle: Path | None = None
+) -> Callable[[FastAPI], FastAPI]:
+    """Returns what adds the playground to an application."""
+    # Imported here, because only the playground needs it.
+    try:
+        from runtime.playground.page import Shown, make_page, mount
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f'the playground needs {error.name}, which is not installed; run: pip install "latte-flow[playground]"'
+        ) from error
+    shown = Shown(
+        "BUNDLE" if bundle is None else str(bundle),
+        "" if bundle is None else report_as_text(load_manifest(bundle)),
+        other,
+        "" if other_bundle is None else str(other_bundle),
+    )
+    page = make_page(service, shown)
+    return lambda app: mount(app, page, MAX_FILE_BYTES)
+
+
+def _run(
+    listener: socket.socket,
+    door: Gateway,
+    services: Sequence[Service],
+    told: str,
+    page: Callable[[FastAPI], FastAPI] | None,
+) -> None:
+    """Serves until a signal; then requests in flight finish."""
 
     def finish() -> None:
-        service.drain(DRAIN_SECONDS)
-        service.close()
+        for service in services:
+            service.drain(DRAIN_SECONDS)
+            service.close()
 
-    server = make_server(make_app(door, finish), door, DRAIN_SECONDS)
-    stderr.print(f"http://{_shown(listener)}/v1 serves {model_name}; /docs describes the API", markup=False)
+    app = make_app(door, finish) if page is None else make_app(door, finish, page)
+    server = make_server(app, door, DRAIN_SECONDS)
+    stderr.print(told, markup=False)
     with _ended_by_signals():
         server.run(sockets=[listener])
 

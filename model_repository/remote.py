@@ -10,6 +10,7 @@ from typing import Any
 from model_repository.client import Client, Response, encoded
 from runtime.chat import Message
 from runtime.errors import DRAINING, DrainingError, LatteFlowError, QueueFullError, ServiceError, one_line
+from runtime.flow_time import ExpertSchedule
 from runtime.serving.requests import (
     AnswerRequest,
     AnyRequest,
@@ -38,7 +39,9 @@ class TritonService:
 
     def __init__(self, client: Client, name: str = "latte-flow") -> None:
         state = client.describe()
-        self.model = ServedModel(name, **state["model"])
+        described = state["model"]
+        schedule = ExpertSchedule(boundaries=tuple(described["boundaries"]))
+        self.model = ServedModel(name, described["height"], described["width"], schedule)
         self.limits = Limits(**state["limits"])
         self._client = client
         self._open: set[Handle] = set()

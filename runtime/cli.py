@@ -44,6 +44,9 @@ COMMANDS = {
     "gateway": _Command(
         "model_repository.gateway_commands", "gateway", "Serve a bundle by OpenAI's HTTP API.", "gateway,cpu"
     ),
+    "playground": _Command(
+        "model_repository.gateway_commands", "playground", "Draw, ask and compare on a page.", "playground,cpu"
+    ),
     "client": _Command("model_repository.client_commands", "app", "Send requests to a running service.", "triton"),
     "control": _Command("model_repository.control_commands", "app", "Operate a running service with its key.", ""),
     "roundtrip": _Command(

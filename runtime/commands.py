@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -185,21 +187,34 @@ def inspect(bundle: Bundle) -> None:
     Example:
       latte-flow inspect bundle
     """
-    manifest = load_manifest(bundle)
+    for part in parts_of_report(load_manifest(bundle)):
+        stdout.print(part)
+
+
+def parts_of_report(manifest: Manifest) -> list[RenderableType]:
+    """Returns what a bundle contains, in lines and tables."""
     geometry = manifest.geometry
     height, width = (side * geometry.vae_scale_factor for side in geometry.latent_size)
-    stdout.print(f"bundle {manifest.bundle_hash()}, {manifest.precision}, variant {geometry.variant}")
-    stdout.print(
+    return [
+        f"bundle {manifest.bundle_hash()}, {manifest.precision}, variant {geometry.variant}",
         f"{height}x{width} pixels, "
         f"latents {geometry.latent_channels}x{geometry.latent_size[0]}x{geometry.latent_size[1]}, "
         f"{geometry.num_hidden_layers} layers in {manifest.schedule.num_groups} expert groups, "
-        f"hidden {geometry.hidden_size}"
-    )
-    stdout.print(_engine_table(manifest))
-    stdout.print(_tensor_table(manifest))
-    stdout.print(_timeline(manifest.schedule))
-    stdout.print(_parity_line(manifest))
-    stdout.print("written by " + ", ".join(f"{name} {version}" for name, version in manifest.producer.items()))
+        f"hidden {geometry.hidden_size}",
+        _engine_table(manifest),
+        _tensor_table(manifest),
+        _timeline(manifest.schedule),
+        _parity_line(manifest),
+        "written by " + ", ".join(f"{name} {version}" for name, version in manifest.producer.items()),
+    ]
+
+
+def report_as_text(manifest: Manifest, width: int = 100) -> str:
+    """Returns the same as plain text."""
+    console = Console(file=io.StringIO(), width=width, no_color=True)
+    console.print(*parts_of_report(manifest), sep="\n")
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text
 
 
 def _engine_table(manifest: Manifest) -> Table:

@@ -57,7 +57,7 @@ LAYERS_OF_RUNTIME = (
     {"sampler", "answers"},
     {"pipeline"},
     {"serving", "commands"},
-    {"gateway"},
+    {"gateway", "playground"},
     {"batch"},
     {"cli"},
 )

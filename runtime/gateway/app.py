@@ -270,11 +270,16 @@ class Gateway:
         return Response(self.gauges.text(), media_type="text/plain; version=0.0.4")
 
 
-def make_app(gateway: Gateway, on_shutdown: Callable[[], None] = lambda: None) -> Door:
+def make_app(
+    gateway: Gateway,
+    on_shutdown: Callable[[], None] = lambda: None,
+    extend: Callable[[FastAPI], FastAPI] = lambda app: app,
+) -> Door:
     """Returns the ASGI application of a gateway.
 
     Args:
         on_shutdown: called after the last request.
+        extend: adds routes that are not of the API; those of the API go before them.
     """
 
     @asynccontextmanager
@@ -308,7 +313,7 @@ def make_app(gateway: Gateway, on_shutdown: Callable[[], None] = lambda: None) -
     for kind in (ApiError, InputError, ServiceError):
         app.add_exception_handler(kind, _on_error)
     return Door(
-        app,
+        extend(app),
         keys=settings.keys,
         gauges=gateway.gauges,
         access_log=settings.access_log,

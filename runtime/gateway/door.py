@@ -19,6 +19,8 @@ from runtime.gateway.errors import CLIENT_CLOSED, ApiError
 from runtime.gateway.keys import KeyRing
 from runtime.gateway.metrics import Gauges
 
+API_PATH = "/v1"
+"""Bodies of the API are JSON; a page that is beside it has uploads."""
 OPEN_PATHS = ("/health", "/ready", "/metrics", "/docs", "/openapi.json", "/v1/images/results/")
 """Paths that need no key. The names of results cannot be guessed."""
 REQUEST_ID = "x-request-id"
@@ -83,7 +85,7 @@ class Door:
                 message = f"the body has {length} bytes, the limit is {self._max_body_bytes}; send smaller images"
                 return ApiError(413, message, "request_too_large")
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "application/json":
+            if path.startswith(API_PATH) and kind != "application/json":
                 return ApiError(
                     415,
                     f"the body must be JSON with Content-Type: application/json, got {kind or 'none'}",

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import Protocol, Self
 
+from runtime.flow_time import ExpertSchedule
 from runtime.manifest import Manifest
 from runtime.pipeline import LatteFlowPipeline
 from runtime.serving.requests import AnyRequest, Handle, Limits, Listener
@@ -26,14 +27,19 @@ class ServedModel:
     height: int
     """Of its images, in pixels."""
     width: int
-    groups: int
-    """Number of expert groups."""
+    schedule: ExpertSchedule
+    """When which expert group works."""
+
+    @property
+    def groups(self) -> int:
+        """Number of expert groups."""
+        return self.schedule.num_groups
 
     @classmethod
     def of(cls, manifest: Manifest, name: str) -> Self:
         """Describes a bundle's model."""
         height, width = (side * manifest.geometry.vae_scale_factor for side in manifest.geometry.latent_size)
-        return cls(name, height, width, manifest.schedule.num_groups)
+        return cls(name, height, width, manifest.schedule)
 
 
 class Service(Protocol):

@@ -132,7 +132,7 @@ class TritonPythonModel:
             "pending_images": self.scheduler.pending,
             "pending_questions": self.scheduler.pending_questions,
             "seconds_since_heartbeat": round(self.worker.seconds_since_heartbeat, 3),
-            "model": {"height": model.height, "width": model.width, "groups": model.groups},
+            "model": {"height": model.height, "width": model.width, "boundaries": model.schedule.boundaries},
             "limits": asdict(self.scheduler.limits),
         }
         return json.dumps(state)

@@ -1,0 +1,55 @@
+"""The same drawing from elsewhere: the command line, the Python call, and the HTTP request."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import fields
+from typing import Any
+
+from runtime.serving.requests import GenerationRequest
+
+NAMES = ("negative_prompt", "num_inference_steps", "guidance_scale", "shift", "seed")
+"""Arguments that all three take by these names."""
+
+
+def command_line(request: GenerationRequest, bundle: str) -> str:
+    """Returns the command that draws a request's images."""
+    words = ["latte-flow", "generate", bundle, request.prompt]
+    for name, value in _changed(request).items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    if request.num_images > 1:
+        words += ["--num-images-per-prompt", str(request.num_images)]
+    return shlex.join(words)
+
+
+def python_call(request: GenerationRequest, bundle: str) -> str:
+    """Returns the lines of Python that draw a request's images."""
+    arguments = _changed(request)
+    if request.num_images > 1:
+        arguments["num_images_per_prompt"] = request.num_images
+    given = "".join(f", {name}={value!r}" for name, value in arguments.items())
+    return (
+        "from latte_flow import LatteFlowPipeline\n\n"
+        f"pipe = LatteFlowPipeline.from_pretrained({bundle!r})\n"
+        f"images = pipe({request.prompt!r}{given}).images"
+    )
+
+
+def curl(request: GenerationRequest, url: str) -> str:
+    """Returns the HTTP request that draws a request's images, to a gateway at a URL."""
+    body: dict[str, Any] = {"prompt": request.prompt} | _changed(request)
+    if request.num_images > 1:
+        body["n"] = request.num_images
+    return (
+        f"curl {shlex.quote(url.rstrip('/') + '/v1/images/generations')} -H 'Content-Type: application/json' \\\n"
+        f"  -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
+    )
+
+
+def _changed(request: GenerationRequest) -> dict[str, Any]:
+    """Returns the seed, and what differs from the defaults."""
+    defaults = {field.name: field.default for field in fields(request)}
+    return {
+        name: getattr(request, name) for name in NAMES if name == "seed" or getattr(request, name) != defaults[name]
+    }
