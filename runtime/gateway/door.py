@@ -5,6 +5,7 @@ A plain ASGI middleware, because a request that is refused here costs nothing mo
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -39,6 +40,8 @@ class Door:
     def __init__(self, app: App, *, keys: KeyRing, gauges: Gauges, access_log: bool, max_body_bytes: int) -> None:
         self._app, self._keys, self._gauges = app, keys, gauges
         self._access_log, self._max_body_bytes = access_log, max_body_bytes
+        self.leaving = asyncio.Event()
+        """Set when the server ends: streams of a page, which have no end, are left, and requests to the API finish."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request."""
@@ -66,10 +69,26 @@ class Door:
             if refusal is not None:
                 await JSONResponse(refusal.body, refusal.status, refusal.headers)(scope, receive, answer)
             else:
-                await self._app(scope, receive, answer)
+                own = receive if scope["path"].startswith(API_PATH) else self._until_leaving(receive)
+                await self._app(scope, own, answer)
         finally:
             self._gauges.open.dec()
             self._count(scope, status, time.monotonic() - started, request_id, state["key"])
+
+    def _until_leaving(self, receive: Receive) -> Receive:
+        """Returns a `receive` to which the client disconnects as soon as the server ends."""
+
+        async def receive_or_leave() -> Message:
+            tasks = {asyncio.ensure_future(receive()), asyncio.ensure_future(self.leaving.wait())}
+            try:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in tasks:
+                    task.cancel()
+            message = next((task.result() for task in done if task.result() is not True), None)
+            return message or {"type": "http.disconnect"}
+
+        return receive_or_leave
 
     def _refusal(self, scope: Scope, headers: Headers, state: dict[str, Any]) -> ApiError | None:
         path = scope["path"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from types import FrameType
 
 import uvicorn
@@ -16,14 +17,19 @@ KEEP_ALIVE_SECONDS = 65
 class GatewayServer(uvicorn.Server):
     """Refuses new requests as soon as it is asked to end, and finishes those in flight."""
 
-    def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
+    def __init__(self, config: uvicorn.Config, gateway: Gateway, door: Door) -> None:
         super().__init__(config)
-        self._gateway = gateway
+        self._gateway, self._door = gateway, door
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begins to drain; a second signal ends the process without waiting."""
         self._gateway.draining = True
         super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Waits for requests to the API; whoever looks at a page is left."""
+        self._door.leaving.set()
+        await super().shutdown(sockets)
 
 
 def make_server(app: Door, gateway: Gateway, drain_seconds: int) -> GatewayServer:
@@ -40,4 +46,4 @@ def make_server(app: Door, gateway: Gateway, drain_seconds: int) -> GatewayServe
         timeout_graceful_shutdown=drain_seconds,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
     )
-    return GatewayServer(config, gateway)
+    return GatewayServer(config, gateway, app)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -85,8 +86,13 @@ def _events(service: Service, request: AnyRequest, sessions: Sessions, session: 
         sessions.remove(session, handle)
 
 
-def draw(service: Service, request: GenerationRequest, sessions: Sessions, session: str) -> Iterator[Frame]:
-    """Yields frames of a drawing: one for each step, so far as they come apart.
+def draw(
+    service: Service, request: GenerationRequest, sessions: Sessions, session: str, pause: float = 0.1
+) -> Iterator[Frame]:
+    """Yields frames of a drawing, and last the one with its images.
+
+    Args:
+        pause: seconds between two frames at least, since a page takes time to show each.
 
     Raises:
         LatteFlowError: the request was refused, failed, or was cancelled.
@@ -97,7 +103,7 @@ def draw(service: Service, request: GenerationRequest, sessions: Sessions, sessi
     images = [np.full((model.height, model.width, 3), 128, np.uint8)] * request.num_images
     finished = [0] * request.num_images
     trajectory: list[np.ndarray] = []
-    shown = -1
+    shown = time.monotonic()
     for event in _events(service, request, sessions, session):
         if event.kind in ("progress", "preview", "image"):
             finished[event.image] = max(finished[event.image], event.step)
@@ -105,9 +111,8 @@ def draw(service: Service, request: GenerationRequest, sessions: Sessions, sessi
             images[event.image] = event.pixels
             if event.image == 0:
                 trajectory.append(event.pixels)
-        step = min(finished)
-        if event.kind == "done" or event.kind == "preview" or step > shown:
-            shown = step
+        if event.kind == "done" or time.monotonic() - shown >= pause:
+            shown, step = time.monotonic(), min(finished)
             group = None if step == steps else model.schedule.group_of(times[step])
             yield Frame(step, steps, group, tuple(images), tuple(trajectory), event.kind == "done")
 

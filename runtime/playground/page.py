@@ -19,7 +19,7 @@ import gradio as gr
 
 from runtime.answers import DEFAULT_MAX_NEW_TOKENS, AnswerSettings
 from runtime.chat import user_message
-from runtime.errors import CancelledError, LatteFlowError, one_line
+from runtime.errors import CancelledError, InputError, LatteFlowError, one_line
 from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_SHIFT, DEFAULT_STEPS, LARGEST_GUIDANCE_SCALE
 from runtime.playground.calls import command_line, curl, python_call
 from runtime.playground.following import Frame, Sessions, answer, draw
@@ -27,6 +27,8 @@ from runtime.serving.requests import AnswerRequest, GenerationRequest
 from runtime.serving.service import ServedModel, Service
 
 TITLE = "LaTtE-Flow playground"
+SIDE = 280
+"""Height of an image on the page, in pixels."""
 BUTTONS = ["download", "fullscreen"]
 IN_ALL = 64
 """Requests of one kind that pages may have open together."""
@@ -35,6 +37,7 @@ CSS = """
 .groups span {padding: 2px 4px; text-align: center; border-radius: 4px; background: var(--background-fill-secondary);
   color: var(--body-text-color)}
 .groups .now {background: var(--primary-500); color: white; font-weight: 600}
+#images img, #trajectory img, #past img, .pixels img {image-rendering: pixelated}
 .report pre {font-size: 0.75rem; line-height: 1.25; overflow-x: auto}
 """
 THEME = gr.themes.Default(
@@ -133,7 +136,13 @@ def _draw_tab(service: Service, sessions: Sessions, shown: Shown) -> gr.Gallery:
             groups = gr.HTML(_groups_bar(service.model, None), elem_id="groups")
         with gr.Column():
             gallery = gr.Gallery(
-                label="Images", columns=2, format="png", elem_id="images", buttons=BUTTONS, type="numpy"
+                label="Images",
+                columns=2,
+                format="png",
+                elem_id="images",
+                buttons=BUTTONS,
+                type="numpy",
+                interactive=False,
             )
             strip = gr.Gallery(
                 label="Trajectory of the first image, from noise to data",
@@ -142,11 +151,12 @@ def _draw_tab(service: Service, sessions: Sessions, shown: Shown) -> gr.Gallery:
                 height=110,
                 format="png",
                 elem_id="trajectory",
+                interactive=False,
                 buttons=[],
                 allow_preview=False,
             )
             scrub = gr.Slider(0, 1, 0, step=1, label="Look back", visible=False, elem_id="scrub")
-            past = gr.Image(show_label=False, format="png", visible=False, buttons=[], elem_id="past")
+            past = gr.Image(show_label=False, height=SIDE, format="png", visible=False, buttons=[], elem_id="past")
     with gr.Accordion("The same from elsewhere", open=False):
         line = gr.Code(label="Command line", language="shell", interactive=False)
         call = gr.Code(label="Python", language="python", interactive=False)
@@ -219,8 +229,8 @@ def _drawing(
         InputError: it cannot work.
     """
     drawing = GenerationRequest(
-        prompt=prompt.strip(),
-        negative_prompt=negative.strip(),
+        prompt=(prompt or "").strip(),
+        negative_prompt=(negative or "").strip(),
         num_inference_steps=int(steps),
         guidance_scale=float(scale),
         shift=DEFAULT_SHIFT,
@@ -248,7 +258,14 @@ def _groups_bar(model: ServedModel, working: int | None, told: str = "") -> str:
 
 def _ask_tab(service: Service, sessions: Sessions) -> gr.Image:
     with gr.Row():
-        image = gr.Image(label="Image", type="numpy", format="png", sources=["upload", "clipboard"])
+        image = gr.Image(
+            label="Image",
+            height=SIDE,
+            elem_classes="pixels",
+            type="numpy",
+            format="png",
+            sources=["upload", "clipboard"],
+        )
         with gr.Column():
             question = gr.Textbox(label="Question", placeholder="what colour is the circle?", elem_id="question")
             length = gr.Slider(1, service.limits.max_new_tokens, DEFAULT_MAX_NEW_TOKENS, step=1, label="Most tokens")
@@ -260,6 +277,8 @@ def _ask_tab(service: Service, sessions: Sessions) -> gr.Image:
     def run(image: np.ndarray | None, question: str, length: float, request: gr.Request) -> Iterator[str]:
         session = _session(request)
         try:
+            if not (question or "").strip():
+                raise InputError("the question is empty; write one")
             images = [] if image is None else [np.ascontiguousarray(image[..., :3])]
             conversation = (user_message(images, question),)
             asking = AnswerRequest(
@@ -291,9 +310,11 @@ def _compare_tab(service: Service, sessions: Sessions, shown: Shown) -> None:
     prompt, negative, steps, scale, seed = _settings()
     button = gr.Button("Draw with both", variant="primary", elem_id="compare")
     with gr.Row():
-        here = gr.Image(label=shown.bundle, format="png", buttons=BUTTONS)
-        there = gr.Image(label=shown.other_name, format="png", buttons=BUTTONS)
-        difference = gr.Image(label="Difference, 8 times", format="png", buttons=BUTTONS)
+        here = gr.Image(label=shown.bundle, height=SIDE, elem_classes="pixels", format="png", buttons=BUTTONS)
+        there = gr.Image(label=shown.other_name, height=SIDE, elem_classes="pixels", format="png", buttons=BUTTONS)
+        difference = gr.Image(
+            label="Difference, 8 times", height=SIDE, elem_classes="pixels", format="png", buttons=BUTTONS
+        )
     told = gr.Markdown(elem_id="psnr")
 
     def run(
