@@ -85,8 +85,8 @@ class Door:
             finally:
                 for task in tasks:
                     task.cancel()
-            message = next((task.result() for task in done if task.result() is not True), None)
-            return message or {"type": "http.disconnect"}
+            messages = [task.result() for task in done]
+            return next((message for message in messages if isinstance(message, dict)), {"type": "http.disconnect"})
 
         return receive_or_leave
 

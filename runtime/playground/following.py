@@ -58,9 +58,11 @@ class Frame:
     group: int | None
     """The expert group that works now; None at the end."""
     images: tuple[np.ndarray, ...]
-    """The newest preview of each image, or the image itself, `[height, width, 3]` uint8; grey before the first."""
+    """The newest preview of each image that has one, or the image itself, `[height, width, 3]` uint8."""
     trajectory: tuple[np.ndarray, ...]
     """The previews of the first image so far, and last the image."""
+    fresh: bool
+    """Whether there are images or previews that the frame before did not have."""
     done: bool
 
 
@@ -100,21 +102,24 @@ def draw(
     model, steps = service.model, request.num_inference_steps
     request = replace(request, preview_every=max(1, -(-steps // MOST_PREVIEWS)))
     times = time_grid(steps, request.shift)
-    images = [np.full((model.height, model.width, 3), 128, np.uint8)] * request.num_images
+    images: dict[int, np.ndarray] = {}
     finished = [0] * request.num_images
     trajectory: list[np.ndarray] = []
-    shown = time.monotonic()
+    shown, fresh = time.monotonic(), False
     for event in _events(service, request, sessions, session):
         if event.kind in ("progress", "preview", "image"):
             finished[event.image] = max(finished[event.image], event.step)
         if event.pixels is not None:
             images[event.image] = event.pixels
+            fresh = True
             if event.image == 0:
                 trajectory.append(event.pixels)
         if event.kind == "done" or time.monotonic() - shown >= pause:
             shown, step = time.monotonic(), min(finished)
             group = None if step == steps else model.schedule.group_of(times[step])
-            yield Frame(step, steps, group, tuple(images), tuple(trajectory), event.kind == "done")
+            so_far = tuple(images[index] for index in sorted(images))
+            yield Frame(step, steps, group, so_far, tuple(trajectory), fresh, event.kind == "done")
+            fresh = False
 
 
 def answer(service: Service, request: AnswerRequest, sessions: Sessions, session: str) -> Iterator[str]:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 
@@ -21,6 +24,7 @@ from runtime.answers import DEFAULT_MAX_NEW_TOKENS, AnswerSettings
 from runtime.chat import user_message
 from runtime.errors import CancelledError, InputError, LatteFlowError, one_line
 from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_SHIFT, DEFAULT_STEPS, LARGEST_GUIDANCE_SCALE
+from runtime.images import png_bytes
 from runtime.playground.calls import command_line, curl, python_call
 from runtime.playground.following import Frame, Sessions, answer, draw
 from runtime.serving.requests import AnswerRequest, GenerationRequest
@@ -178,20 +182,20 @@ def _draw_tab(service: Service, sessions: Sessions, shown: Shown) -> gr.Gallery:
                 scrub: gr.update(visible=False),
                 past: gr.update(visible=False),
             }
-            for frame in draw(service, drawing, sessions, session):
-                yield _updates(frame)
+            with tempfile.TemporaryDirectory() as folder:
+                files = _Files(Path(folder))
+                for frame in draw(service, drawing, sessions, session):
+                    yield _updates(frame, files)
         except CancelledError:
             yield {groups: _groups_bar(service.model, None, "cancelled")}
         except Exception as error:
             raise _failure(error) from error
 
-    def _updates(frame: Frame) -> dict[Any, Any]:
+    def _updates(frame: Frame, files: _Files) -> dict[Any, Any]:
         told = f"step {frame.step} of {frame.steps}"
-        updates: dict[Any, Any] = {
-            gallery: list(frame.images),
-            strip: list(frame.trajectory),
-            groups: _groups_bar(service.model, frame.group, told),
-        }
+        updates: dict[Any, Any] = {groups: _groups_bar(service.model, frame.group, told)}
+        if frame.fresh:
+            updates |= {gallery: files.of(frame.images), strip: files.of(frame.trajectory)}
         if frame.done:
             last = len(frame.trajectory) - 1
             updates |= {
@@ -214,6 +218,30 @@ def _draw_tab(service: Service, sessions: Sessions, shown: Shown) -> gr.Gallery:
     stop.click(_cancel_with(sessions), api_visibility="private", queue=False)
     scrub.change(_at, [frames, scrub], past, show_progress="hidden", api_visibility="private")
     return gallery
+
+
+class _Files:
+    """Images as files of a folder, each written once.
+
+    Gradio writes an image again whenever it is shown again, also while the browser reads it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: list[tuple[np.ndarray, str]] = []
+
+    def of(self, images: Sequence[np.ndarray]) -> list[str]:
+        """Returns the path of each image."""
+        return [self._path_of(image) for image in images]
+
+    def _path_of(self, image: np.ndarray) -> str:
+        for known, path in self._known:
+            if known is image:
+                return path
+        file = self._folder / f"{len(self._known)}.png"
+        file.write_bytes(png_bytes(Image.fromarray(image)))
+        self._known.append((image, str(file)))
+        return str(file)
 
 
 def _at(frames: list[np.ndarray], place: float) -> np.ndarray:
@@ -326,7 +354,8 @@ def _compare_tab(service: Service, sessions: Sessions, shown: Shown) -> None:
             for one, component in ((service, here), (other, there)):
                 drawing = _drawing(one, prompt, negative, steps, scale, seed, 1, session)
                 for frame in draw(one, drawing, sessions, session):
-                    yield {component: frame.images[0]}
+                    if frame.fresh:
+                        yield {component: frame.images[0]}
                 images.append(frame.images[0])
             first, second = images
             yield {difference: difference_of(first, second), told: f"PSNR {psnr(first, second)}"}
