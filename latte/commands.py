@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,12 +28,14 @@ from latte.checkpoint import (
     save_checkpoint,
     vae_scale_factor,
 )
+from latte.emoji.catalogue import load_catalogue
+from latte.emoji.package import is_package
+from latte.emoji.score import exam as emoji_exam
 from latte.lora import is_adapter, merge_adapter
 from latte.merge import Embeddings
 from latte.merge import merge as merge_experts
-from latte.model import LatteFlow
-from latte.shapes.reader import ATTRIBUTES
-from latte.shapes.score import AnswerScore, DrawingScore, answer, score_answers, score_drawing
+from latte.score import AnswerScore, DrawingScore, Exam, answer
+from latte.shapes.score import EXAM as SHAPES_EXAM
 from latte.training.flow import equal_probability_boundaries
 from runtime.console import progress_bar, renamed_option, stdout
 from runtime.errors import InputError
@@ -166,12 +169,14 @@ def _latent_size(vae: object, height: int, width: int) -> tuple[int, int]:
 
 DEFAULT_GROUPS = 4
 """Number of expert groups of the paper's model."""
-KINDS_OF_PROMPTS = {"1 shape": (1, False), "2 shapes": (2, False), "1 shape, unseen words": (1, True)}
-"""What `score` draws: the number of shapes, and whether the prompts are sentences that training never uses."""
 
 
 def score(
     checkpoint: Annotated[str, typer.Argument(help="`shapes`, or a checkpoint folder.")] = "shapes",
+    data: Annotated[
+        str,
+        typer.Option(help="What it was trained on: `shapes`, or the package that `latte-flow data emoji` fetched."),
+    ] = "shapes",
     prompts: Annotated[int, typer.Option(help="Number of held-out prompts of each kind.", min=0)] = 500,
     questions: Annotated[int, typer.Option(help="Number of held-out questions.", min=0)] = 500,
     num_inference_steps: Annotated[int, typer.Option(help="Number of sampling steps.")] = DEFAULT_STEPS,
@@ -189,7 +194,9 @@ def score(
     Examples:
       latte-flow score
       latte-flow score shapes --prompts 100 --questions 0 --failures wrong.png
+      latte-flow score emoji/checkpoint --data data/emoji-package --prompts 100
     """
+    exam = _exam(data)
     path = resolve_checkpoint(checkpoint)
     model = load_checkpoint(path)
     with progress_bar() as progress:
@@ -202,18 +209,17 @@ def score(
                 seed=list(seeds),  # type: ignore[call-overload]
             )
 
-        drawings = {}
-        for name, (shapes, unseen_words) in KINDS_OF_PROMPTS.items() if prompts else ():
-            task = progress.add_task(f"draw {name}", total=prompts)
-            drawings[name] = score_drawing(
-                draw,
-                prompts,
-                shapes,
-                seed,
-                lambda n, task=task: progress.advance(task, n),  # type: ignore[misc]
-                unseen_words=unseen_words,
-            )
-        answers = _score_answers(model, path, questions, seed, progress) if questions else None
+        def ask(images: Sequence[np.ndarray], texts: Sequence[str]) -> list[str]:
+            return answer(model.vlm, model.tokenizer, processor, images, texts)
+
+        processor = load_image_processor(path)
+        drawings, answers = {}, {}
+        for name, score_drawings in exam.drawings.items() if prompts else ():
+            advance = _advancing(progress, f"draw {name}", prompts)
+            drawings[name] = score_drawings(draw_images=draw, count=prompts, seed=seed, on_progress=advance)
+        for name, score_answers in exam.answers.items() if questions else ():
+            advance = _advancing(progress, f"ask: {name}", questions)
+            answers[name] = score_answers(answer=ask, count=questions, seed=seed, on_progress=advance)
     if sheet is not None:
         examples = [example for result in drawings.values() for example in result.examples]
         _save_sheet([image for _, image in examples], [prompt for prompt, _ in examples], sheet)
@@ -221,45 +227,59 @@ def score(
         wrong = [failure for result in drawings.values() for failure in result.failures][:48]
         labels = [f"{failure.prompt}: {', '.join(failure.wrong)}" for failure in wrong]
         _save_sheet([failure.image for failure in wrong], labels, failures)
-    _report(drawings, answers, as_json)
+    _report(exam, drawings, answers, as_json)
 
 
-def _score_answers(model: LatteFlow, path: Path, count: int, seed: int, progress: Progress) -> AnswerScore:
-    processor = load_image_processor(path)
-    task = progress.add_task("ask questions", total=count)
-    return score_answers(
-        lambda images, texts: answer(model.vlm, model.tokenizer, processor, images, texts),
-        count,
-        seed,
-        lambda n: progress.advance(task, n),
-    )
+def _exam(data: str) -> Exam:
+    if data == "shapes":
+        return SHAPES_EXAM
+    if not is_package(Path(data)):
+        raise InputError(f"--data must be shapes, or a package that `latte-flow data emoji` fetched; {data} is neither")
+    return emoji_exam(load_catalogue(Path(data)))
 
 
-def _report(drawings: dict[str, DrawingScore], answers: AnswerScore | None, as_json: bool) -> None:
+def _advancing(progress: Progress, name: str, total: int) -> Callable[[int], None]:
+    task = progress.add_task(name, total=total)
+    return lambda n: progress.advance(task, n)
+
+
+def _report(
+    exam: Exam, drawings: Mapping[str, DrawingScore], answers: Mapping[str, AnswerScore], as_json: bool
+) -> None:
+    parts = ("all", *exam.attributes)
     if as_json:
         report: dict[str, object] = {
-            name.replace(", ", "_").replace(" ", "_"): {
+            _key(name): {
                 "prompts": result.prompts,
-                **{part: result.share(part) for part in ("all", *ATTRIBUTES) if part in result.stated},
+                **{part: result.share(part) for part in parts if part in result.stated},
             }
             for name, result in drawings.items()
         }
-        if answers is not None:
-            report["answers"] = {"questions": sum(answers.asked.values()), "right": answers.share()}
+        for name, result in answers.items():
+            report[_key(name)] = {"questions": sum(result.asked.values()), "right": result.share()}
         typer.echo(json.dumps(report))
         return
     if drawings:
         table = Table("right in the image", *drawings, title="Held-out prompts")
-        for name in ("all", *ATTRIBUTES):
-            cells = [f"{r.share(name):.1%} of {r.stated[name]}" if name in r.stated else "" for r in drawings.values()]
-            table.add_row("all attributes" if name == "all" else name, *cells, end_section=name == "all")
+        for part in parts:
+            cells = [f"{r.share(part):.1%} of {r.stated[part]}" if part in r.stated else "" for r in drawings.values()]
+            table.add_row("all attributes" if part == "all" else part, *cells, end_section=part == "all")
         stdout.print(table)
-    if answers is not None:
+    if answers:
         table = Table("question about", "right", title="Held-out questions about rendered images")
-        table.add_row("everything", f"{answers.share():.1%} of {sum(answers.asked.values())}", end_section=True)
-        for kind in sorted(answers.asked):
-            table.add_row(kind, f"{answers.right[kind] / answers.asked[kind]:.1%} of {answers.asked[kind]}")
+        everything, *only = answers.items()
+        for name, result in (("everything", everything[1]), *only):
+            table.add_row(name, f"{result.share():.1%} of {sum(result.asked.values())}")
+        table.add_section()
+        right, asked = everything[1].right, everything[1].asked
+        for kind in sorted(asked):
+            table.add_row(kind, f"{right[kind] / asked[kind]:.1%} of {asked[kind]}")
         stdout.print(table)
+
+
+def _key(name: str) -> str:
+    """Returns the name of a kind in JSON, such as "1_shape_unseen_words"."""
+    return "_".join(re.findall(r"\w+", name))
 
 
 def _save_sheet(images: Sequence[np.ndarray], labels: Sequence[str], path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from latte.emoji.catalogue import Catalogue
 from latte.emoji.questions import DESCRIBE, WHAT, questions
 from latte.emoji.reader import ATTRIBUTES, Reader, judge
 from latte.emoji.scenes import Scene, draw, sample_scene
-from latte.shapes.score import Answer, AnswerScore, Draw, DrawingScore, score_prompts, score_questions
+from latte.score import Answer, AnswerScore, Draw, DrawingScore, Exam, Report, score_prompts, score_questions
 
 
 def held_out_prompts(
@@ -36,7 +37,7 @@ def score_drawing(
     count: int,
     emoji: int,
     seed: int = 0,
-    on_progress: Callable[[int], None] = lambda _: None,
+    on_progress: Report = lambda _: None,
     *,
     unseen_words: bool = False,
 ) -> DrawingScore:
@@ -63,7 +64,7 @@ def score_answers(
     catalogue: Catalogue,
     count: int,
     seed: int = 0,
-    on_progress: Callable[[int], None] = lambda _: None,
+    on_progress: Report = lambda _: None,
     *,
     only: str | None = None,
 ) -> AnswerScore:
@@ -110,3 +111,18 @@ _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("emoji", ("what is this", "which emoji", "what does", "what is in the image")),
     ("emoji at a place", ("what is",)),
 )
+
+
+def exam(catalogue: Catalogue) -> Exam:
+    """Returns what `latte-flow score` asks of a checkpoint like `emoji`."""
+    drawings = partial(score_drawing, catalogue=catalogue)
+    answers = partial(score_answers, catalogue=catalogue)
+    return Exam(
+        ATTRIBUTES,
+        {
+            "1 emoji": partial(drawings, emoji=1),
+            "2 emoji": partial(drawings, emoji=2),
+            "1 emoji, unseen words": partial(drawings, emoji=1, unseen_words=True),
+        },
+        {"answers": answers, WHAT: partial(answers, only=WHAT)},
+    )

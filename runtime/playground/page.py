@@ -42,6 +42,8 @@ CSS = """
   color: var(--body-text-color)}
 .groups .now {background: var(--primary-500); color: white; font-weight: 600}
 #images img, #trajectory img, #past img, .pixels img {image-rendering: pixelated}
+#images .grid-wrap {height: auto; max-height: none}
+#past img, .pixels img {width: 100%; height: 100%; object-fit: contain}
 .report pre {font-size: 0.75rem; line-height: 1.25; overflow-x: auto}
 """
 THEME = gr.themes.Default(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
+from latte.checkpoint import save_checkpoint
+from latte.commands import score
 from latte.emoji.captions import describe
 from latte.emoji.catalogue import Catalogue
 from latte.emoji.questions import WHAT
@@ -152,3 +157,27 @@ def test_descriptions_are_canonical(catalogue: Catalogue) -> None:
     for _, stated in held_out_prompts(catalogue, 20, 1, 0):
         (emoji,) = stated.emoji
         assert describe(stated).startswith(f"{emoji.size} {emoji.name} ")
+
+
+def test_a_checkpoint_is_scored_on_the_world(
+    tmp_path: Path, package: Path, model_and_processor: tuple[LatteFlow, object]
+) -> None:
+    model, processor = model_and_processor
+    with torch.no_grad():
+        for parameter in model.flow.parameters():
+            if (parameter == 0).all():  # the velocity's, among others: an untrained model is refused
+                parameter.normal_(std=0.2)
+    checkpoint = tmp_path / "checkpoint"
+    save_checkpoint(model, processor, checkpoint)  # type: ignore[arg-type]
+    app = typer.Typer()
+    app.command()(score)
+    few = ["--prompts", "2", "--questions", "3", "--num-inference-steps", "4", "--json"]
+    result = CliRunner().invoke(app, [str(checkpoint), "--data", str(package), *few])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.output.splitlines()[-1])
+    assert report["1_emoji"] == {"prompts": 2, **dict.fromkeys(report["1_emoji"].keys() - {"prompts"}, 0.0)}
+    assert report["2_emoji"]["all"] == report["1_emoji_unseen_words"]["all"] == 0
+    assert report["answers"]["questions"] == report["what_is_this"]["questions"] == 3
+
+    refused = CliRunner().invoke(app, [str(checkpoint), "--data", str(tmp_path)])
+    assert "--data must be shapes, or a package" in str(refused.exception)

@@ -13,7 +13,8 @@ import torch
 
 from latte.checkpoint import load_checkpoint, load_image_processor, resolve_checkpoint
 from latte.model import LatteFlow
-from latte.shapes.score import answer, score_answers, score_drawing
+from latte.score import answer
+from latte.shapes.score import score_answers, score_drawing
 
 SAMPLE = 80
 
