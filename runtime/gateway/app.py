@@ -35,6 +35,8 @@ MAX_BODY_BYTES = 64 << 20
 NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """Headers of streams; nginx would collect their events otherwise."""
 RESULT_CACHE = "x-result-cache"
+NOT_OF_THE_IMAGE = {"user", "safety_identifier", "priority", "deadline", "response_format", "model"}
+"""Fields on which an image does not depend."""
 _LOG = logging.getLogger("latte_flow")
 
 
@@ -82,7 +84,7 @@ class Gateway:
         self._check_open(body.model)
         key = request.state.key
         drawing = images.generation_request(
-            body, body.prompt, self.service.model, self._client_id(key, body.user), request.state.request_id, body.n
+            body, body.prompt, self.service.model, self._client_id(key, body), request.state.request_id, body.n
         )
         if body.stream:
             return await self._streamed(self._image_events(body, drawing, key))
@@ -119,7 +121,7 @@ class Gateway:
         """
         if not self.settings.result_cache_bytes:
             return None
-        fields = body.model_dump(mode="json", exclude={"user", "priority", "deadline", "response_format", "model"})
+        fields = body.model_dump(mode="json", exclude=NOT_OF_THE_IMAGE)
         if (given := request.headers.get("idempotency-key")) is not None:
             return key_of(None if key is None else key.name, given, fields)
         return None if body.seed is None else key_of(fields)
@@ -144,8 +146,8 @@ class Gateway:
         urls = chat.image_urls(body.messages)
         files = [await read_url(url, self.settings.allowed_image_hosts) for url in urls]
         conversation = await asyncio.to_thread(chat.conversation_of, body.messages, files)
-        asking = chat.answer_request(body, conversation, self._client_id(key, body.user), request.state.request_id)
-        completion = chat.Completion(self.service.model.name)
+        asking = chat.answer_request(body, conversation, self._client_id(key, body), request.state.request_id)
+        completion = chat.Completion(self.service.model.name, reports_usage=body.stream_options.include_usage)
 
         async def chunks() -> AsyncIterator[tuple[str | None, dict[str, Any]]]:
             with self.settings.keys.quota(key, "ask", 1):
@@ -156,7 +158,7 @@ class Gateway:
                             yield None, completion.chunk({"content": event.text})
                         elif event.usage is not None:
                             yield None, completion.chunk({}, chat.finish_reason(event.usage))
-                            if body.stream_options is not None and body.stream_options.include_usage:
+                            if body.stream_options.include_usage:
                                 yield None, completion.usage_chunk(event.usage)
 
         if body.stream:
@@ -177,10 +179,10 @@ class Gateway:
             body,
             chat.prompt_of(body.messages),
             self.service.model,
-            self._client_id(key, body.user),
+            self._client_id(key, body),
             request.state.request_id,
         )
-        completion = chat.Completion(self.service.model.name)
+        completion = chat.Completion(self.service.model.name, reports_usage=body.stream_options.include_usage)
 
         async def chunks() -> AsyncIterator[tuple[str | None, dict[str, Any]]]:
             with self.settings.keys.quota(key, "draw", 1):
@@ -188,7 +190,7 @@ class Gateway:
             message = chat.drawn_message([images.data_uri(file, body.output_format) for file in drawn.files])
             yield None, completion.chunk({"role": "assistant"} | message)
             yield None, completion.chunk({}, "stop")
-            if body.stream_options is not None and body.stream_options.include_usage:
+            if body.stream_options.include_usage:
                 yield None, completion.usage_chunk(drawn.usage)
 
         if body.stream:
@@ -231,8 +233,8 @@ class Gateway:
         if name not in (None, "", served):
             raise ApiError(404, f"the model {name!r} is not served here; use {served!r}", "model_not_found", "model")
 
-    def _client_id(self, key: ApiKey | None, user: str) -> str:
-        return user if key is None else key.name
+    def _client_id(self, key: ApiKey | None, body: ImagesBody | ChatBody) -> str:
+        return body.user or body.safety_identifier if key is None else key.name
 
     async def result(self, name: str) -> Response:
         """Returns an image that was asked for by URL."""

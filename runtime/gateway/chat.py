@@ -22,7 +22,7 @@ from runtime.serving.requests import AnswerRequest, Usage
 
 def answer_request(body: ChatBody, conversation: tuple[Message, ...], client_id: str, request_id: str) -> AnswerRequest:
     """Returns the request for an answer."""
-    settings = AnswerSettings(body.max_new_tokens, body.temperature, body.top_p, body.seed or 0, body.stops)
+    settings = AnswerSettings(body.max_new_tokens, body.temperature, body.top_p, body.seed or 0, tuple(body.stop))
     return AnswerRequest(
         conversation,
         settings,
@@ -108,12 +108,16 @@ class Completion:
     Args:
         name: the answer's own part of its id; by default one that no other has.
         created: in seconds since 1970; by default now.
+        reports_usage: whether a stream ends with the usage; all other chunks have none then.
     """
 
-    def __init__(self, model: str, name: str | None = None, created: int | None = None) -> None:
+    def __init__(
+        self, model: str, name: str | None = None, created: int | None = None, reports_usage: bool = False
+    ) -> None:
         name = uuid.uuid4().hex if name is None else name
         created = int(time.time()) if created is None else created
         self._same = {"id": f"chatcmpl-{name}", "created": created, "model": model}
+        self._no_usage: dict[str, None] = {"usage": None} if reports_usage else {}
 
     def body(self, message: dict[str, Any], usage: Usage) -> dict[str, Any]:
         """Returns the whole answer."""
@@ -128,7 +132,7 @@ class Completion:
     def chunk(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
         """Returns a piece of a streamed answer."""
         choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
-        return {**self._same, "object": "chat.completion.chunk", "choices": [choice]}
+        return {**self._same, "object": "chat.completion.chunk", "choices": [choice], **self._no_usage}
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         """Returns the chunk after the last, for those who want to know the usage."""

@@ -134,4 +134,5 @@ def event_body(
         event["partial_image_index"] = index
     if usage is not None:
         event["usage"] = usage_body(usage)
+        del event["usage"]["output_tokens_details"]  # OpenAI's events are without it
     return event

@@ -1,14 +1,25 @@
 """The bodies of OpenAI's image and chat endpoints, with the extensions that servers of diffusion models share.
 
-Fields that change nothing here are taken where clients send them without being asked; a field that is unknown is
-refused, since a typing error would otherwise change the image silently.
+Every field of OpenAI's is here. Some change nothing; some ask for what the model cannot do, and are taken only with
+values that ask for nothing. A field that is unknown is refused: a typing error would otherwise change the image.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    Tag,
+    model_validator,
+)
+from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function
 
 from runtime.answers import DEFAULT_MAX_NEW_TOKENS
 from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_SHIFT, DEFAULT_STEPS
@@ -23,10 +34,37 @@ MAX_TEXT = 32_000
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 
 
+Name = Annotated[str, Field(max_length=256)]
+Unused = Annotated[Any, Field(description="changes nothing")]
+
+
+class Only:
+    """Marks a field of OpenAI's that asks for what the model cannot do, unless it has one of these values."""
+
+    def __init__(self, *values: Any) -> None:
+        self._values = values
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": [None, *self._values], "description": "asks for what is not supported"}
+
+    def _check(self, value: Any) -> Any:
+        if value not in self._values:
+            raise ValueError("not supported here; leave it out")
+        return value
+
+
 class Body(BaseModel):
-    """A body that takes no unknown fields."""
+    """A body that takes no unknown fields. A field that is null counts as left out, as OpenAI's do."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
 class DrawingOptions(Body):
@@ -69,9 +107,15 @@ class ImagesBody(DrawingOptions):
     response_format: Literal["b64_json", "url"] = "b64_json"
     background: Literal["auto", "opaque"] = Field(default="auto", description="images here have no transparency")
     moderation: Literal["auto", "low"] = Field(default="auto", description="changes nothing")
-    user: Annotated[str, Field(max_length=256)] = Field(default="", description="who asks, for fairness")
+    user: Name = Field(default="", description="who asks, for fairness")
+    safety_identifier: Name = Field(default="", description="newer name of user")
     stream: bool = False
     partial_images: int = Field(default=0, ge=0, le=MOST_PARTIAL_IMAGES, description="only with stream")
+    complexity: Unused = None
+    frame_count: Annotated[Any, Only(1)] = None
+    frame_duration_ms: Annotated[Any, Only()] = None
+    style: Annotated[Any, Only()] = None
+    svg: Annotated[Any, Only()] = None
 
     @model_validator(mode="after")
     def _check_stream(self) -> ImagesBody:
@@ -87,34 +131,51 @@ class ImagesBody(DrawingOptions):
 class TextPart(Body):
     type: Literal["text"]
     text: Text
+    prompt_cache_breakpoint: Unused = None
 
 
 class ImageUrl(Body):
     url: str
-    detail: Literal["auto", "low", "high"] = Field(default="auto", description="changes nothing")
+    detail: Literal["auto", "low", "high", "original"] = Field(default="auto", description="changes nothing")
 
 
 class ImagePart(Body):
     type: Literal["image_url"]
     image_url: ImageUrl
+    prompt_cache_breakpoint: Unused = None
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-class ChatMessage(BaseModel):
+def _form_of(content: Any) -> str:
+    return "parts" if isinstance(content, list) else "text"
+
+
+Content = Annotated[Annotated[Text, Tag("text")] | Annotated[list[Part], Tag("parts")], Discriminator(_form_of)]
+"""An error is of the form that the content has, not of both."""
+
+
+class ChatMessage(Body):
     """One message. A client may send back what it got as an assistant's message, with fields that change nothing."""
 
     model_config = ConfigDict(extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part] | None = None
+    content: Content | None = None
     images: list[ImagePart] = Field(default=[], description="what the assistant drew")
 
 
 class StreamOptions(Body):
     include_usage: bool = False
     include_obfuscation: bool = Field(default=False, description="changes nothing")
+
+
+def _as_list(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+Stops = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 
 
 class ChatBody(DrawingOptions):
@@ -127,18 +188,42 @@ class ChatBody(DrawingOptions):
     max_completion_tokens: int | None = Field(default=None, ge=1, description="another name of max_tokens")
     temperature: float = Field(default=0.0, ge=0, le=2, allow_inf_nan=False, description="0: the most likely token")
     top_p: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
-    stop: str | list[str] | None = None
+    stop: Stops = Field(default=[], description="texts that end the answer")
     n: Literal[1] = 1
-    user: Annotated[str, Field(max_length=256)] = ""
+    user: Name = ""
+    safety_identifier: Name = Field(default="", description="newer name of user")
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions = StreamOptions()
+    metadata: Unused = None
+    parallel_tool_calls: Unused = None
+    prompt_cache_key: Unused = None
+    prompt_cache_options: Unused = None
+    prompt_cache_retention: Unused = None
+    reasoning_effort: Unused = None
+    service_tier: Unused = None
+    store: Unused = None
+    verbosity: Unused = None
+    audio: Annotated[Any, Only()] = None
+    frequency_penalty: Annotated[Any, Only(0)] = None
+    function_call: Annotated[Any, Only("none", "auto")] = None
+    functions: Annotated[Any, Only([])] = None
+    logit_bias: Annotated[Any, Only({})] = None
+    logprobs: Annotated[Any, Only(False)] = None
+    moderation: Annotated[Any, Only()] = None
+    prediction: Annotated[Any, Only()] = None
+    presence_penalty: Annotated[Any, Only(0)] = None
+    response_format: Annotated[Any, Only({"type": "text"})] = None
+    tool_choice: Annotated[Any, Only("none", "auto")] = None
+    tools: Annotated[Any, Only([])] = None
+    top_logprobs: Annotated[Any, Only(0)] = None
+    web_search_options: Annotated[Any, Only()] = None
 
     @model_validator(mode="before")
     @classmethod
     def _unfold(cls, data: Any) -> Any:
         """Takes the fields of a nested `extra_body`, which clients without OpenAI's library send as it is."""
         if isinstance(data, dict) and isinstance(data.get("extra_body"), dict):
-            outer = {name: value for name, value in data.items() if name != "extra_body"}
+            outer = {name: value for name, value in data.items() if name != "extra_body" and value is not None}
             return data["extra_body"] | outer
         return data
 
@@ -146,11 +231,6 @@ class ChatBody(DrawingOptions):
     def draws(self) -> bool:
         """Whether an image is asked for, instead of an answer."""
         return "image" in self.modalities
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """Texts that end the answer."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def max_new_tokens(self) -> int:
