@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +11,14 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from tests.runtime.gateway.conftest import gateway_process
+
 RunCommand = Callable[..., tuple[int, str, str]]
 
 
 def test_the_command_serves_and_ends_when_what_it_draws_is_drawn(bundle: Path) -> None:
-    command = [sys.executable, "-m", "runtime.cli", "gateway", bundle, "--port", "0", "--access-log"]
-    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
+    with gateway_process(bundle, "--access-log") as (url, process):
         assert process.stderr is not None
-        said = process.stderr.readline()
-        found = re.match(r"(http://127\.0\.0\.1:\d+)/v1 serves latte-flow", said)
-        assert found, said
-        url = found[1]
         answers: list[int] = []
 
         def draw() -> None:

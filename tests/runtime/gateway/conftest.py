@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -50,6 +53,21 @@ def running(service: Service, settings: GatewaySettings | None = None) -> Iterat
             clients.close()
             server.should_exit = True
             thread.join(20)
+
+
+@contextmanager
+def gateway_process(*arguments: object) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Runs `latte-flow gateway` on a free port; yields its URL, and the process, which may have ended."""
+    command = [sys.executable, "-m", "runtime.cli", "gateway", *arguments, "--port", "0"]
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            said = process.stderr.readline()
+            found = re.match(r"(http://127\.0\.0\.1:\d+)/v1 serves latte-flow", said)
+            assert found, said
+            yield found[1], process
+        finally:
+            process.terminate()
 
 
 def local(bundle: Path, limits: Limits | None = None) -> LocalService:
