@@ -2,6 +2,7 @@
 
 from export.benchmarks import (
     ablations,
+    gateway,
     generation,
     int8,
     memory,
@@ -19,6 +20,7 @@ from export.benchmarks.report import app
 __all__ = [
     "ablations",
     "app",
+    "gateway",
     "generation",
     "int8",
     "memory",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -106,13 +107,23 @@ def print_machine(machine: dict[str, str]) -> None:
         stdout.print(f"{name}: {value}", highlight=False)
 
 
-def resident_megabytes() -> float | None:
-    """Returns the resident memory of this process in MB; None if the system does not report it."""
+def resident_megabytes(process: int | str = "self") -> float | None:
+    """Returns the resident memory of a process in MB; None if the system does not report it."""
     try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        pages = int(Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[1])
     except OSError:
         return None
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def cpu_seconds(process: int | str = "self") -> float:
+    """Returns the CPU time of all threads of a process; NaN if the system does not report it."""
+    try:
+        _, _, fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(") ")
+    except OSError:
+        return math.nan
+    user, system = fields.split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)

@@ -74,12 +74,30 @@ def test_png_files_are_measured_with_one_thread_up_to_all_cores(cores: int, coun
     assert thread_counts(cores) == counts
 
 
+def test_the_gateway_is_measured_in_turns_and_with_many_streams(bundle: Path, run_command: RunCommand) -> None:
+    arguments = ("bench", "gateway", bundle, "--requests", 8, "--rounds", 2, "--streams", 12)
+    code, out, error = run_command(*arguments, "--json")
+    assert code == 0, error
+    report = json.loads(out)
+    for side in ("in process", "gateway"):
+        assert len(report["sides"][side]["images_per_second"]) == 2
+        assert min(report["sides"][side]["images_per_second"] + report["sides"][side]["p50_seconds"]) > 0
+    assert report["overhead"] < 1
+    streams = report["streams"]
+    assert (streams["streams"], streams["lost"], streams["reasons"]) == (12, 0, [])
+    assert 0 < streams["open_at_once"] <= 12
+    first = streams["first_event_seconds"]
+    assert 0 < first["p50"] <= first["p95"] <= first["longest"] <= streams["seconds"]
+    assert streams["most_mb"] >= streams["idle_mb"] > 0
+
+
 def test_bench_lists_its_subjects(run_command: RunCommand) -> None:
     code, out, _ = run_command("bench", "--help")
     assert code == 0
     assert "understanding" in out
     assert "serving" in out
     assert "soak" in out
+    assert "gateway" in out
 
 
 def test_a_provider_is_verified_drawn_with_and_timed(checkpoint: Path, tmp_path: Path, run_command: RunCommand) -> None:
