@@ -11,7 +11,7 @@ TRITON_MODELS := $(wildcard model_repository/*/1/model.py)
 # A kustomization is no resource of a cluster, and has no schema there.
 KUBERNETES_FILES := $(filter-out %/kustomization.yaml,$(wildcard deploy/kubernetes*/*.yaml deploy/training/*.yaml))
 
-.PHONY: demo data-emoji test test-gpu bench-gpu lint check format clean
+.PHONY: demo data-emoji test test-gpu bench-gpu lint check check-extras format clean
 
 demo: $(DEMO_READY)
 	$(BIN)/latte-flow demo --out demo
@@ -27,8 +27,9 @@ test: $(TEST_READY)
 # On a machine with an NVIDIA GPU. GPU packages replace the CPU ones in an environment of their own.
 GPU_READY := .venv-gpu/.test
 
+# Only the file with GPU tests: what other files import may not be installed there.
 test-gpu: $(GPU_READY)
-	.venv-gpu/bin/python -m pytest -m gpu
+	.venv-gpu/bin/python -m pytest -m gpu tests/test_gpu.py
 
 bench-gpu: $(GPU_READY)
 	.venv-gpu/bin/latte-flow doctor || true
@@ -36,7 +37,7 @@ bench-gpu: $(GPU_READY)
 
 $(GPU_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-gpu
-	.venv-gpu/bin/python $(PIP) ".[gpu,export,rtx,test]"
+	.venv-gpu/bin/python $(PIP) ".[gpu,tensorrt,rtx,export,test]"
 	touch $@
 
 # The sources of Triton models are all called model.py, so mypy checks them one by one.
@@ -52,6 +53,13 @@ lint: $(TEST_READY)
 	for file in $(KUBERNETES_FILES); do $(BIN)/kubernetes-validate --strict --quiet $$file || exit 1; done
 
 check: lint test
+
+# The extras that `make test` does not install, resolved against the registry: a version that does not exist is found
+# here. TensorRT's libraries come from NVIDIA's own index, so of TensorRT only the pinned versions are looked up.
+check-extras: $(TEST_READY)
+	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --constraint constraints.txt ".[gpu]"
+	for pin in $$(grep -o 'tensorrt-cu13==[0-9.]*' pyproject.toml); do \
+	  $(BIN)/python -m pip install --quiet --dry-run --ignore-installed --no-deps $$pin || exit 1; done
 
 format: $(TEST_READY)
 	$(BIN)/ruff check --fix .

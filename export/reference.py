@@ -166,9 +166,17 @@ class Reference:
     @cached_property
     def engine_cases(self) -> list[EngineCase]:
         """Random inputs of all `SIZES`."""
+        return self._engine_cases(SIZES)
+
+    @cached_property
+    def fixed_size_cases(self) -> list[EngineCase]:
+        """Random inputs of all `SIZES`, but latents of the model's own size only."""
+        return self._engine_cases([(rows, more, (0, 0)) for rows, more, _ in SIZES])
+
+    def _engine_cases(self, sizes: Sequence[tuple[int, int | None, tuple[int, int]]]) -> list[EngineCase]:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            return [self._engine_case(rows, more, larger, generator) for rows, more, larger in SIZES]
+            return [self._engine_case(rows, more, larger, generator) for rows, more, larger in sizes]
 
     def _engine_case(
         self, rows: int, more: int | None, larger: tuple[int, int], generator: torch.Generator

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from runtime.files import sha256_of
 from runtime.language import LanguageModel
 from runtime.manifest import ParityRow, Precision, Quantization, load_manifest
 from runtime.pipeline import LatteFlowPipeline
+from runtime.plans import most_in_plans
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,22 @@ FLOATING = {"float32", "float16", "bfloat16"}
 Rung = Callable[[LatteFlowPipeline, Reference, Tolerances], Iterator[ParityRow]]
 
 
-def verify_bundle(bundle: Path, reference: Reference, provider: str = "cpu") -> list[ParityRow]:
+def verify_bundle(
+    bundle: Path, reference: Reference, provider: str = "cpu", provider_options: Mapping[str, str] | None = None
+) -> list[ParityRow]:
     """Measures all rungs, in order.
 
     Args:
         bundle: a folder with a manifest.
         reference: the checkpoint that the bundle was exported from.
-        provider: runs the engines.
+        provider: runs the engines. TensorRT plans are verified in the sizes that they were built for: if these do not
+            include other latent sizes or batches of answers, the model's own size and single answers are measured.
+        provider_options: by the names in the provider's own documentation.
 
     Raises:
         InputError: the checkpoint and the bundle have different sizes.
     """
-    return list(verified_rows(bundle, reference, provider))
+    return list(verified_rows(bundle, reference, provider, provider_options))
 
 
 def runs_on(precision: Precision, provider: str) -> bool:
@@ -86,14 +91,16 @@ def runs_on(precision: Precision, provider: str) -> bool:
     return precision != "bf16" or provider != "cpu"
 
 
-def verified_rows(bundle: Path, reference: Reference, provider: str = "cpu") -> Iterator[ParityRow]:
+def verified_rows(
+    bundle: Path, reference: Reference, provider: str = "cpu", provider_options: Mapping[str, str] | None = None
+) -> Iterator[ParityRow]:
     """Yields the rows of `verify_bundle` one by one."""
     manifest = load_manifest(bundle)
     config = reference.model.config
     if (manifest.geometry, manifest.schedule) != (geometry_of(config), config.schedule):
         raise InputError(f"{bundle} was exported from a checkpoint of another form; verify it against that checkpoint")
     tolerances = TOLERANCES[manifest.precision]
-    watch = FiniteWatch(open_backend(provider))
+    watch = FiniteWatch(open_backend(provider, provider_options))
     with LatteFlowPipeline(bundle, manifest, watch) as pipeline:
         rungs: list[Rung] = [_input_rows, _weight_rows, _graph_rows]
         if runs_on(manifest.precision, provider):
@@ -181,7 +188,7 @@ def _graph_rows(pipeline: LatteFlowPipeline, reference: Reference, _: Tolerances
 
 def _engine_rows(pipeline: LatteFlowPipeline, reference: Reference, tolerances: Tolerances) -> Iterator[ParityRow]:
     """Compares engines one by one, on random inputs of several sizes and with the reference's prefix."""
-    cases = reference.engine_cases
+    cases = reference.engine_cases if _takes_all_latents(pipeline, reference) else reference.fixed_size_cases
     for case in cases:
         yield from _language_rows(pipeline, case, tolerances)
     for group in range(pipeline.manifest.schedule.num_groups):
@@ -205,6 +212,21 @@ def _engine_rows(pipeline: LatteFlowPipeline, reference: Reference, tolerances: 
         value = pipeline.decode(case.latents)
         yield psnr_row("engine", f"vae_decoder, {case.size}", value, case.images, FP32.image_psnr_db)
         yield bias_row("engine", f"vae_decoder's rounding, {case.size}", value, case.images, BIAS)
+
+
+def _takes_all_latents(pipeline: LatteFlowPipeline, reference: Reference) -> bool:
+    """Returns whether the engines take latents of all sizes that are measured, or have plans that do not."""
+    largest = {
+        f"latent_{axis}": max(case.latents.shape[place] for case in reference.engine_cases)
+        for axis, place in (("height", 2), ("width", 3))
+    }
+    limits = [
+        (most_in_plans(pipeline.manifest, pipeline.backend.name, entry.name, axis), size)
+        for entry in pipeline.manifest.engines
+        for axis, size in largest.items()
+        if axis in entry.axes
+    ]
+    return all(limit is None or size <= limit for limit, size in limits)
 
 
 def _language_rows(pipeline: LatteFlowPipeline, case: EngineCase, tolerances: Tolerances) -> Iterator[ParityRow]:
@@ -237,8 +259,24 @@ def _sampling_rows(pipeline: LatteFlowPipeline, reference: Reference, tolerances
 
 
 def _answer_rows(pipeline: LatteFlowPipeline, reference: Reference, tolerances: Tolerances) -> Iterator[ParityRow]:
-    """Compares answers, written as one batch; both sides get the reference's answers so far."""
-    answerer, cases = pipeline.answerer, reference.questions
+    """Compares answers, written as one batch if the engine takes it; both sides get the reference's answers so far."""
+    count = len(reference.questions)
+    limits = [
+        most_in_plans(pipeline.manifest, pipeline.backend.name, "vlm", "batch", **use)
+        for use in ({"past": 0, "image_tokens": 2}, {"past": 1, "tokens": 1})
+    ]
+    together = min([limit for limit in limits if limit is not None], default=count)
+    for first in range(0, count, together):
+        cases = reference.questions[first : first + together]
+        names = [f"answer {first + row + 1} of {count}" for row in range(len(cases))]
+        yield from _rows_of_answers(pipeline, cases, names, tolerances)
+
+
+def _rows_of_answers(
+    pipeline: LatteFlowPipeline, cases: list[QuestionCase], names: list[str], tolerances: Tolerances
+) -> Iterator[ParityRow]:
+    """Compares the answers of one batch."""
+    answerer = pipeline.answerer
     inputs = _inputs_of(pipeline, cases)
     embeds = None
     if inputs.images is not None:
@@ -249,10 +287,9 @@ def _answer_rows(pipeline: LatteFlowPipeline, reference: Reference, tolerances: 
     mask = inputs.attention_mask
     output = answerer.language.forward(inputs.input_ids, mask, inputs.position_ids, embeds)
     for step in range(ANSWER_TOKENS):
-        for row, case in enumerate(cases):
-            what = f"logits of answer {row + 1} of {len(cases)}"
+        for row, (case, name) in enumerate(zip(cases, names, strict=True)):
             value = output.logits.numpy()[row]
-            yield relative_row("answer", what, value, case.logits[step], tolerances.engine, step=step)
+            yield relative_row("answer", f"logits of {name}", value, case.logits[step], tolerances.engine, step=step)
         tokens = np.array([case.tokens[step] for case in cases])[:, None]
         mask = np.concatenate([mask, np.ones_like(tokens, bool)], axis=1)
         positions = np.broadcast_to((inputs.next_position + step)[None, :, None], (3, len(cases), 1))

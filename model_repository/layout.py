@@ -16,7 +16,7 @@ from tritonclient.grpc import model_config_pb2
 from model_repository.schema import ENGINE_FILE, INPUTS, MODEL, OUTPUTS, Field, Layout, Platform, engine_model
 from runtime.errors import InputError
 from runtime.files import check_replaceable, link_or_copy, replaced_directory, write_text
-from runtime.manifest import FILE_NAME, EngineEntry, Manifest, check_file, load_manifest
+from runtime.manifest import FILE_NAME, EngineEntry, FileEntry, Manifest, check_file, load_manifest
 from runtime.serving.requests import Limits
 
 LogFormat = Literal["text", "json"]
@@ -59,7 +59,8 @@ def write_repository(
         provider_options: of that provider, by the names in its own documentation.
         limits: what the service accepts.
         log_format: of the service's lines in the server's log.
-        placement: GPU numbers by engine name, in the layout per-engine; the other engines run on the CPU.
+        placement: GPU numbers by engine name, in the layout per-engine. Of the other engines, those in Python run where
+            the provider's options say, and those of another platform on the CPU.
         execution_environment: virtual environment of the Python models, if it is not the server's own.
         force: replace an existing repository.
 
@@ -70,6 +71,8 @@ def write_repository(
     manifest = load_manifest(bundle)
     if layout == "in-process" and (platform != "python" or placement):
         raise InputError("the layout in-process runs its engines in Python; choose a platform and GPUs with per-engine")
+    if placement and platform == "python" and provider == "cpu":
+        raise InputError("the provider cpu runs no engine on a GPU; choose another one, or a platform, for --gpu")
     if unknown := sorted(set(placement or {}) - {engine.name for engine in manifest.engines}):
         raise InputError(f"the bundle has no engine {unknown[0]!r} to place on a GPU")
     check_replaceable(out, f"{MODEL}/{CONFIG_FILE}", "model repository", force=force)
@@ -93,7 +96,7 @@ def write_repository(
             parameters = {"provider": provider} | shared if platform == "python" else {}
             config = engine_config(engine, platform, (placement or {}).get(engine.name), parameters)
             version = _write_model(folder_of(config.name), config, "engine" if platform == "python" else None)
-            _write_engine(bundle, engine, version, platform)
+            _write_engine(bundle, engine, version, platform, provider)
     for model in old_models - new_models:
         shutil.rmtree(out / model)
 
@@ -118,8 +121,8 @@ def _write_model(folder: Path, config: Any, source: str | None) -> Path:
     return version
 
 
-def _write_engine(bundle: Path, engine: EngineEntry, version: Path, platform: Platform) -> None:
-    """Writes an engine's files into the folder of its version."""
+def _write_engine(bundle: Path, engine: EngineEntry, version: Path, platform: Platform, provider: str) -> None:
+    """Writes an engine's files into the folder of its version. A provider that runs plans needs the plan too."""
     if platform == "tensorrt":
         plan = engine.plan("tensorrt")
         if plan is None:
@@ -132,9 +135,18 @@ def _write_engine(bundle: Path, engine: EngineEntry, version: Path, platform: Pl
     for file in engine.files:
         link_or_copy(bundle / file.path, version / Path(file.path).name)
     if platform == "python":
-        moved = tuple(file.model_copy(update={"path": Path(file.path).name}) for file in engine.files)
-        entry = engine.model_copy(update={"files": moved})
+        plans = tuple(plan for plan in engine.plans if plan.provider == provider)
+        for plan in plans:
+            link_or_copy(check_file(bundle, plan.file), version / Path(plan.file.path).name)
+        files = tuple(_beside(file) for file in engine.files)
+        plans = tuple(plan.model_copy(update={"file": _beside(plan.file)}) for plan in plans)
+        entry = engine.model_copy(update={"files": files, "plans": plans})
         write_text(version / ENGINE_FILE, entry.model_dump_json(indent=2) + "\n")
+
+
+def _beside(file: FileEntry) -> FileEntry:
+    """Returns a file's entry as it is in the folder of its engine."""
+    return file.model_copy(update={"path": Path(file.path).name})
 
 
 def engine_config(engine: EngineEntry, platform: Platform, gpu: int | None, parameters: Mapping[str, str]) -> Any:

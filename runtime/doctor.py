@@ -24,6 +24,8 @@ from runtime.plans import TENSORRT, usable_plan
 State = Literal["ok", "missing", "problem"]
 NEEDED_FREE_BYTES = 10e9
 """Disk space for an export and its plans at the paper's size."""
+OLDEST_WITH_BF16 = 80
+"""The first GPU architecture that computes in bf16, as in "sm_80"."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ def _cuda(gpu: Gpu | None) -> Iterator[Finding]:
     runtime = _imported("cuda.bindings.runtime")
     if isinstance(runtime, str):
         state: State = "missing" if runtime == "not installed" else "problem"
-        yield Finding("CUDA (cuda-python)", state, runtime, 'native TensorRT needs it: pip install "latte-flow[gpu]"')
+        yield Finding(
+            "CUDA (cuda-python)", state, runtime, 'native TensorRT needs it: pip install "latte-flow[tensorrt]"'
+        )
         return
     error, number = runtime.cudaRuntimeGetVersion()
     _, supported = runtime.cudaDriverGetVersion()
@@ -179,10 +183,14 @@ def _checks(bundle: Path, gpu: Gpu | None) -> dict[str, Callable[[EngineEntry], 
             return "this CPU has no VNNI, so 8-bit products overflow: export with --precision int8 --reduce-range"
         return ""
 
-    def on_cuda(_: EngineEntry) -> str:
+    def on_cuda(engine: EngineEntry) -> str:
         if "CUDAExecutionProvider" not in providers:
             return "this ONNX Runtime has no CUDA"
-        return "" if gpu is not None else "there is no GPU here"
+        if gpu is None:
+            return "there is no GPU here"
+        if engine.precision == "bf16" and int(gpu.architecture.removeprefix("sm_")) < OLDEST_WITH_BF16:
+            return f"{gpu.architecture} has no bf16: export in fp16"
+        return ""
 
     def with_plan(provider: PlanProvider) -> Callable[[EngineEntry], str]:
         def check(engine: EngineEntry) -> str:

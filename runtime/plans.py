@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from runtime.errors import BundleError
-from runtime.manifest import EngineEntry, PlanEntry, PlanProvider
+from runtime.manifest import EngineEntry, Manifest, PlanEntry, PlanProvider
 
 
 class TensorRTLibrary(NamedTuple):
@@ -29,9 +29,12 @@ class TensorRTLibrary(NamedTuple):
 
 
 TENSORRT: dict[PlanProvider, TensorRTLibrary] = {
-    "tensorrt": TensorRTLibrary("tensorrt", "gpu", "model.plan"),
+    "tensorrt": TensorRTLibrary("tensorrt", "tensorrt", "model.plan"),
     "tensorrt-rtx": TensorRTLibrary("tensorrt_rtx", "rtx", "model.rtx.plan"),
 }
+
+ALL_PLANS = "triton"
+"""Name of the backend whose engines run elsewhere: any plan of the bundle may be what runs them."""
 
 
 def usable_plan(
@@ -61,6 +64,29 @@ def usable_plan(
             f"the plan of {entry.name} is for {', '.join(plan.architectures)}; this GPU is {architecture}; {remedy}"
         )
     return plan
+
+
+def most_in_plans(manifest: Manifest, provider: str, engine: str, axis: str, **others: int) -> int | None:
+    """Returns the largest size of an engine's axis that its plans' profiles allow; None where no plan runs it.
+
+    Args:
+        provider: the backend's name; only TensorRT's backends run plans.
+        others: sizes of other axes; only profiles that allow them count.
+    """
+    entry = manifest.engine(engine)
+    plans = [plan for plan in entry.plans if provider in (plan.provider, ALL_PLANS)]
+    limits = [
+        max(
+            (
+                profile.axes[axis].max
+                for profile in plan.profiles
+                if axis in profile.axes and all(size in profile.axes[name] for name, size in others.items())
+            ),
+            default=None,
+        )
+        for plan in plans
+    ]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _reads(version: str, plan: PlanEntry) -> bool:

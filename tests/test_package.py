@@ -6,11 +6,13 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import latte.checkpoint
 from model_repository.container import KEY_FILE, KEY_VARIABLE
@@ -69,6 +71,40 @@ def test_the_readme_says_that_this_is_an_independent_implementation() -> None:
     assert "independent implementation" in readme
     assert "2506.06952" in readme
     assert "2506.06952" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+NOT_ON_A_GPU_MACHINE = ("tritonclient", "pytriton", "datasets", "peft", "gradio", "fastapi", "openai", "playwright")
+COLLECT = """
+import sys
+for name in sys.argv.pop(1).split(","):
+    sys.modules[name] = None
+import pytest
+sys.exit(pytest.main([*sys.argv[1:], "--collect-only"]))
+"""
+
+
+def test_make_test_gpu_collects_where_only_its_own_extras_are_installed() -> None:
+    """A file that cannot be imported stops the collection, although its tests would not be chosen."""
+    (command,) = re.findall(r"^\t\.venv-gpu/bin/python -m pytest (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    arguments = [sys.executable, "-c", COLLECT, ",".join(NOT_ON_A_GPU_MACHINE), *command.split()]
+    found = subprocess.run(arguments, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
+    assert found.returncode == 0, found.stdout
+    tests = {line.partition("[")[0] for line in found.stdout.splitlines() if "::" in line}
+    marked = [path for path in (ROOT / "tests").rglob("*.py") if "mark.gpu" in path.read_text(encoding="utf-8")]
+    assert {line.partition("::")[0] for line in tests} == {"tests/test_gpu.py"}
+    assert {path.name for path in marked} == {"test_gpu.py", Path(__file__).name}
+
+
+def test_a_pin_is_a_version_that_every_extra_accepts() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    versions = {pin.name.lower(): next(iter(pin.specifier)).version for pin in pins}
+    for extra, texts in project["optional-dependencies"].items():
+        for requirement in map(Requirement, texts):
+            version = versions.get(requirement.name.lower())
+            assert version is None or requirement.specifier.contains(version), (extra, str(requirement))
+    assert "tensorrt-cu13" not in versions  # two extras need different ones
 
 
 def test_what_is_deployed_is_what_the_service_is() -> None:

@@ -19,6 +19,7 @@ from export.benchmarks.report import app, describe_machine, print_machine
 from export.benchmarks.timing import take_turns
 from export.bundle import export_bundle
 from export.commands import parity_table, raise_if_failed, staged
+from export.plans.build import BuildOptions, build_plans
 from export.reference import Reference
 from export.verify import verify_bundle
 from runtime.backends import PROVIDERS, open_backend
@@ -28,10 +29,13 @@ from runtime.flow_time import DEFAULT_STEPS
 from runtime.images import contact_sheet, save_png
 from runtime.manifest import ParityRow, Precision
 from runtime.pipeline import LatteFlowPipeline
+from runtime.plans import TENSORRT
 
 PROMPTS = ("a small red circle", "a large green star above a small blue square", "a pink ring", "a large orange cross")
 BATCHES = (1, 8)
 """Images in one call."""
+VARIANTS = {"cuda": ("io_binding",), "tensorrt": ("cuda_graphs",), "tensorrt-rtx": ("cuda_graphs",)}
+"""Options that are switched off in a second round of calls, by provider."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ def run_provider(
 ) -> ProviderReport:
     """Exports, verifies on the provider, generates images, and times calls against the CPU in the same run.
 
+    A provider that runs TensorRT plans gets plans of the default sizes.
+
     Args:
         variants: provider options to time, the defaults first.
         rounds: number of calls of each variant; the variants take turns.
@@ -76,6 +82,9 @@ def run_provider(
         bundle = out / f"bundle-{precision}"
         on_stage(f"{precision}: export")
         export_bundle(checkpoint, bundle, precision=precision, verify=False, force=True)
+        if provider in TENSORRT:
+            on_stage(f"{precision}: build plans")
+            build_plans(bundle, BuildOptions(provider=provider))
         on_stage(f"{precision}: verify on {provider}")
         report.parity[precision] = verify_bundle(bundle, reference, provider)
         on_stage(f"{precision}: draw and time")
@@ -116,7 +125,7 @@ def provider(
       latte-flow bench provider cpu --rounds 3
     """
     open_backend(name)  # reports what is missing before the work begins
-    variants: tuple[dict[str, str], ...] = ({}, {"io_binding": "0"}) if name == "cuda" else ({},)
+    variants = ({}, *({option: "0"} for option in VARIANTS.get(name, ())))
     reference = Reference.from_pretrained(checkpoint)
     with staged() as on_stage:
         report = run_provider(checkpoint, reference, name, out, ("fp32", "fp16"), variants, rounds, on_stage)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from runtime.errors import InputError
 from runtime.manifest import AxisRange, EngineEntry, Manifest, PlanProfile
+from runtime.serving.requests import Limits
 
 MOST_CONTEXT_TOKENS = 4096
 """Limit of a conversation, unless the user asks for more: a profile's memory grows with its largest shapes."""
@@ -111,7 +112,7 @@ def _uses(manifest: Manifest, engine: EngineEntry) -> list[_Use]:
     """Returns the default ranges for each use of an engine."""
     height, width = manifest.geometry.latent_size
     latents = {"latent_height": _static(height), "latent_width": _static(width)}
-    rows = AxisRange(min=1, opt=2, max=16)
+    rows = AxisRange(min=1, opt=2, max=Limits().max_rows_per_tick)
     prompt = AxisRange(min=1, opt=min(32, manifest.prompt.max_tokens), max=manifest.prompt.max_tokens)
     context = min(manifest.understanding.max_context_tokens, MOST_CONTEXT_TOKENS)
     images = AxisRange(min=1, opt=min(256, context), max=context)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from runtime.backends.base import Backend, DeviceTensor, Session, Value
+from runtime.backends.base import Backend, DeviceTensor, Session, Value, to_host
 from runtime.errors import EngineError, MissingExtraError, one_line
 from runtime.manifest import EngineEntry
 
@@ -22,6 +24,10 @@ _DTYPES = {
     "tensor(bool)": "bool",
     "tensor(uint8)": "uint8",
 }
+
+
+ONNX_BFLOAT16 = 16
+"""`TensorProto.BFLOAT16`."""
 
 
 class OrtTensor(DeviceTensor):
@@ -39,8 +45,37 @@ class OrtTensor(DeviceTensor):
         return _DTYPES[self.value.data_type()]
 
     def numpy(self) -> np.ndarray:
+        if self.dtype == "bfloat16":
+            return _bfloat16_array(self.value)
         # A copy: OrtValue.numpy() is a view that dangles once the OrtValue is collected.
         return np.array(self.value.numpy())
+
+
+def ort_value(array: np.ndarray, device: str = "cpu", device_id: int = 0) -> Any:
+    """Returns an array as an OrtValue. ONNX Runtime does not know NumPy's bfloat16, so its bits are passed."""
+    import onnxruntime as ort
+
+    if str(array.dtype) != "bfloat16":
+        return ort.OrtValue.ortvalue_from_numpy(array, device, device_id)
+    value = ort.OrtValue.ortvalue_from_shape_and_type(array.shape, ONNX_BFLOAT16, device, device_id)
+    if array.size:
+        value.update_inplace(np.ascontiguousarray(array).view(np.uint16))
+    return value
+
+
+def _bfloat16_array(value: Any) -> np.ndarray:
+    """Copies an OrtValue in bfloat16 to the host. A run has ended on the device when it returns."""
+    bits = np.empty(value.shape(), np.uint16)
+    if value.device_name() == "cpu":
+        ctypes.memmove(bits.ctypes.data, value.data_ptr(), bits.nbytes)
+    else:
+        from cuda.bindings import runtime
+
+        kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        (error,) = runtime.cudaMemcpy(bits.ctypes.data, value.data_ptr(), bits.nbytes, kind)
+        if int(error):
+            raise EngineError(f"CUDA: cudaMemcpy failed with {error.name}")
+    return bits.view("bfloat16")
 
 
 class OrtSession(Session):
@@ -54,12 +89,10 @@ class OrtSession(Session):
         self._outputs = [spec.name for spec in entry.outputs]
 
     def _execute(self, feed: Mapping[str, Value]) -> dict[str, DeviceTensor]:
-        import onnxruntime as ort
-
         binding = self._session.io_binding()
         for name, value in feed.items():
-            ort_value = value.value if isinstance(value, OrtTensor) else ort.OrtValue.ortvalue_from_numpy(value)
-            binding.bind_ortvalue_input(name, ort_value)
+            bound = value.value if isinstance(value, OrtTensor) else ort_value(to_host(value))
+            binding.bind_ortvalue_input(name, bound)
         for name in self._outputs:
             binding.bind_output(name, self._device, self._device_id)
         try:
@@ -90,7 +123,7 @@ class OrtBackend(Backend):
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         path = bundle / entry.files[0].path
         try:
-            session = ort.InferenceSession(str(path), options, providers=self._providers)
+            session = ort.InferenceSession(str(path), options, providers=self._providers_for(entry))
         except Exception as error:
             raise EngineError(f"engine {entry.name} cannot be loaded by ONNX Runtime: {one_line(error)}") from error
         # If a library of the provider is missing, ONNX Runtime falls back to the CPU with only a log line.
@@ -102,10 +135,17 @@ class OrtBackend(Backend):
             )
         return OrtSession(entry, session, self._device, self._device_id)
 
-    def upload(self, array: np.ndarray) -> DeviceTensor:
-        import onnxruntime as ort
+    def _providers_for(self, entry: EngineEntry) -> list[tuple[str, dict[str, str]]]:
+        """Returns the providers with their options. An fp32 engine is not computed in TF32 unless the user says so."""
+        if entry.precision != "fp32":
+            return self._providers
+        return [
+            (provider, {"use_tf32": "0"} | options if provider == CUDA else options)
+            for provider, options in self._providers
+        ]
 
-        return OrtTensor(ort.OrtValue.ortvalue_from_numpy(array, self._device, self._device_id))
+    def upload(self, array: np.ndarray) -> DeviceTensor:
+        return OrtTensor(ort_value(array, self._device, self._device_id))
 
 
 def open_cpu(options: Mapping[str, str]) -> Backend:
@@ -120,7 +160,10 @@ def open_cuda(options: Mapping[str, str]) -> Backend:
 
 
 def open_ort_tensorrt(options: Mapping[str, str]) -> Backend:
-    """Opens ONNX Runtime's TensorRT provider, which builds its own engines when a session is created."""
+    """Opens ONNX Runtime's TensorRT provider, which builds its own engines when a session is created.
+
+    It needs the libraries of TensorRT 10.
+    """
     device = {name: value for name, value in options.items() if name == "device_id"}
     return _open("ort-tensorrt", {TENSORRT: options, CUDA: device, CPU: {}}, "cuda")
 
@@ -140,4 +183,22 @@ def _open(name: str, providers: Mapping[str, Mapping[str, str]], device: str) ->
         )
     if first != CPU:
         ort.preload_dlls()  # finds CUDA's libraries in their Python packages
+        import_module("ml_dtypes")  # NumPy's bfloat16
+    if first == TENSORRT:
+        _load_tensorrt()
     return OrtBackend(name, providers, device)
+
+
+def _load_tensorrt() -> None:
+    """Loads TensorRT's libraries from its Python package: ONNX Runtime's provider links them and does not find them.
+
+    Raises:
+        MissingExtraError: TensorRT is missing, or of another major version than the one that is linked.
+    """
+    install = 'pip install "latte-flow[ort-tensorrt]"'
+    try:
+        version = str(import_module("tensorrt").__version__)
+    except ImportError as error:
+        raise MissingExtraError(f"ort-tensorrt needs TensorRT 10; install it with: {install}") from error
+    if version.partition(".")[0] != "10":
+        raise MissingExtraError(f"ort-tensorrt needs TensorRT 10, and this is {version}; install 10 with: {install}")

@@ -10,15 +10,13 @@ import numpy as np
 from runtime.answers import Answer
 from runtime.chat import ChatInputs
 from runtime.errors import CancelledError, InputError
-from runtime.manifest import Manifest
 from runtime.pipeline import LatteFlowPipeline
+from runtime.plans import most_in_plans
 from runtime.rows import arrange_rows
 from runtime.sampler import Sampler
 from runtime.serving.jobs import AnswerJob, EncodedPrompt, ImageJob, Station
 from runtime.serving.requests import AnswerRequest, AnyRequest
 
-ALL_PLANS = "triton"
-"""Name of the backend whose engines run elsewhere: any plan of the bundle may be what runs them."""
 REMEMBERED_BATCHES = 4
 """Arranged batches kept in memory: about as many as there are groups of requests at different flow times."""
 
@@ -117,26 +115,3 @@ class PipelineStations:
     def write(self, jobs: Sequence[AnswerJob]) -> list[str]:
         """Adds a token to every answer, in one run."""
         return self._pipeline.answerer.write([job.answer for job in jobs if job.answer is not None])
-
-
-def most_in_plans(manifest: Manifest, provider: str, engine: str, axis: str, **others: int) -> int | None:
-    """Returns the largest size of an engine's axis that its plans' profiles allow; None where no plan runs it.
-
-    Args:
-        provider: the backend's name; only TensorRT's backends run plans.
-        others: sizes of other axes; only profiles that allow them count.
-    """
-    entry = manifest.engine(engine)
-    plans = [plan for plan in entry.plans if provider in (plan.provider, ALL_PLANS)]
-    limits = [
-        max(
-            (
-                profile.axes[axis].max
-                for profile in plan.profiles
-                if axis in profile.axes and all(size in profile.axes[name] for name, size in others.items())
-            ),
-            default=None,
-        )
-        for plan in plans
-    ]
-    return min((limit for limit in limits if limit is not None), default=None)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from google.protobuf import text_format
@@ -14,9 +17,12 @@ from tritonclient.grpc import model_config_pb2
 
 import model_repository.layout
 from model_repository.layout import write_repository
-from model_repository.schema import INPUTS, OUTPUTS
+from model_repository.schema import ENGINE_FILE, INPUTS, OUTPUTS
+from runtime.backends import Backend, open_backend
 from runtime.errors import BundleError, InputError
-from runtime.manifest import check_file, load_manifest
+from runtime.manifest import EngineEntry, check_file, load_manifest
+from runtime.plans import usable_plan
+from tests.plan_files import PLAN_VERSION, add_plans
 
 RunCommand = Callable[..., tuple[int, str, str]]
 
@@ -55,7 +61,7 @@ def test_it_holds_the_bundle_and_names_nothing_outside(bundle: Path, tmp_path: P
 def test_each_engine_can_be_a_model_of_its_own(
     platform: str, bundle: Path, tmp_path: Path, run_command: RunCommand
 ) -> None:
-    options = ("--layout", "per-engine", "--platform", platform, "--gpu", "expert_1=3")
+    options = ("--layout", "per-engine", "--platform", platform, "--provider", "cuda", "--gpu", "expert_1=3")
     code, _, error = run_command("repository", bundle, tmp_path / "models", *options)
     assert code == 0, error
     for engine in load_manifest(bundle).engines:
@@ -75,13 +81,56 @@ def test_each_engine_can_be_a_model_of_its_own(
     assert "per-engine" in service
 
 
+def test_an_engine_in_python_whose_provider_runs_plans_gets_its_plan(bundle_copy: Path, tmp_path: Path) -> None:
+    add_plans(bundle_copy, "tensorrt")
+    options = {"layout": "per-engine", "provider": "tensorrt", "placement": {"expert_1": 3}}
+    write_repository(bundle_copy, tmp_path / "models", **options)  # type: ignore[arg-type]
+    for engine in load_manifest(bundle_copy).engines:
+        version = tmp_path / "models" / f"latte_flow_{engine.name}" / "1"
+        entry = EngineEntry.model_validate_json((version / ENGINE_FILE).read_text())
+        plan = usable_plan(version, entry, "tensorrt", PLAN_VERSION, "sm_90")
+        assert check_file(version, plan.file).read_bytes() == (bundle_copy / engine.name / "model.plan").read_bytes()
+
+
+def test_an_engine_in_python_runs_on_the_gpu_that_it_was_given(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_repository(bundle, tmp_path / "models", layout="per-engine")
+    opened: list[tuple[str, dict[str, str]]] = []
+
+    def open_and_record(provider: str, options: dict[str, str]) -> Backend:
+        opened.append((provider, options))
+        return open_backend("cpu")
+
+    monkeypatch.setattr("runtime.backends.open_backend", open_and_record)
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", ModuleType("triton_python_backend_utils"))
+    folder = tmp_path / "models" / "latte_flow_expert_1"
+    model = runpy.run_path(str(folder / "1" / "model.py"))["TritonPythonModel"]()
+    text = (folder / "config.pbtxt").read_text()
+    parameters = text_format.Parse(text, model_config_pb2.ModelConfig()).parameters
+    config = {"parameters": {name: {"string_value": value.string_value} for name, value in parameters.items()}}
+    place = {"model_instance_kind": "GPU", "model_instance_device_id": "3"}
+    model.initialize(
+        {"model_config": json.dumps(config), "model_repository": str(folder), "model_version": "1"} | place
+    )
+    model.finalize()
+    assert opened == [("cpu", {"device_id": "3"})]
+
+
 BAD_OPTIONS = {
     "a platform in process": (("--platform", "onnxruntime"), "the layout in-process runs its engines in Python"),
     "no plan": (
         ("--layout", "per-engine", "--platform", "tensorrt"),
         "no TensorRT plan of vision_encoder; run `latte",
     ),
-    "no such engine": (("--layout", "per-engine", "--gpu", "expert_9=0"), "no engine 'expert_9'"),
+    "no such engine": (
+        ("--layout", "per-engine", "--provider", "cuda", "--gpu", "expert_9=0"),
+        "no engine 'expert_9'",
+    ),
+    "a GPU for the CPU": (
+        ("--layout", "per-engine", "--gpu", "expert_0=0"),
+        "the provider cpu runs no engine on a GPU",
+    ),
     "no such limit": (("--limit", "max_stepz=3"), "unknown limit 'max_stepz'; known are max_steps"),
     "no number of a limit": (("--limit", "max_steps=many"), "the limit max_steps must be a whole number, got 'many'"),
     "a limit of nothing": (("--limit", "max_steps=0"), "the limit max_steps must be at least 1, got 0"),

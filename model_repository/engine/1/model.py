@@ -21,10 +21,13 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"])["parameters"]
         folder = Path(args["model_repository"]) / args["model_version"]
         entry = EngineEntry.model_validate_json((folder / ENGINE_FILE).read_text(encoding="utf-8"))
-        for file in entry.files:
-            check_file(folder, file)
         options = json.loads(parameters["provider_options"]["string_value"]) if "provider_options" in parameters else {}
-        self.session = open_backend(parameters["provider"]["string_value"], options).load(folder, entry)
+        if args["model_instance_kind"] == "GPU":
+            options["device_id"] = args["model_instance_device_id"]
+        self.backend = open_backend(parameters["provider"]["string_value"], options)
+        for file in self.backend.files(entry):
+            check_file(folder, file)
+        self.session = self.backend.load(folder, entry)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._answer(request) for request in requests]
@@ -38,3 +41,4 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         self.session.close()
+        self.backend.close()

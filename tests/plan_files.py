@@ -1,0 +1,36 @@
+"""Plans that no TensorRT built: files with a name in them, and their entries in a bundle's manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from export.plans.profiles import AxisChoices, profiles_of
+from runtime.manifest import PlanEntry, PlanProvider, file_entry, load_manifest, save_manifest
+from runtime.plans import TENSORRT
+
+PLAN_VERSION = "11.4.0.106"
+ARCHITECTURE = "sm_90"
+
+
+def add_plans(bundle: Path, provider: PlanProvider, choices: Mapping[str, AxisChoices] | None = None) -> None:
+    """Adds a plan of every engine to a bundle, with the profiles that `latte-flow build` would choose."""
+    manifest = load_manifest(bundle)
+    engines = []
+    for engine in manifest.engines:
+        path = f"{engine.name}/{TENSORRT[provider].plan_file}"
+        (bundle / path).write_text(f"{provider}: a plan of {engine.name} in {bundle}")
+        plan = PlanEntry(
+            provider=provider,
+            file=file_entry(bundle, path),
+            version=PLAN_VERSION,
+            version_compatible=False,
+            architectures=(ARCHITECTURE,),
+            profiles=profiles_of(manifest, engine, choices or {}),
+            ingredients={},
+            inspected=False,
+            build_seconds=0,
+            build_peak_bytes=0,
+        )
+        engines.append(engine.model_copy(update={"plans": (plan,)}))
+    save_manifest(manifest.model_copy(update={"engines": tuple(engines)}), bundle)
