@@ -104,7 +104,6 @@ class Answerer:
         self.chat = chat
         self._understanding = understanding
         self.language = language or LanguageModel(engines)
-        self.language.keepers.add(self)
         self._batch: tuple[Answer, ...] = ()
         self._past: tuple[Value, ...] = ()
         """Keys and values of the batch on the device, one tensor per expert group, `[M, 2, B, Hkv, T, D]`."""
@@ -137,8 +136,8 @@ class Answerer:
         embeds = None if inputs.images is None else self.encode_images(inputs.images, between_runs)
         between_runs()
         mask = inputs.attention_mask
-        self.save_outputs()
-        output = self.language.forward(inputs.input_ids, mask, inputs.position_ids, embeds, keeper=self)
+        self._leave_batch()
+        output = self.language.forward(inputs.input_ids, mask, inputs.position_ids, embeds)
         left = min(settings.max_new_tokens, self._understanding.max_context_tokens - mask.shape[1])
         answers = [
             Answer(
@@ -164,7 +163,7 @@ class Answerer:
         ids = np.array([[answer.token] for answer in answers], np.int64)
         positions = np.array([[answer.position] for answer in answers], np.int64)
         positions = np.broadcast_to(positions, (3, len(answers), 1))
-        output = self.language.forward(ids, mask, positions, past=self._past, keeper=self)
+        output = self.language.forward(ids, mask, positions, past=self._past)
         logits = _finite_logits(output)  # before anything changes, so that a failed call can be made again
         self._past, self._mask = output.kv, mask
         for answer in answers:
@@ -177,12 +176,12 @@ class Answerer:
 
     def _arrange(self, answers: Sequence[Answer]) -> None:
         """Makes these answers the batch."""
-        self.save_outputs()
+        self._leave_batch()
         kv, self._mask = pad_rows([answer.kv for answer in answers if answer.kv is not None])
         self._batch, self._past = tuple(answers), tuple(kv)
 
-    def save_outputs(self) -> None:
-        """Copies keys and values of the batch to the host, where the run of another batch cannot overwrite them."""
+    def _leave_batch(self) -> None:
+        """Copies keys and values of the batch to the host, from where they can join another one."""
         groups = [] if all(answer.ended for answer in self._batch) else [to_host(group) for group in self._past]
         for row, answer in enumerate(self._batch):
             if not answer.ended:

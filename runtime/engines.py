@@ -30,7 +30,7 @@ class EngineSet(Mapping[str, Session]):
             if self._low_memory and _has_weights(entry):
                 self._drop_engines_with_weights()
             if name not in self._checked:
-                for file in entry.files:
+                for file in self._backend.files(entry):
                     check_file(self._bundle, file)
                 self._checked.add(name)
             self._loaded[name] = self._backend.load(self._bundle, entry)

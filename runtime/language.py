@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
-from weakref import WeakSet
 
 import numpy as np
 
@@ -29,25 +27,11 @@ class LanguageOutput:
     """Keys and values so far, one tensor per expert group, `[M, 2, B, Hkv, T, D]`."""
 
 
-class KeepsOutputs(Protocol):
-    """Holds outputs of earlier runs, which some backends overwrite."""
-
-    def save_outputs(self) -> None:
-        """Copies the outputs that it still needs to memory of its own."""
-
-
 class LanguageModel:
-    """Feeds the engine `vlm`. It is not safe to use from several threads at once.
+    """Feeds the engine `vlm`. It is not safe to use from several threads at once."""
 
-    Args:
-        recycles_outputs: whether the backend overwrites an output in the engine's second next run. Whoever keeps
-            outputs for longer belongs into `keepers` and is told before a run that is not its own.
-    """
-
-    def __init__(self, engines: Mapping[str, Session], *, recycles_outputs: bool = False) -> None:
+    def __init__(self, engines: Mapping[str, Session]) -> None:
         self._engines = engines
-        self._recycles_outputs = recycles_outputs
-        self.keepers: WeakSet[KeepsOutputs] = WeakSet()
 
     def forward(
         self,
@@ -56,7 +40,6 @@ class LanguageModel:
         position_ids: np.ndarray | None = None,
         image_embeds: Value | None = None,
         past: tuple[Value, ...] | None = None,
-        keeper: KeepsOutputs | None = None,
     ) -> LanguageOutput:
         """Runs the model over new tokens.
 
@@ -66,12 +49,7 @@ class LanguageModel:
             position_ids: M-RoPE positions, `[3, B, S]` int64; by default 0, 1, … for text without a past.
             image_embeds: embeddings of the batch's image tokens in order, `[image tokens, hidden]` float32.
             past: the `kv` of the run before.
-            keeper: who feeds `past`, and so needs no copy of it.
         """
-        if self._recycles_outputs:
-            for other in list(self.keepers):
-                if other is not keeper:
-                    other.save_outputs()
         session = self._engines["vlm"]
         rows, tokens = input_ids.shape
         if position_ids is None:

@@ -283,6 +283,18 @@ def file_entry(bundle: Path, path: str) -> FileEntry:
     return FileEntry(path=path, sha256=sha256_of(file), size=file.stat().st_size)
 
 
+def read_file(bundle: Path, entry: FileEntry) -> bytes:
+    """Returns the content of a file after checking it against the manifest.
+
+    Raises:
+        BundleError: the file was altered.
+    """
+    content = (bundle / entry.path).read_bytes()
+    if hashlib.sha256(content).hexdigest() != entry.sha256:
+        raise BundleError(_altered(bundle / entry.path))
+    return content
+
+
 def check_file(bundle: Path, entry: FileEntry) -> Path:
     """Returns the path of a file after checking its content against the manifest.
 
@@ -291,5 +303,9 @@ def check_file(bundle: Path, entry: FileEntry) -> Path:
     """
     path = bundle / entry.path
     if sha256_of(path) != entry.sha256:
-        raise BundleError(f"{path} was altered after the export (its SHA-256 differs); export the bundle again")
+        raise BundleError(_altered(path))
     return path
+
+
+def _altered(path: Path) -> str:
+    return f"{path} was altered after the export (its SHA-256 differs); export the bundle again"

@@ -71,7 +71,7 @@ class LatteFlowPipeline:
         self.backend = backend
         self.engines = EngineSet(bundle, manifest, backend, low_memory=low_memory)
         self.chat = ChatProcessor(bundle, manifest)
-        self._language = LanguageModel(self.engines, recycles_outputs=backend.recycles_outputs)
+        self._language = LanguageModel(self.engines)
         self._negative_prefixes: OrderedDict[str, PrefixRow] = OrderedDict()
 
     @classmethod
@@ -313,8 +313,9 @@ class LatteFlowPipeline:
         return initial_latents(seeds, shape), list(seeds)
 
     def close(self) -> None:
-        """Frees the engines."""
+        """Frees the engines and the backend."""
         self.engines.close()
+        self.backend.close()
 
     def __enter__(self) -> Self:
         return self

@@ -16,6 +16,9 @@ from export.reference import Reference
 from latte.checkpoint import load_checkpoint, load_image_processor
 from latte.model import LatteFlow
 from runtime.pipeline import LatteFlowPipeline
+from tests.doubles import GpuDouble, install
+from tests.doubles.cuda import CudaDouble
+from tests.plan_files import add_plans
 from tests.tiny import save_tiny
 
 
@@ -88,6 +91,20 @@ def bundle(checkpoint: Path, shared: Path) -> Path:
 def bundle_copy(bundle: Path, tmp_path: Path) -> Path:
     """A copy of the bundle to break."""
     return Path(shutil.copytree(bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> GpuDouble:
+    """Doubles of CUDA and TensorRT instead of the real ones: what runs on them has seen no GPU."""
+    return install(monkeypatch, CudaDouble())
+
+
+@pytest.fixture
+def plan_bundle(bundle_copy: Path, gpu: GpuDouble) -> Path:
+    """A copy of the bundle with plans that the doubles can run."""
+    add_plans(bundle_copy, "tensorrt")
+    gpu.trt.show(bundle_copy)
+    return bundle_copy
 
 
 @pytest.fixture(scope="session")

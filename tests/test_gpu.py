@@ -13,6 +13,7 @@ from export.plans.build import BuildOptions, build_plans
 from export.reference import Reference
 from export.verify import verify_bundle
 from runtime.backends import open_backend
+from runtime.backends.tensorrt import TrtBackend
 from runtime.errors import LatteFlowError
 from runtime.machine import find_gpu
 from runtime.manifest import Precision, load_manifest
@@ -33,7 +34,7 @@ def native() -> str:
 class TestCuda:
     pytestmark = needs_gpu
 
-    @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+    @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
     def test_onnx_runtime_on_cuda_passes_the_ladder(
         self, precision: Precision, checkpoint: Path, reference: Reference, tmp_path: Path
     ) -> None:
@@ -64,14 +65,17 @@ class TestNative:
         export_bundle(checkpoint, bundle, precision=precision, verify=False)
         build_plans(bundle, BuildOptions(provider=name))  # type: ignore[arg-type]
         assert all(plan.inspected for engine in load_manifest(bundle).engines for plan in engine.plans)
-        assert [row for row in verify_bundle(bundle, reference, name) if not row.passed] == []
+        rows = verify_bundle(bundle, reference, name, {"cuda_graphs": graphs})
+        assert [row for row in rows if not row.passed] == []
 
     def test_the_same_call_twice_is_a_graph_and_the_same_image(self, checkpoint: Path, tmp_path: Path) -> None:
         name = native()
         export_bundle(checkpoint, tmp_path / "bundle", verify=False)
         build_plans(tmp_path / "bundle", BuildOptions(provider=name))  # type: ignore[arg-type]
         with LatteFlowPipeline.from_pretrained(tmp_path / "bundle", name) as pipe:
+            assert isinstance(pipe.backend, TrtBackend)
             drawn = [pipe("a red star", seed=3, output_type="np").images for _ in range(3)]
+            assert pipe.backend.graph_launches > 0
         np.testing.assert_array_equal(drawn[0], drawn[1])
         np.testing.assert_array_equal(drawn[0], drawn[2])
 
@@ -97,18 +101,21 @@ def test_a_provider_that_cannot_work_here_says_so_in_one_line(provider: str, mes
 
 USED_OF_TENSORRT = {
     "Runtime": ("deserialize_cuda_engine",),
-    "ICudaEngine": ("create_execution_context", "device_memory_size_v2", "create_engine_inspector"),
+    "ICudaEngine": (
+        "create_execution_context",
+        "get_device_memory_size_for_profile_v2",
+        "create_engine_inspector",
+    ),
     "IExecutionContext": (
         "set_optimization_profile_async",
         "set_device_memory",
         "set_input_shape",
         "set_tensor_address",
-        "get_tensor_address",
         "get_tensor_shape",
         "execute_async_v3",
     ),
     "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
-    "EngineInspector": ("get_engine_information",),
+    "EngineInspector": ("get_engine_information", "execution_context"),
     "LayerInformationFormat": ("JSON",),
 }
 USED_OF_CUDA = (
@@ -119,7 +126,10 @@ USED_OF_CUDA = (
     "cudaMalloc",
     "cudaFree",
     "cudaMemcpyAsync",
+    "cudaMemcpy2DAsync",
+    "cudaMemsetAsync",
     "cudaStreamSynchronize",
+    "cudaGetLastError",
     "cudaStreamBeginCapture",
     "cudaStreamEndCapture",
     "cudaGraphInstantiate",

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -131,15 +132,18 @@ def build_plans(
     machine = _describe(options.provider)
     architectures = _architectures(options, machine["architecture"])
     decisions = []
-    for engine in chosen:
-        profiles = profiles_of(manifest, engine, choices or {})
-        ingredients = _ingredients(engine, options, profiles, machine["version"], architectures)
-        decision = _decide(bundle, engine, options.provider, ingredients)
-        decisions.append(decision)
-        if decision.build and not dry_run:
-            plan = _build(bundle, engine, options, profiles, ingredients, architectures, on_progress)
-            manifest = _with_plan(manifest, engine.name, plan)
-            save_manifest(manifest, bundle)
+    with TemporaryDirectory(prefix="latte-flow-timing-") as folder:
+        # Experts have equal graphs: what TensorRT measures for the first one serves the others.
+        cache = options.timing_cache or Path(folder) / "timing.cache"
+        for engine in chosen:
+            profiles = profiles_of(manifest, engine, choices or {})
+            ingredients = _ingredients(engine, options, profiles, machine["version"], architectures)
+            decision = _decide(bundle, engine, options.provider, ingredients)
+            decisions.append(decision)
+            if decision.build and not dry_run:
+                plan = _build(bundle, engine, options, cache, profiles, ingredients, architectures, on_progress)
+                manifest = _with_plan(manifest, engine.name, plan)
+                save_manifest(manifest, bundle)
     return BuildReport(tuple(decisions), manifest)
 
 
@@ -203,6 +207,7 @@ def _build(
     bundle: Path,
     engine: EngineEntry,
     options: BuildOptions,
+    timing_cache: Path,
     profiles: tuple[PlanProfile, ...],
     ingredients: dict[str, str],
     architectures: tuple[str, ...],
@@ -220,7 +225,7 @@ def _build(
         profiles=[_shapes(engine, profile) for profile in profiles],
         optimization_level=options.optimization_level,
         workspace_bytes=options.workspace_mib << 20,
-        timing_cache=options.timing_cache.absolute() if options.timing_cache else None,
+        timing_cache=timing_cache.absolute(),
         version_compatible=options.version_compatible,
         hardware_compatibility=options.hardware_compatibility,
         compute_capabilities=list(options.compute_capabilities),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -26,7 +27,20 @@ WIDE = {"SOFTMAX", "REDUCE", "NORMALIZATION"}
 """Layers that must stay in fp32: attention softmax, and the means of the norms."""
 WIDE_UNARY = {"EXP", "LOG", "SQRT", "RECIP", "SIN", "COS"}
 """Operations that must stay in fp32: rotary angles, the timestep's sinusoids, and the norms."""
-INSPECTOR_TYPES = {"FP32": "FLOAT", "FP16": "HALF", "BF16": "BF16", "Float": "FLOAT", "Half": "HALF"}
+INSPECTOR_TYPES = {
+    "FP32": "FLOAT",
+    "Float": "FLOAT",
+    "FP16": "HALF",
+    "Half": "HALF",
+    "BF16": "BF16",
+    "BFloat16": "BF16",
+    "INT8": "INT8",
+    "Int8": "INT8",
+    "FP8": "FP8",
+}
+"""The inspector's words for types: whole words, since "BFloat16" is no "Float"."""
+INSPECTOR_FIELDS = ("DataType", "Datatype", "Format/Datatype")
+"""Where the inspector writes a tensor's type: TensorRT 11 has a field for it, 10 one for type and format together."""
 
 
 def wrong_layers(network: Any, trt: Any, precision: Precision, *, any_scores: bool = False) -> list[str]:
@@ -103,20 +117,32 @@ def _outputs(layer: Any) -> list[Any]:
 def wrong_built_layers(inspected: str, precision: Precision, scores: AbstractSet[str]) -> list[str]:
     """Describes each matrix product of a built engine that does not have the right type, from its inspector's JSON.
 
+    An inspector that says no type at all proves nothing, and is described as such.
+
     Args:
         scores: names of the network's products that must be fp32, see `score_layers`. The inspector writes the names
             of the network's layers into the name or the metadata of the layers that it made of them.
     """
+    # Without the verbosity DETAILED a layer is no more than its name.
+    layers = [layer for layer in json.loads(inspected)["Layers"] if isinstance(layer, dict)]
+    if not any(_inspected_types(layer, side) for layer in layers for side in ("Inputs", "Outputs")):
+        return ["of all: the inspector of this TensorRT says no types that are known"]
     wrong = []
-    for layer in json.loads(inspected)["Layers"]:
+    for layer in layers:
         kind = str(layer.get("LayerType", "")).lower()
         if not any(word in kind for word in ("gemm", "matrixmultiply", "conv")):
             continue
-        formats = [str(tensor.get("Format/Datatype", "")) for tensor in layer.get("Inputs", [])]
-        types = {name for text in formats for word, name in INSPECTOR_TYPES.items() if word in text}
+        types = _inspected_types(layer, "Inputs")
         origin = re.split(r"[^\w./]+", f"{layer.get('Name', '')} {layer.get('Metadata', '')}")
         if types == {"FLOAT"} and not scores.isdisjoint(origin):
             continue
-        if types and TRT_TYPES[precision] not in types:
-            wrong.append(f"{layer['LayerType']} {layer['Name']} is {'/'.join(sorted(types))}")
+        if TRT_TYPES[precision] not in types:
+            wrong.append(f"{layer['LayerType']} {layer['Name']} is {'/'.join(sorted(types)) or 'of no known type'}")
     return wrong
+
+
+def _inspected_types(layer: Mapping[str, Any], side: str) -> set[str]:
+    """Returns the types of a layer's "Inputs" or "Outputs", as far as the inspector says them."""
+    texts = [str(tensor.get(field, "")) for tensor in layer.get(side, ()) for field in INSPECTOR_FIELDS]
+    words = {word for text in texts for word in re.findall(r"\w+", text)}
+    return {name for word, name in INSPECTOR_TYPES.items() if word in words}

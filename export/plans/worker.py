@@ -36,7 +36,8 @@ class BuildJob(BaseModel):
     """For each profile, the smallest, best and largest shape of every input."""
     optimization_level: int | None
     workspace_bytes: int
-    timing_cache: Path | None
+    timing_cache: Path
+    """It may not exist yet; what is measured is added."""
     version_compatible: bool
     hardware_compatibility: str
     compute_capabilities: list[str]
@@ -63,7 +64,7 @@ def build(job: BuildJob) -> None:
     from polygraphy.backend.trt import engine_bytes_from_network, network_from_onnx_path
 
     started = time.monotonic()
-    builder, network, parser = network_from_onnx_path(str(job.graph))
+    builder, network, parser = network_from_onnx_path(str(job.graph), strongly_typed=_must_ask_for_types(trt))
     _fix_static_shapes(network, job.profiles)
     # The flow layers compute their scores in half precision still.
     is_expert = job.graph.parent.name.startswith("expert_")
@@ -73,10 +74,10 @@ def build(job: BuildJob) -> None:
         return
     scores = score_layers(network)
     config = _config(trt, job, _progress_monitor(trt))
-    cache = str(job.timing_cache) if job.timing_cache else None
-    plan = engine_bytes_from_network((builder, network, parser), config=config, save_timing_cache=cache)
+    parsed = (builder, network, parser)
+    plan = engine_bytes_from_network(parsed, config=config, save_timing_cache=str(job.timing_cache))
     job.plan.write_bytes(memoryview(plan))
-    inspected = _inspect(trt, job.plan)
+    inspected = _inspect(trt, job)
     if inspected is not None and (wrong := wrong_built_layers(inspected, job.precision, scores)):
         send("wrong", layers=wrong)
         return
@@ -129,7 +130,7 @@ def _config(trt: Any, job: BuildJob, monitor: Any) -> Any:
         "progress_monitor": monitor,
         "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
     }
-    if job.timing_cache is not None and job.timing_cache.is_file():
+    if job.timing_cache.is_file():
         options["load_timing_cache"] = str(job.timing_cache)
     if job.hardware_compatibility != "none":
         level = job.hardware_compatibility.replace("-", "_").upper()
@@ -172,14 +173,24 @@ def _progress_monitor(trt: Any) -> Any:
     return Monitor()
 
 
-def _inspect(trt: Any, plan: Path) -> str | None:
+def _must_ask_for_types(trt: Any) -> bool:
+    """Returns whether a network is weakly typed unless it is asked for: of TensorRT 10, which then ignores casts."""
+    return hasattr(getattr(trt, "NetworkDefinitionCreationFlag", None), "STRONGLY_TYPED")
+
+
+def _inspect(trt: Any, job: BuildJob) -> str | None:
     """Returns the engine's layers as JSON; None if it cannot be deserialised, for example without a driver."""
     if _architecture() is None:
         return None
-    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(plan.read_bytes())
+    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(job.plan.read_bytes())
     if engine is None:
         return None
     inspector = engine.create_engine_inspector()
+    # Without shapes, the types of tensors whose shapes vary are "N/A due to dynamic shapes".
+    context = engine.create_execution_context()
+    for name, (_, best, _) in job.profiles[0].items():
+        context.set_input_shape(name, tuple(best))
+    inspector.execution_context = context
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 

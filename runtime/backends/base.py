@@ -12,7 +12,7 @@ from typing import Protocol, Self
 import numpy as np
 
 from runtime.errors import EngineError
-from runtime.manifest import EngineEntry, TensorSpec
+from runtime.manifest import EngineEntry, FileEntry, TensorSpec
 
 
 class DeviceTensor(Protocol):
@@ -44,7 +44,7 @@ class Session(ABC):
         self.entry = entry
 
     def run(self, feed: Mapping[str, Value]) -> dict[str, DeviceTensor]:
-        """Runs the engine.
+        """Runs the engine. Its outputs are the caller's, and no later run changes them.
 
         Raises:
             EngineError: the feed does not fit the engine, or the engine failed.
@@ -73,8 +73,10 @@ class Backend(ABC):
     """Loads engines for one provider."""
 
     name: str
-    recycles_outputs: bool = False
-    """Whether an output is overwritten by its engine's second next run, so that whoever keeps it must copy it."""
+
+    def files(self, entry: EngineEntry) -> tuple[FileEntry, ...]:
+        """Returns the files of an engine that `load` reads and that must be checked before."""
+        return entry.files
 
     @abstractmethod
     def load(self, bundle: Path, entry: EngineEntry) -> Session:
@@ -87,6 +89,9 @@ class Backend(ABC):
     @abstractmethod
     def upload(self, array: np.ndarray) -> DeviceTensor:
         """Copies an array to the device, for inputs that several runs share."""
+
+    def close(self) -> None:  # noqa: B027 - most backends have nothing to free
+        """Frees what the sessions share, and the sessions that are open. Nothing of the backend can be used then."""
 
 
 def check_feed(entry: EngineEntry, feed: Mapping[str, Value]) -> None:

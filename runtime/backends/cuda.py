@@ -1,8 +1,15 @@
-"""CUDA for native TensorRT: reused memory, one stream, and graphs. A thin layer over cuda-python."""
+"""CUDA for native TensorRT: memory that is reused, one stream, and graphs. A thin layer over cuda-python.
+
+All work goes through one stream, so memory can be given to new work while older work that uses it is still queued.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -14,17 +21,38 @@ ALIGNMENT = 256
 
 
 class Cuda:
-    """One device and one stream on it."""
+    """One device and one stream on it. Several threads may use it, each inside `exclusive`."""
 
     def __init__(self, device: int = 0) -> None:
         from cuda.bindings import runtime
 
+        self.device = device
+        self.closed = False
         self._api = runtime
-        self.call("cudaSetDevice", device)
-        properties = self.call("cudaGetDeviceProperties", device)
-        self.architecture = f"sm_{properties.major}{properties.minor}"
-        self.stream: Any = self.call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking)
+        self._lock = threading.RLock()
+        self._sizes: dict[int, int] = {}
+        """Bytes of all memory that was not returned to the device, by address."""
         self._free: defaultdict[int, list[int]] = defaultdict(list)
+        """Addresses of memory that can be used again, as heaps by size."""
+        self._released: deque[int] = deque()
+        """Addresses that were released since the last allocation: tensors are deleted in any thread, at any time."""
+        with self.exclusive():
+            properties = self.call("cudaGetDeviceProperties", device)
+            self.architecture = f"sm_{properties.major}{properties.minor}"
+            self.stream: Any = self.call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keeps other threads out, and makes the device that of the current thread: CUDA has one for each thread.
+
+        Raises:
+            EngineError: it was closed.
+        """
+        with self._lock:
+            if self.closed:
+                raise EngineError("the GPU's engines were closed; open the bundle again")
+            self.call("cudaSetDevice", self.device)
+            yield
 
     def call(self, function: str, *arguments: Any) -> Any:
         """Calls a function of CUDA's runtime API and returns its result.
@@ -38,17 +66,49 @@ class Cuda:
         return results[0] if len(results) == 1 else None
 
     def allocate(self, size: int) -> int:
-        """Returns the address of at least `size` bytes. Released memory is reused, so addresses and graphs recur."""
-        rounded = max(ALIGNMENT, -(-size // ALIGNMENT) * ALIGNMENT)
-        return self._free[rounded].pop() if self._free[rounded] else int(self.call("cudaMalloc", rounded))
+        """Returns the address of at least `size` bytes.
 
-    def release(self, address: int, size: int) -> None:
-        """Keeps memory for the next call of `allocate`."""
-        self._free[max(ALIGNMENT, -(-size // ALIGNMENT) * ALIGNMENT)].append(address)
+        Of released memory that fits, that with the lowest address is taken: then equal calls get equal addresses, and
+        graphs, which are bound to addresses, can be launched again.
+        """
+        self._collect()
+        rounded = _rounded(size)
+        if self._free[rounded]:
+            return heappop(self._free[rounded])
+        try:
+            address = int(self.call("cudaMalloc", rounded))
+        except EngineError:
+            self._forget_error()
+            self._return_unused()
+            address = int(self.call("cudaMalloc", rounded))
+        self._sizes[address] = rounded
+        return address
+
+    def release(self, address: int) -> None:
+        """Keeps memory for the next call of `allocate`. Any thread may call it, without `exclusive`."""
+        self._released.append(address)
 
     def free(self, address: int) -> None:
-        """Returns memory to the device."""
+        """Returns memory to the device; no work that uses it may be queued."""
         self.call("cudaFree", address)
+        del self._sizes[address]
+
+    def _forget_error(self) -> None:
+        """Makes an error that was dealt with no later call's: CUDA remembers the last one, and returns it once."""
+        self._api.cudaGetLastError()
+
+    def _collect(self) -> None:
+        while self._released:
+            address = self._released.popleft()
+            heappush(self._free[self._sizes[address]], address)
+
+    def _return_unused(self) -> None:
+        """Returns the memory that is kept for reuse."""
+        self.synchronize()
+        for addresses in self._free.values():
+            for address in addresses:
+                self.free(address)
+        self._free.clear()
 
     def copy_in(self, address: int, array: np.ndarray) -> None:
         """Copies from host to device, in stream order; the array may change as soon as this returns."""
@@ -68,15 +128,24 @@ class Cuda:
         """Waits until all work in the stream is done."""
         self.call("cudaStreamSynchronize", self.stream)
 
-    def capture(self, work: Any) -> Any:
-        """Captures the work that `work()` enqueues as a graph that is ready to launch."""
+    def capture(self, work: Callable[[], None]) -> Any:
+        """Captures what `work()` enqueues as a graph that is ready to launch; returns None if it cannot be captured."""
         self.call("cudaStreamBeginCapture", self.stream, self._api.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed)
+        failed = False
         try:
             work()
+        except EngineError:
+            failed = True
         finally:
-            graph = self.call("cudaStreamEndCapture", self.stream)
-        executable = self.call("cudaGraphInstantiate", graph, 0)
-        self.call("cudaGraphDestroy", graph)
+            # After a failure it reports that too, and ends the capture nevertheless.
+            error, *graphs = self._api.cudaStreamEndCapture(self.stream)
+        if failed or int(error):
+            self._forget_error()
+            for graph in graphs if not int(error) else ():
+                self.call("cudaGraphDestroy", graph)
+            return None
+        executable = self.call("cudaGraphInstantiate", graphs[0], 0)
+        self.call("cudaGraphDestroy", graphs[0])
         return executable
 
     def launch(self, graph: Any) -> None:
@@ -88,31 +157,32 @@ class Cuda:
         self.call("cudaGraphExecDestroy", graph)
 
     def close(self) -> None:
-        """Frees the memory kept for reuse, and the stream."""
-        self.synchronize()
-        for addresses in self._free.values():
-            for address in addresses:
+        """Frees the stream and all memory, that of tensors which still exist too."""
+        with self.exclusive():
+            self.synchronize()
+            for address in list(self._sizes):
                 self.free(address)
-        self._free.clear()
-        self.call("cudaStreamDestroy", self.stream)
+            self.call("cudaStreamDestroy", self.stream)
+            self.closed = True
 
 
 class CudaTensor(DeviceTensor):
-    """An array in device memory. If it owns the memory, the memory is reused after the array is deleted."""
+    """An array in device memory, which is reused after the array is deleted."""
 
-    def __init__(self, cuda: Cuda, address: int, shape: tuple[int, ...], dtype: str, *, owned: bool = False) -> None:
-        self.address = address
-        self._cuda = cuda
+    def __init__(self, cuda: Cuda, shape: tuple[int, ...], dtype: str) -> None:
+        """Takes memory, whose content is undefined."""
+        self.cuda = cuda
         self._shape = shape
         self._dtype = dtype
-        self._owned = owned
+        self.address = cuda.allocate(self.nbytes)
 
     @classmethod
     def upload(cls, cuda: Cuda, array: np.ndarray) -> CudaTensor:
         """Copies a host array to the device."""
-        address = cuda.allocate(array.nbytes)
-        cuda.copy_in(address, array)
-        return cls(cuda, address, array.shape, str(array.dtype), owned=True)
+        with cuda.exclusive():
+            tensor = cls(cuda, array.shape, str(array.dtype))
+            cuda.copy_in(tensor.address, array)
+        return tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -128,9 +198,16 @@ class CudaTensor(DeviceTensor):
 
     def numpy(self) -> np.ndarray:
         array = np.empty(self._shape, self._dtype)
-        self._cuda.copy_out(self.address, array)
+        with self.cuda.exclusive():
+            self.cuda.copy_out(self.address, array)
         return array
 
     def __del__(self) -> None:
-        if self._owned:
-            self._cuda.release(self.address, self.nbytes)
+        if hasattr(self, "address"):
+            self.cuda.release(self.address)
+
+
+def _rounded(size: int) -> int:
+    """Returns a size of at most an eighth more, of which there are few: memory for arrays that grow is reused too."""
+    step = max(ALIGNMENT, 1 << max(0, size.bit_length() - 4))
+    return max(ALIGNMENT, -(-size // step) * step)

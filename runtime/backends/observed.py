@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from runtime.backends.base import Backend, DeviceTensor, Session, Value
-from runtime.manifest import EngineEntry
+from runtime.manifest import EngineEntry, FileEntry
 
 
 class ObservedRun(NamedTuple):
@@ -29,14 +29,19 @@ class ObservedBackend(Backend):
 
     def __init__(self, backend: Backend) -> None:
         self.name = backend.name
-        self.recycles_outputs = backend.recycles_outputs
         self._backend = backend
+
+    def files(self, entry: EngineEntry) -> tuple[FileEntry, ...]:
+        return self._backend.files(entry)
 
     def load(self, bundle: Path, entry: EngineEntry) -> Session:
         return _ObservedSession(self._backend.load(bundle, entry), self)
 
     def upload(self, array: np.ndarray) -> DeviceTensor:
         return self._backend.upload(array)
+
+    def close(self) -> None:
+        self._backend.close()
 
     @abstractmethod
     def observe(self, run: ObservedRun) -> None:

@@ -1,10 +1,10 @@
 """Native TensorRT, and TensorRT for RTX, which has the same API. The loop never leaves the device.
 
 - Inputs are bound by address: another engine's output is read in place.
-- Each engine has two sets of output buffers and alternates between them, because a step's output is the next step's
-  input. An output is therefore valid until the engine's second next run.
-- One block of scratch memory serves all engines, since they run one after another.
-- From the second run with the same shapes and addresses, an engine runs as a CUDA graph.
+- Outputs belong to whoever gets them: their memory is reused when the last reference to them is gone.
+- One block of scratch memory serves all engines, since they run one after another, whichever thread asks.
+- An engine runs as a CUDA graph when the same shapes and addresses come for the third time. Each graph has a context of
+  its own, which ran once before it is captured; what cannot be captured is run without.
 - Only `numpy()` waits for the device.
 """
 
@@ -12,50 +12,59 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime.backends.base import Backend, DeviceTensor, Session, Value
+from runtime.backends.base import Backend, DeviceTensor, Session, Value, to_host
 from runtime.backends.cuda import Cuda, CudaTensor
 from runtime.errors import EngineError, InputError, MissingExtraError, one_line
-from runtime.manifest import EngineEntry, PlanEntry, PlanProvider, TensorSpec, check_file
+from runtime.manifest import EngineEntry, FileEntry, PlanEntry, PlanProvider, TensorSpec, read_file
 from runtime.plans import TENSORRT, usable_plan
 
-GRAPHS_KEPT = 64
+GRAPHS_KEPT = 32
 """CUDA graphs per engine, one for each combination of shapes and addresses."""
+SEEN_KEPT = 1024
+"""Combinations that an engine remembers to have run once."""
 
 
 class TrtBackend(Backend):
-    """Engines as TensorRT plans on one GPU."""
-
-    recycles_outputs = True
+    """Engines as TensorRT plans on one GPU. Any thread may use it; their runs come one after another."""
 
     def __init__(self, name: PlanProvider, trt: Any, cuda: Cuda, *, graphs: bool) -> None:
         self.name = name
         self.trt = trt
         self.cuda = cuda
         self.graphs = graphs
-        self.runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self.graph_launches = 0
+        """Number of runs that were a CUDA graph's."""
         self._provider: PlanProvider = name
         self._sessions: list[TrtSession] = []
         self._scratch = (0, 0)
+        with cuda.exclusive():
+            self.runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+
+    def files(self, entry: EngineEntry) -> tuple[FileEntry, ...]:
+        """Returns no file: the graph and its weights are not read, and the plan is checked while it is."""
+        return ()
 
     def load(self, bundle: Path, entry: EngineEntry) -> Session:
         """Loads the engine's plan.
 
         Raises:
-            BundleError: there is none for this TensorRT and this GPU.
+            BundleError: there is none for this TensorRT and this GPU, or it was altered.
             EngineError: the plan cannot be loaded.
         """
         plan = usable_plan(bundle, entry, self._provider, self.trt.__version__, self.cuda.architecture)
-        engine = self.runtime.deserialize_cuda_engine(check_file(bundle, plan.file).read_bytes())
-        if engine is None:
-            raise EngineError(f"engine {entry.name}: {self.name} cannot read {plan.file.path}; build it again")
-        session = TrtSession(entry, plan, engine, self)
-        self._sessions.append(session)
+        with self.cuda.exclusive():
+            engine = self.runtime.deserialize_cuda_engine(read_file(bundle, plan.file))
+            if engine is None:
+                raise EngineError(f"engine {entry.name}: {self.name} cannot read {plan.file.path}; build it again")
+            session = TrtSession(entry, plan, engine, self)
+            self._sessions.append(session)
         return session
 
     def upload(self, array: np.ndarray) -> DeviceTensor:
@@ -70,56 +79,82 @@ class TrtBackend(Backend):
                 session.forget_graphs()  # they hold the old address
             if have:
                 self.cuda.free(address)
-            self._scratch = (int(self.cuda.call("cudaMalloc", size)), size)
+            self._scratch = (0, 0)  # if the next line fails, there is none
+            self._scratch = (self.cuda.allocate(size), size)
         return self._scratch
 
     def drop(self, session: TrtSession) -> None:
         """Forgets a closed session."""
         self._sessions.remove(session)
 
+    def close(self) -> None:
+        """Frees all engines and all memory of the device, that of outputs which still exist too."""
+        if self.cuda.closed:
+            return
+        with self.cuda.exclusive():
+            for session in list(self._sessions):
+                session.close()
+            del self.runtime
+            self.cuda.close()
+
+
+class _Key(NamedTuple):
+    """What a graph is bound to."""
+
+    profile: int
+    shapes: tuple[tuple[int, ...], ...]
+    """Of the inputs."""
+    addresses: tuple[int, ...]
+    """Of the inputs, then of the outputs."""
+
+
+@dataclass
+class _Binding:
+    """A context that belongs to one graph."""
+
+    context: Any
+    graph: Any = None
+    """None until it is captured."""
+    can_be_captured: bool = True
+
 
 class TrtSession(Session):
-    """One plan, with a context for each optimisation profile and graphs by shape and address."""
+    """One plan: a context for each optimisation profile, and one for each graph."""
 
     def __init__(self, entry: EngineEntry, plan: PlanEntry, engine: Any, backend: TrtBackend) -> None:
         super().__init__(entry)
         self._plan = plan
         self._engine = engine
         self._backend = backend
+        self._cuda = backend.cuda
         self._contexts: dict[int, Any] = {}
+        """Contexts for runs outside graphs, by profile."""
         self._staged = {spec.name: _Buffer(backend.cuda) for spec in entry.inputs}
-        self._outputs = [{spec.name: _Buffer(backend.cuda) for spec in entry.outputs} for _ in range(2)]
-        self._turn = 0
-        self._graphs: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+        """Where inputs from the host go."""
+        self._output_shapes: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
+        self._seen: OrderedDict[_Key, None] = OrderedDict()
+        self._bindings: OrderedDict[_Key, _Binding] = OrderedDict()
 
     def _execute(self, feed: Mapping[str, Value]) -> dict[str, DeviceTensor]:
+        with self._cuda.exclusive():
+            profile = self._profile_of(feed)
+            shapes = tuple(tuple(feed[spec.name].shape) for spec in self.entry.inputs)
+            inputs = [self._address_of(spec, feed[spec.name]) for spec in self.entry.inputs]
+            outputs = {
+                spec.name: CudaTensor(self._cuda, shape, spec.dtype)
+                for spec, shape in zip(self.entry.outputs, self._shapes_of_outputs(profile, shapes), strict=True)
+            }
+            addresses = (*inputs, *(tensor.address for tensor in outputs.values()))
+            self._run(_Key(profile, shapes, addresses))
+            return dict(outputs)
+
+    def _profile_of(self, feed: Mapping[str, Value]) -> int:
         axes = {
             axis: size
             for spec in self.entry.inputs
             for axis, size in zip(spec.shape, feed[spec.name].shape, strict=True)
             if isinstance(axis, str)
         }
-        index = self._profile_of(axes)
-        context = self._context(index)
-        for spec in self.entry.inputs:
-            self._bind_input(context, spec, feed[spec.name])
-        self._turn = 1 - self._turn
-        outputs: dict[str, DeviceTensor] = {}
-        for spec in self.entry.outputs:
-            shape = tuple(context.get_tensor_shape(spec.name))
-            # Allocated once, for the largest size that the profile allows.
-            limits = self._plan.profiles[index].axes
-            largest = tuple(
-                limits[axis].max if isinstance(axis, str) and axis in limits else size
-                for axis, size in zip(spec.shape, shape, strict=True)
-            )
-            address = self._outputs[self._turn][spec.name].at_least(_size(largest, spec.dtype))
-            context.set_tensor_address(spec.name, address)
-            outputs[spec.name] = CudaTensor(self._backend.cuda, address, shape, spec.dtype)
-        self._enqueue(context, index)
-        return outputs
-
-    def _profile_of(self, axes: Mapping[str, int]) -> int:
         for index, profile in enumerate(self._plan.profiles):
             if all(size in profile.axes[axis] for axis, size in axes.items()):
                 return index
@@ -130,73 +165,120 @@ class TrtSession(Session):
             f"{largest}); build it with other --min and --max"
         )
 
-    def _context(self, index: int) -> Any:
-        trt = self._backend.trt
-        if index not in self._contexts:
-            context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-            if context is None or not context.set_optimization_profile_async(index, self._stream):
-                raise EngineError(f"engine {self.entry.name}: {self._backend.name} cannot make a context for it")
-            self._contexts[index] = context
-        context = self._contexts[index]
-        context.set_device_memory(*self._backend.scratch(self._engine.device_memory_size_v2))
+    def _address_of(self, spec: TensorSpec, value: Value) -> int:
+        """Returns where an input is; one that is not on this device is copied to memory that the session keeps."""
+        if isinstance(value, CudaTensor) and value.cuda is self._cuda:
+            return value.address
+        array = to_host(value)
+        address = self._staged[spec.name].at_least(array.nbytes)
+        self._cuda.copy_in(address, array)
+        return address
+
+    def _shapes_of_outputs(self, profile: int, shapes: tuple[tuple[int, ...], ...]) -> list[tuple[int, ...]]:
+        key = (profile, shapes)
+        if key not in self._output_shapes:
+            context = self._context(profile)
+            self._set_shapes(context, shapes)
+            found = [tuple(context.get_tensor_shape(spec.name)) for spec in self.entry.outputs]
+            self._output_shapes[key] = found
+        return self._output_shapes[key]
+
+    def _run(self, key: _Key) -> None:
+        binding = self._bindings.get(key)
+        if binding is None and key in self._seen:
+            # TensorRT does work that it deferred when the shapes changed, which cannot be captured, so the context
+            # runs once before.
+            context = self._new_context(key.profile)
+            self._enqueue(context, key)
+            self._bindings[key] = _Binding(context)
+            self._drop_oldest()
+            return
+        if binding is None:
+            if self._backend.graphs:
+                self._seen[key] = None
+                if len(self._seen) > SEEN_KEPT:
+                    self._seen.popitem(last=False)
+            self._enqueue(self._context(key.profile), key)
+            return
+        self._bindings.move_to_end(key)
+        if binding.graph is None and binding.can_be_captured:
+            binding.graph = self._capture(binding.context)
+            binding.can_be_captured = binding.graph is not None
+        if binding.graph is None:
+            self._execute_in(binding.context)
+            return
+        self._cuda.launch(binding.graph)
+        self._backend.graph_launches += 1
+
+    def _context(self, profile: int) -> Any:
+        """Returns the context for runs outside graphs."""
+        if profile not in self._contexts:
+            self._contexts[profile] = self._new_context(profile)
+        return self._contexts[profile]
+
+    def _new_context(self, profile: int) -> Any:
+        strategy = self._backend.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self._engine.create_execution_context(strategy)
+        if context is None or not context.set_optimization_profile_async(profile, self._stream):
+            raise EngineError(f"engine {self.entry.name}: {self._backend.name} cannot make a context for it")
         return context
 
     @property
     def _stream(self) -> int:
-        return int(self._backend.cuda.stream)
+        return int(self._cuda.stream)
 
-    def _bind_input(self, context: Any, spec: TensorSpec, value: Value) -> None:
-        if isinstance(value, CudaTensor):
-            address = value.address
-        else:
-            array = value if isinstance(value, np.ndarray) else value.numpy()
-            address = self._staged[spec.name].at_least(array.nbytes)
-            self._backend.cuda.copy_in(address, array)
-        if not context.set_input_shape(spec.name, tuple(value.shape)):
-            raise EngineError(f"engine {self.entry.name}: {spec.name} of shape {tuple(value.shape)} was refused")
-        context.set_tensor_address(spec.name, address)
+    def _set_shapes(self, context: Any, shapes: tuple[tuple[int, ...], ...]) -> None:
+        for spec, shape in zip(self.entry.inputs, shapes, strict=True):
+            if not context.set_input_shape(spec.name, shape):
+                raise EngineError(f"engine {self.entry.name}: {spec.name} of shape {shape} was refused")
 
-    def _enqueue(self, context: Any, index: int) -> None:
-        def enqueue() -> None:
-            if not context.execute_async_v3(self._stream):
-                raise EngineError(f"engine {self.entry.name} failed in {self._backend.name}")
+    def _enqueue(self, context: Any, key: _Key) -> None:
+        """Binds a context and runs it."""
+        size = self._engine.get_device_memory_size_for_profile_v2(key.profile)
+        context.set_device_memory(*self._backend.scratch(size))
+        self._set_shapes(context, key.shapes)
+        for spec, address in zip((*self.entry.inputs, *self.entry.outputs), key.addresses, strict=True):
+            context.set_tensor_address(spec.name, address)
+        self._execute_in(context)
 
-        if not self._backend.graphs:
-            enqueue()
-            return
-        names = [spec.name for spec in (*self.entry.inputs, *self.entry.outputs)]
-        key = (index, *((tuple(context.get_tensor_shape(n)), context.get_tensor_address(n)) for n in names))
-        if key not in self._graphs:
-            # The first run is not captured: TensorRT then does work that it deferred when the shapes changed.
-            enqueue()
-            self._graphs[key] = None
-        else:
-            if self._graphs[key] is None:
-                self._graphs[key] = self._backend.cuda.capture(enqueue)
-            self._backend.cuda.launch(self._graphs[key])
-        self._graphs.move_to_end(key)
-        while len(self._graphs) > GRAPHS_KEPT:
-            _, graph = self._graphs.popitem(last=False)
-            self._destroy(graph)
+    def _execute_in(self, context: Any) -> None:
+        if not context.execute_async_v3(self._stream):
+            raise EngineError(f"engine {self.entry.name} failed in {self._backend.name}")
+
+    def _capture(self, context: Any) -> Any:
+        """Returns a graph of a context that ran since its shapes changed; None if it cannot be captured."""
+        # Only TensorRT for RTX has it: while it compiles kernels for new shapes, a capture is not possible.
+        if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(self._stream):
+            return None
+        return self._cuda.capture(lambda: self._execute_in(context))
+
+    def _drop_oldest(self) -> None:
+        while len(self._bindings) > GRAPHS_KEPT:
+            _, binding = self._bindings.popitem(last=False)
+            self._destroy(binding)
 
     def forget_graphs(self) -> None:
         """Frees all graphs; they are captured again when needed."""
-        for graph in self._graphs.values():
-            self._destroy(graph)
-        self._graphs.clear()
+        for binding in self._bindings.values():
+            self._destroy(binding)
+        self._bindings.clear()
 
-    def _destroy(self, graph: Any) -> None:
-        if graph is not None:
-            self._backend.cuda.destroy(graph)
+    def _destroy(self, binding: _Binding) -> None:
+        if binding.graph is not None:
+            self._cuda.synchronize()  # it may be running
+            self._cuda.destroy(binding.graph)
 
     def close(self) -> None:
-        self._backend.cuda.synchronize()
-        self.forget_graphs()
-        self._contexts.clear()
-        self._engine = None
-        for buffer in (*self._staged.values(), *(b for outputs in self._outputs for b in outputs.values())):
-            buffer.close()
-        self._backend.drop(self)
+        if self._cuda.closed or self._engine is None:
+            return
+        with self._cuda.exclusive():
+            self._cuda.synchronize()
+            self.forget_graphs()
+            self._contexts.clear()
+            self._engine = None
+            for buffer in self._staged.values():
+                buffer.close()
+            self._backend.drop(self)
 
 
 class _Buffer:
@@ -217,12 +299,8 @@ class _Buffer:
     def close(self) -> None:
         """Releases the memory for reuse."""
         if self._address:
-            self._cuda.release(self._address, self._size)
+            self._cuda.release(self._address)
             self._address = 0
-
-
-def _size(shape: tuple[int, ...], dtype: str) -> int:
-    return int(np.prod(shape)) * np.dtype(dtype).itemsize
 
 
 def _open(name: PlanProvider, options: Mapping[str, str]) -> Backend:

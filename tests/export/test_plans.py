@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -17,7 +19,7 @@ from export.bundle import export_bundle
 from export.plans.build import BuildOptions, build_plans
 from export.plans.precision import score_layers, wrong_built_layers, wrong_layers
 from export.plans.profiles import AxisChoices, parse_choices, profiles_of
-from export.plans.worker import _module
+from export.plans.worker import BuildJob, _module, _must_ask_for_types
 from latte.checkpoint import save_checkpoint
 from latte.shapes.vlm import small_image_processor
 from runtime.errors import BundleError, EngineError, InputError
@@ -29,8 +31,8 @@ from runtime.manifest import (
     load_manifest,
     save_manifest,
 )
-from runtime.plans import usable_plan
-from runtime.serving.stations import most_in_plans
+from runtime.plans import most_in_plans, usable_plan
+from runtime.serving.requests import Limits
 from tests.tiny import scale_weight, tiny_model
 
 RTX = BuildOptions(provider="tensorrt-rtx")
@@ -218,12 +220,90 @@ def test_an_inspected_product_may_be_fp32_if_it_is_of_scores() -> None:
     assert wrong == ["gemm layer_1/node_matmul_1_myl0_4 is FLOAT"]
 
 
+def inspected(**layer: object) -> str:
+    """The inspector's answer for an engine of one layer besides a reformat of shapes."""
+    shape = {"LayerType": "Constant", "Name": "shape", "Inputs": [], "Outputs": [{"Format/Datatype": "Int64"}]}
+    return json.dumps({"Layers": [shape, layer], "Bindings": ["x", "y"]})
+
+
+def product(**tensor: object) -> str:
+    """A product as inspectors describe it, whose tensors have these fields."""
+    about = {"Location": "Device", "Dimensions": [1, 64]} | tensor
+    sides = {side: [{"Name": side} | about] for side in ("Inputs", "Outputs")}
+    return inspected(LayerType="gemm", Name="node_linear_myl0_5", Metadata="[ONNX Layer: node_linear]", **sides)
+
+
+INSPECTED = {
+    # TensorRT 10: type and format in one field; fused kernels have the type only.
+    "10, fp32": (product(**{"Format/Datatype": "Row major linear FP32"}), "fp32"),
+    "10, fp16": (product(**{"Format/Datatype": "Row major linear FP16 format"}), "fp16"),
+    "10, fp16, fused": (product(**{"Format/Datatype": "Half"}), "fp16"),
+    "10, bf16, fused": (product(**{"Format/Datatype": "BFloat16"}), "bf16"),
+    # TensorRT 11: a field for each.
+    "11, fp32": (product(Format="Row major linear FP32 format (kLINEAR)", DataType="Float"), "fp32"),
+    "11, fp16": (product(Format="Row major linear FP16 format (kLINEAR)", DataType="Half"), "fp16"),
+    "11, bf16": (product(Format="Row major linear BF16 format (kLINEAR)", DataType="BFloat16"), "bf16"),
+}
+
+
+@pytest.mark.parametrize("name", INSPECTED)
+def test_inspectors_of_tensorrt_10_and_11_are_understood(name: str) -> None:
+    """bf16 of TensorRT 10 was taken for fp32, and in the fields of TensorRT 11 no type was found."""
+    text, precision = INSPECTED[name]
+    assert wrong_built_layers(text, precision, set()) == []  # type: ignore[arg-type]
+    for other in {"fp32", "fp16", "bf16"} - {precision}:
+        (line,) = wrong_built_layers(text, other, set())  # type: ignore[arg-type]
+        assert re.fullmatch("gemm node_linear_myl0_5 is (FLOAT|HALF|BF16)", line)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        product(**{"Format/Datatype": "N/A due to dynamic shapes"}),
+        product(Format="linear", Kind="Half"),
+        json.dumps({"Layers": ["node_linear_myl0_5", "softmax"], "Bindings": ["x"]}),
+    ],
+)
+def test_an_inspector_that_says_no_types_is_no_proof(text: str) -> None:
+    (line,) = wrong_built_layers(text, "fp16", set())
+    assert "says no types that are known" in line
+
+
+def test_a_product_of_no_known_type_is_wrong() -> None:
+    layers = json.loads(product(DataType="Half"))["Layers"]
+    layers[1]["Inputs"][0]["DataType"] = "Posit16"
+    (line,) = wrong_built_layers(json.dumps({"Layers": layers}), "fp16", set())
+    assert line.endswith("is of no known type")
+
+
+@pytest.mark.parametrize(("flags", "asked"), [({"STRONGLY_TYPED": 1}, True), ({"EXPLICIT_BATCH": 0}, False)])
+def test_tensorrt_10_is_asked_for_a_strongly_typed_network(flags: dict[str, int], asked: bool) -> None:
+    """It chooses types itself otherwise; TensorRT 11 has no such flag, and refuses the question."""
+    assert _must_ask_for_types(SimpleNamespace(NetworkDefinitionCreationFlag=SimpleNamespace(**flags))) is asked
+
+
 # ---- rebuilt when, and only when ---------------------------------------------------------------------
 
 
 def test_nothing_is_built_twice(plans: Path, tmp_path: Path) -> None:
     assert not any(built(plans).values())
     assert not any(built(plans, RTX.model_copy(update={"timing_cache": tmp_path / "cache"})).values())
+
+
+def test_engines_of_a_build_share_what_tensorrt_measures(plan_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts have equal graphs, and each was measured anew."""
+    jobs: list[BuildJob] = []
+
+    def run(name: str, job: BuildJob, on_progress: object) -> dict[str, object]:
+        jobs.append(job)
+        job.plan.write_bytes(b"a plan")
+        return {"inspected": False, "peak_bytes": 1}
+
+    monkeypatch.setattr("export.plans.build._run", run)
+    assert all(built(plan_bundle).values())
+    assert len(jobs) == len(load_manifest(plan_bundle).engines)
+    (cache,) = {job.timing_cache for job in jobs}
+    assert not cache.parent.exists()
 
 
 def test_changing_one_expert_rebuilds_one_engine(plans: Path) -> None:
@@ -286,7 +366,8 @@ def axes_of_profiles(manifest: Manifest, engine: str, **choices: AxisChoices) ->
 def test_profiles_follow_from_the_manifest(bundle: Path) -> None:
     manifest = load_manifest(bundle)
     (expert,) = axes_of_profiles(manifest, "expert_0")
-    assert expert == {"latent_height": (6,) * 3, "latent_width": (8,) * 3, "prefix": (1, 32, 64), "rows": (1, 2, 16)}
+    assert expert == {"latent_height": (6,) * 3, "latent_width": (8,) * 3, "prefix": (1, 32, 64), "rows": (1, 2, 32)}
+    assert expert["rows"][2] == Limits().max_rows_per_tick
     prompts, prefill, decode = axes_of_profiles(manifest, "vlm")
     assert prompts["past"] == prefill["past"] == (0, 0, 0)
     assert decode["tokens"] == (1, 1, 1)
@@ -420,8 +501,6 @@ def test_build_shows_what_it_did_and_explain_why(plans: Path, run_command: RunCo
 def test_what_cannot_be_built_is_said_in_one_line(
     arguments: tuple[str, ...], message: str, bundle_copy: Path, run_command: RunCommand
 ) -> None:
-    import re
-
     code, _, error = run_command("build", bundle_copy, *arguments)
     assert code in (1, 2)
     lines = [line for line in error.splitlines() if line.strip()]

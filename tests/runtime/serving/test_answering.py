@@ -1,4 +1,4 @@
-"""Questions in the scheduler: on a script, and on engines whose outputs are overwritten as TensorRT's are."""
+"""Questions in the scheduler: on a script, and on engines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 
 from runtime.answers import Answer, AnswerSettings
-from runtime.backends import Backend, DeviceTensor, Session, Value, open_backend, to_host
+from runtime.backends import Value
 from runtime.batch.shard import AtOnce
 from runtime.chat import ChatInputs, user_message
 from runtime.errors import CancelledError, DeadlineError, EngineError, InputError, QueueFullError
-from runtime.manifest import EngineEntry, load_manifest
 from runtime.pipeline import LatteFlowPipeline
 from runtime.serving.jobs import AnswerJob
 from runtime.serving.requests import AnswerRequest, Event, GenerationRequest, Handle, Limits, Usage
@@ -196,64 +195,10 @@ def test_a_worker_waits_for_questions_that_are_being_read_without_spinning() -> 
 # ---- on engines -------------------------------------------------------------------------------------
 
 
-class RecycledTensor(DeviceTensor):
-    """An output whose memory is overwritten later."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    @property
-    def dtype(self) -> str:
-        return str(self.array.dtype)
-
-    def numpy(self) -> np.ndarray:
-        return self.array.copy()
-
-
-class RecyclingSession(Session):
-    """Overwrites its outputs in the second next run, with numbers that would show."""
-
-    def __init__(self, session: Session) -> None:
-        super().__init__(session.entry)
-        self._session = session
-        self._given: list[list[RecycledTensor]] = [[], []]
-
-    def _execute(self, feed: Mapping[str, Value]) -> dict[str, DeviceTensor]:
-        outputs = self._session._execute({name: to_host(value) for name, value in feed.items()})
-        recycled = {name: RecycledTensor(np.array(value.numpy())) for name, value in outputs.items()}
-        for tensor in self._given.pop(0):
-            tensor.array.fill(7)
-        self._given.append(list(recycled.values()))
-        return dict(recycled)
-
-    def close(self) -> None:
-        self._session.close()
-
-
-class RecyclingBackend(Backend):
-    """ONNX Runtime with the outputs of `TrtBackend`: two sets of buffers for each engine."""
-
-    name = "cpu"
-    recycles_outputs = True
-
-    def __init__(self) -> None:
-        self._backend = open_backend("cpu")
-
-    def load(self, bundle: Path, entry: EngineEntry) -> Session:
-        return RecyclingSession(self._backend.load(bundle, entry))
-
-    def upload(self, array: np.ndarray) -> DeviceTensor:
-        return self._backend.upload(array)
-
-
-@pytest.fixture(params=["onnxruntime", "recycled outputs"])
-def service_pipe(bundle: Path, request: pytest.FixtureRequest) -> Iterator[LatteFlowPipeline]:
-    backend = open_backend("cpu") if request.param == "onnxruntime" else RecyclingBackend()
-    with LatteFlowPipeline(bundle, load_manifest(bundle), backend) as pipe:
+@pytest.fixture(params=["cpu", "tensorrt"])
+def service_pipe(plan_bundle: Path, request: pytest.FixtureRequest) -> Iterator[LatteFlowPipeline]:
+    """On ONNX Runtime, and on doubles of CUDA and TensorRT."""
+    with LatteFlowPipeline.from_pretrained(plan_bundle, request.param) as pipe:
         yield pipe
 
 
@@ -286,20 +231,6 @@ def test_drawing_and_answering_corrupt_neither(pipe: LatteFlowPipeline, service_
     for handle in images[::2]:
         assert np.abs(handle.result(60)[0].astype(int) - drawn[0].astype(int)).max() <= 1
     worker.close()
-
-
-def test_outputs_that_are_overwritten_would_show(bundle: Path, pipe: LatteFlowPipeline) -> None:
-    """The proof above can fail: an answer goes wrong if its keys and values are not copied in time."""
-    backend = RecyclingBackend()
-    backend.recycles_outputs = False
-    expected = pipe.ask(image_of(1), "what is it?", max_new_tokens=12)
-    with LatteFlowPipeline(bundle, load_manifest(bundle), backend) as careless:
-        pieces = []
-        for piece in careless.ask_stream(image_of(1), "what is it?", max_new_tokens=12):
-            pieces.append(piece)
-            careless.encode_prompts(["a", "b"])
-            careless.encode_prompts(["c"])
-    assert "".join(pieces) != expected
 
 
 def test_a_question_is_cancelled_between_the_runs_of_its_prefill(pipe: LatteFlowPipeline) -> None:

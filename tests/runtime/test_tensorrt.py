@@ -1,0 +1,244 @@
+"""The TensorRT backend on doubles of CUDA and TensorRT (tests/doubles): memory, order, graphs, devices and threads.
+
+The doubles raise where a real GPU would compute wrong numbers. That the numbers are right on one is for test_gpu.py.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from export.benchmarks.provider import run_provider
+from export.plans.profiles import AxisChoices
+from export.reference import Reference
+from export.verify import verify_bundle
+from runtime.backends.tensorrt import TrtBackend
+from runtime.errors import BundleError, EngineError, InputError
+from runtime.manifest import load_manifest
+from runtime.pipeline import LatteFlowPipeline
+from tests.doubles import GpuDouble, install
+from tests.doubles.cuda import CudaDouble
+from tests.plan_files import add_plans
+
+NOTHING = {"blocks": 0, "streams": 0, "graphs": 0}
+
+
+def backend_of(pipeline: LatteFlowPipeline) -> TrtBackend:
+    assert isinstance(pipeline.backend, TrtBackend)
+    return pipeline.backend
+
+
+def image_of(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (64, 64 + 16 * (seed % 3), 3), np.uint8)
+
+
+def draw(pipeline: LatteFlowPipeline, *prompts: str) -> np.ndarray:
+    drawn = pipeline(prompts or ["a red star"], seed=3, num_inference_steps=4, output_type="np")
+    images: np.ndarray = drawn.images
+    return images
+
+
+def images_differ_by(one: np.ndarray, other: np.ndarray) -> int:
+    return int(np.abs(one.astype(int) - other.astype(int)).max())
+
+
+@pytest.fixture
+def native(plan_bundle: Path) -> Iterator[LatteFlowPipeline]:
+    with LatteFlowPipeline.from_pretrained(plan_bundle, "tensorrt") as pipeline:
+        yield pipeline
+
+
+# ---- what comes out ----------------------------------------------------------------------------------
+
+
+def test_it_passes_the_ladder_with_the_plans_that_are_built_by_default(plan_bundle: Path, reference: Reference) -> None:
+    """They take latents of one size and write one answer at a time; the ladder asked for more."""
+    rows = verify_bundle(plan_bundle, reference, "tensorrt")
+    assert [row for row in rows if not row.passed] == []
+    assert {row.rung for row in rows} == {"input", "weights", "engine", "step", "trajectory", "image", "answer"}
+    assert sum(row.what.startswith("logits of answer 3 of 3") for row in rows) == 4
+
+
+def test_drawing_again_launches_graphs_and_changes_nothing(
+    native: LatteFlowPipeline, pipe: LatteFlowPipeline, gpu: GpuDouble
+) -> None:
+    expected = draw(pipe)
+    for _ in range(3):
+        assert images_differ_by(draw(native), expected) <= 1
+    gpu.trt.enqueued.clear()
+    before = backend_of(native).graph_launches
+    assert images_differ_by(draw(native), expected) <= 1
+    assert gpu.trt.enqueued == []
+    assert backend_of(native).graph_launches == gpu.cuda.launches >= before + 8
+
+
+def test_without_graphs_nothing_is_captured(plan_bundle: Path, pipe: LatteFlowPipeline, gpu: GpuDouble) -> None:
+    with LatteFlowPipeline.from_pretrained(plan_bundle, "tensorrt", {"cuda_graphs": "0"}) as native:
+        for _ in range(3):
+            assert images_differ_by(draw(native), draw(pipe)) <= 1
+    assert gpu.cuda.graphs == []
+
+
+def test_what_cannot_be_captured_runs_without_a_graph(
+    native: LatteFlowPipeline, pipe: LatteFlowPipeline, gpu: GpuDouble
+) -> None:
+    gpu.trt.capturable = False
+    for _ in range(4):
+        assert images_differ_by(draw(native), draw(pipe)) <= 1
+    assert gpu.cuda.launches == 0
+
+
+def test_outputs_stay_what_they_were(native: LatteFlowPipeline, pipe: LatteFlowPipeline) -> None:
+    """With two sets of output buffers, the third image's embeddings overwrote the first one's."""
+    inputs = [
+        pipe.chat.encode_conversations([[{"role": "user", "content": [{"type": "image", "image": image_of(i)}]}]])
+        for i in range(4)
+    ]
+    there = [native.answerer.encode_images(one.images) for one in inputs if one.images is not None]
+    here = [pipe.answerer.encode_images(one.images) for one in inputs if one.images is not None]
+    assert len(there) == 4
+    for ours, expected in zip(there, here, strict=True):
+        np.testing.assert_allclose(ours.numpy(), expected.numpy(), rtol=1e-5, atol=1e-5)  # type: ignore[union-attr]
+
+
+def test_an_answer_goes_on_while_prompts_are_encoded(native: LatteFlowPipeline, pipe: LatteFlowPipeline) -> None:
+    expected = pipe.ask(image_of(1), "what is it?", max_new_tokens=12)
+    pieces = []
+    for piece in native.ask_stream(image_of(1), "what is it?", max_new_tokens=12):
+        pieces.append(piece)
+        native.encode_prompts(["a", "b"])
+        native.encode_prompts(["c"])
+    assert "".join(pieces) == expected
+
+
+def test_several_threads_draw_and_answer(native: LatteFlowPipeline, pipe: LatteFlowPipeline) -> None:
+    """Runs come one after another, each with the memory that it was given."""
+    prompts = ["a red star", "a ring", "a large blue circle"]
+    expected = [draw(pipe, prompt) for prompt in prompts]
+    answer = pipe.ask(image_of(0), "what?", max_new_tokens=6)
+    with ThreadPoolExecutor(4) as pool:
+        drawn = [pool.submit(draw, native, prompt) for prompt in prompts]
+        asked = pool.submit(native.ask, image_of(0), "what?", max_new_tokens=6)
+        for image, future in zip(expected, drawn, strict=True):
+            assert images_differ_by(future.result(60), image) <= 1
+        assert asked.result(60) == answer
+
+
+# ---- devices, threads, memory ------------------------------------------------------------------------
+
+
+def test_another_gpu_is_used_from_every_thread(plan_bundle: Path, pipe: LatteFlowPipeline, gpu: GpuDouble) -> None:
+    """A thread's device is the first one until it is set: engines were loaded in one thread, and run in others."""
+    with LatteFlowPipeline.from_pretrained(plan_bundle, "tensorrt", {"device_id": "1"}) as native:
+        drawn = [draw(native)]
+        thread = threading.Thread(target=lambda: drawn.append(draw(native)))
+        thread.start()
+        thread.join()
+        assert len(drawn) == 2
+        assert {block.device for block in gpu.cuda.blocks.values()} == {1}
+    assert all(images_differ_by(image, draw(pipe)) <= 1 for image in drawn)
+
+
+def test_two_gpus_are_used_by_turns_in_one_thread(plan_bundle: Path, gpu: GpuDouble) -> None:
+    first, second = (
+        LatteFlowPipeline.from_pretrained(plan_bundle, "tensorrt", {"device_id": str(number)}) for number in (0, 1)
+    )
+    with first, second:
+        for _ in range(3):
+            np.testing.assert_array_equal(draw(first), draw(second))
+
+
+def test_closing_frees_everything_that_was_taken(plan_bundle: Path, gpu: GpuDouble) -> None:
+    with LatteFlowPipeline.from_pretrained(plan_bundle, "tensorrt") as native:
+        for _ in range(3):
+            draw(native)
+        native.ask(image_of(0), "what?", max_new_tokens=3)
+        kept = native.backend.upload(np.ones(3, np.float32))
+    assert gpu.cuda.alive() == NOTHING
+    with pytest.raises(EngineError, match="the GPU's engines were closed"):
+        kept.numpy()
+
+
+def test_memory_that_is_kept_for_reuse_is_returned_when_the_gpu_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = install(monkeypatch, CudaDouble(memory=10_000))
+    from runtime.backends import open_backend
+
+    backend = open_backend("tensorrt")
+    for size in (6_000, 7_000, 2_000, 5_000):  # together more than there is
+        backend.upload(np.zeros(size, np.uint8))
+    held = backend.upload(np.zeros(6_000, np.uint8))
+    with pytest.raises(EngineError, match="cudaMalloc failed with cudaErrorMemoryAllocation"):
+        backend.upload(np.zeros(6_000, np.uint8))
+    np.testing.assert_array_equal(held.numpy(), np.zeros(6_000, np.uint8))
+    del held
+    backend.upload(np.zeros(9_000, np.uint8))
+    backend.close()
+    assert gpu.cuda.alive() == NOTHING
+
+
+def test_memory_does_not_grow_from_call_to_call(native: LatteFlowPipeline, gpu: GpuDouble) -> None:
+    for _ in range(4):
+        draw(native)
+        native.ask(image_of(0), "what?", max_new_tokens=8)
+    before = gpu.cuda.alive()
+    for _ in range(3):
+        draw(native)
+        native.ask(image_of(0), "what?", max_new_tokens=8)
+    assert gpu.cuda.alive() == before
+
+
+def test_one_engine_at_a_time_fits_too(plan_bundle: Path, pipe: LatteFlowPipeline, gpu: GpuDouble) -> None:
+    with LatteFlowPipeline.from_pretrained(plan_bundle, "tensorrt", low_memory=True) as native:
+        for _ in range(2):
+            assert images_differ_by(draw(native), draw(pipe)) <= 1
+    assert gpu.cuda.alive() == NOTHING
+
+
+# ---- plans -------------------------------------------------------------------------------------------
+
+
+def test_only_the_plan_is_read_and_checked(plan_bundle: Path, native: LatteFlowPipeline) -> None:
+    """Weights and graph were hashed for nothing: gigabytes before the first image."""
+    weights = plan_bundle / "expert_0" / "weights.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    draw(native)
+    (plan_bundle / "vision_encoder" / "model.plan").write_text("altered")
+    with pytest.raises(BundleError, match=r"vision_encoder/model.plan was altered"):
+        native.ask(image_of(0), "what?")
+
+
+def test_a_size_that_no_profile_covers_says_what_to_build(native: LatteFlowPipeline) -> None:
+    with pytest.raises(InputError, match=r"no optimisation profile of the plan covers .*latent_height=8"):
+        native("a red star", height=32, num_inference_steps=1)
+
+
+def test_a_larger_profile_gets_more_scratch_memory_and_new_graphs(
+    bundle_copy: Path, gpu: GpuDouble, pipe: LatteFlowPipeline
+) -> None:
+    add_plans(bundle_copy, "tensorrt", {"rows": AxisChoices((1, 3), (2, 4), (2, 8))})
+    gpu.trt.show(bundle_copy)
+    with LatteFlowPipeline.from_pretrained(bundle_copy, "tensorrt") as native:
+        for count in (1, 1, 1, 2, 2, 2, 1, 1, 1):
+            assert images_differ_by(draw(native, *["a ring"] * count), draw(pipe, *["a ring"] * count)) <= 1
+        assert backend_of(native).graph_launches > 0
+    assert gpu.cuda.alive() == NOTHING
+
+
+def test_the_benchmark_of_a_provider_builds_the_plans_that_it_runs(
+    checkpoint: Path, reference: Reference, tmp_path: Path, gpu: GpuDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(bundle: Path, options: object) -> None:
+        add_plans(bundle, "tensorrt")
+        gpu.trt.show(bundle)
+
+    monkeypatch.setattr("export.benchmarks.provider.build_plans", build)
+    ignore: Callable[[str], None] = lambda stage: None  # noqa: E731
+    report = run_provider(str(checkpoint), reference, "tensorrt", tmp_path, ("fp32",), ({},), 1, ignore)
+    assert [row for row in report.parity["fp32"] if not row.passed] == []
+    assert {timing.provider for timing in report.timings} == {"tensorrt", "cpu"}
+    assert all(engine.plans for engine in load_manifest(tmp_path / "bundle-fp32").engines)
