@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +11,7 @@ from rich.text import Text
 
 from runtime.batch.job import ROWS_PER_SHARD, Job, Watcher, run_job
 from runtime.batch.outputs import ERRORS, Format
+from runtime.batch.places import place_of
 from runtime.batch.reading import DEFAULT_QUESTION, RowOptions
 from runtime.batch.rows import Row
 from runtime.batch.shard import ShardOptions
@@ -55,9 +55,12 @@ class _Shown(Watcher):
 
 def run_batch(
     source: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="JSON lines, CSV, Parquet, a text file of prompts, or a folder.")
+        str,
+        typer.Argument(metavar="INPUT", help="JSON lines, CSV, Parquet, a text file, a folder; or the URL of one."),
     ],
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder for the results, and for the progress.")],
+    output: Annotated[
+        str, typer.Argument(metavar="OUTPUT", help="Folder for the results, and for the progress; or a URL.")
+    ],
     bundle: Bundle,
     format_: Annotated[Format, typer.Option("--format", help="What the results are written as.")] = "parquet",
     negative_prompt: Annotated[str | None, typer.Option(help="For rows that have none.")] = None,
@@ -77,6 +80,10 @@ def run_batch(
         int, typer.Option(help="Rows in an output file; at most so many are run again after a crash.", min=1)
     ] = ROWS_PER_SHARD,
     batch_size: Annotated[int, typer.Option(help="Number of images that share a run of an engine.", min=1)] = 16,
+    allow_image_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST", help="Fetch images from this host by http; may be repeated. None by default."),
+    ] = None,
     model_name: Annotated[str, typer.Option(help="Name of the model in OpenAI's requests.")] = "latte-flow",
     provider: Provider = "cpu",
     provider_option: ProviderOption = None,
@@ -94,6 +101,7 @@ def run_batch(
       latte-flow run-batch requests.jsonl answered demo/bundle --format openai
       latte-flow run-batch photos captions demo/bundle --question "describe the image"
       latte-flow run-batch drawn captions demo/bundle --columns id --columns image
+      latte-flow run-batch s3://bucket/rows.jsonl s3://bucket/drawn demo/bundle
     """
     given = {
         "negative_prompt": negative_prompt,
@@ -103,14 +111,15 @@ def run_batch(
         "max_new_tokens": max_new_tokens,
     }
     defaults = {name: value for name, value in given.items() if value is not None}
+    folder = place_of(output)
     job = Job(
-        source,
-        output,
+        place_of(source),
+        folder,
         bundle,
         format_,
         rows_per_shard,
         RowOptions(defaults, question, tuple(keep or ()), tuple(columns or ()), limit),
-        ShardOptions(batch_size, model_name),
+        ShardOptions(batch_size, model_name, tuple(allow_image_host or ())),
         provider,
         parse_pairs(provider_option, "--provider-option"),
     )
@@ -120,7 +129,7 @@ def run_batch(
     if as_json:
         typer.echo(json.dumps({"output": str(output), "rows": report.rows, "failed": report.failed}))
     else:
-        failed = f", {report.failed} failed: see {output / ERRORS}" if report.failed else ""
+        failed = f", {report.failed} failed: see {folder / ERRORS}" if report.failed else ""
         typer.echo(f"{report.rows} rows in {output}{failed}")
     if report.failed:
         raise typer.Exit(ROWS_FAILED)

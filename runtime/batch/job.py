@@ -7,24 +7,24 @@ which job it is: another one does not go on in its place.
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runtime.batch.outputs import Format, Output, count_failed, parquet_to_write, remove_temporaries, unwritable
+from runtime.batch.folders import ResultFolder, result_folder, unwritable
+from runtime.batch.outputs import Format, Output, count_failed, parquet_to_write
+from runtime.batch.places import Place, reason_of
 from runtime.batch.reading import RowOptions, hash_of, read_rows
 from runtime.batch.rows import Row
 from runtime.batch.shard import ENCODERS, PendingResult, ShardOptions, start_shard
 from runtime.errors import EngineError, InputError, one_line
-from runtime.files import make_writable_folder, sha256_of, write_text
-from runtime.manifest import FILE_NAME, Manifest, load_manifest
+from runtime.files import sha256_of
+from runtime.manifest import FILE_NAME, load_manifest
 from runtime.pipeline import LatteFlowPipeline
 from runtime.serving.requests import RequestKind
 from runtime.serving.service import ServedModel, warm_up
@@ -38,8 +38,8 @@ ROWS_PER_SHARD = 256
 class Job:
     """What to run, and where its results go."""
 
-    source: Path
-    folder: Path
+    source: Place
+    folder: Place
     bundle: Path
     format: Format = "parquet"
     rows_per_shard: int = ROWS_PER_SHARD
@@ -88,12 +88,22 @@ class Watcher:
     def start(self, rows: int, finished: int) -> None:
         """Rows begin to be run; some are finished from before."""
 
+    def ready(self) -> None:
+        """The engines are loaded."""
+
     def row_ended(self) -> None:
         """A row is finished or has failed."""
 
 
-def run_job(job: Job, watcher: Watcher | None = None) -> Report:
+Runner = Callable[["Job", Sequence[int], Output, Watcher], None]
+"""Runs and writes shards of a job, whose numbers it is given."""
+
+
+def run_job(job: Job, watcher: Watcher | None = None, runner: Runner | None = None) -> Report:
     """Runs what is left of a job.
+
+    Args:
+        runner: runs the shards; by default one pipeline in this process.
 
     Raises:
         InputError: the input cannot be read, the output cannot be written, or another job's progress is there.
@@ -104,32 +114,40 @@ def run_job(job: Job, watcher: Watcher | None = None) -> Report:
     manifest = load_manifest(job.bundle)
     if job.format == "parquet":
         parquet_to_write()
-    with _locked(job.folder):
-        plan = _open(job, watcher)
-        remove_temporaries(job.folder)
+    folder = result_folder(job.folder.absolute())
+    folder.prepare(JOB_FILE)
+    with folder.alone():
+        plan = _open(job, folder, watcher)
+        folder.remove_temporaries()
         model = ServedModel.of(manifest, job.shard.model_name)
-        output = Output(job.folder, job.format, plan.kinds, job.rows.keep, model, manifest.bundle_hash())
-        _run_shards(job, plan, output, manifest, watcher)
-        return Report(plan.rows, count_failed(job.folder))
+        output = Output(folder, job.format, plan.kinds, job.rows.keep, model, manifest.bundle_hash())
+        size = job.rows_per_shard
+        shards = range(-(-plan.rows // size))
+        finished = output.finished(shards)
+        watcher.start(plan.rows, sum(min(size, plan.rows - shard * size) for shard in finished))
+        if left := [shard for shard in shards if shard not in finished]:
+            (runner or _run_here)(job, left, output, watcher)
+        return Report(plan.rows, count_failed(folder))
 
 
-def _run_shards(job: Job, plan: Plan, output: Output, manifest: Manifest, watcher: Watcher) -> None:
-    size = job.rows_per_shard
-    shards = range(-(-plan.rows // size))
-    finished = {shard for shard in shards if output.is_finished(shard)}
-    watcher.start(plan.rows, sum(min(size, plan.rows - shard * size) for shard in finished))
-    if len(finished) == len(shards):
-        return
+def read_shards(job: Job, left: Sequence[int]) -> Iterator[tuple[int, list[Row]]]:
+    """Yields the rows of shards, whose numbers ascend."""
     rows = read_rows(job.source, job.rows)
+    wanted = set(left)
+    for shard in range(left[-1] + 1):
+        of_shard = list(itertools.islice(rows, job.rows_per_shard))
+        if shard in wanted:
+            yield shard, of_shard
+
+
+def _run_here(job: Job, left: Sequence[int], output: Output, watcher: Watcher) -> None:
     pipeline = LatteFlowPipeline.from_pretrained(job.bundle, job.provider, job.provider_options)
+    watcher.ready()
     with pipeline, ThreadPoolExecutor(ENCODERS) as encoders, ThreadPoolExecutor(1) as writer:
         written: Future[None] | None = None
-        for shard in shards:
-            of_shard = list(itertools.islice(rows, size))
-            if shard in finished:
-                continue
-            pending = start_shard(pipeline, of_shard, job.shard, encoders, watcher.row_ended)
-            _check_engines(pipeline, pending)
+        for shard, rows in read_shards(job, left):
+            pending = start_shard(pipeline, rows, job.shard, encoders, watcher.row_ended)
+            check_engines(pipeline, pending)
             if written is not None:
                 written.result()
             written = writer.submit(_write, output, shard, pending)
@@ -141,7 +159,7 @@ def _write(output: Output, shard: int, pending: list[PendingResult]) -> None:
     output.write(shard, [one.result() for one in pending])
 
 
-def _check_engines(pipeline: LatteFlowPipeline, pending: list[PendingResult]) -> None:
+def check_engines(pipeline: LatteFlowPipeline, pending: list[PendingResult]) -> None:
     """Looks whether the engines still work where a row failed in them: a lost device must not use up the rows.
 
     Raises:
@@ -157,25 +175,30 @@ def _check_engines(pipeline: LatteFlowPipeline, pending: list[PendingResult]) ->
         ) from error
 
 
-def _open(job: Job, watcher: Watcher) -> Plan:
+def _open(job: Job, folder: ResultFolder, watcher: Watcher) -> Plan:
     """Returns the plan of a job, which is made when it is run for the first time."""
-    path = job.folder / JOB_FILE
     new = job.fingerprint()
-    if not path.exists():
+    try:
+        found = folder.read(JOB_FILE)
+    except OSError as error:
+        raise InputError(f"cannot read {folder}/{JOB_FILE}: {reason_of(error)}") from error
+    if found is None:
         plan = _plan(job, watcher)
         try:
-            write_text(path, json.dumps({**new, "plan": asdict(plan)}, indent=2) + "\n")
+            folder.write(JOB_FILE, (json.dumps({**new, "plan": asdict(plan)}, indent=2) + "\n").encode())
         except OSError as error:
-            raise unwritable(path, error) from error
+            raise unwritable(f"{folder}/{JOB_FILE}", error) from error
         return plan
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = json.loads(found.decode())
         plan = Plan(**{**old["plan"], "kinds": tuple(old["plan"]["kinds"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not the file of a job: {one_line(error)}; name another folder") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{folder}/{JOB_FILE} is not the file of a job: {one_line(error)}; name another folder"
+        ) from error
     if changed := [name.replace("_", " ") for name, value in new.items() if old.get(name) != value]:
         raise InputError(
-            f"{job.folder} has the progress of another job: other {', '.join(changed)}; "
+            f"{folder} has the progress of another job: other {', '.join(changed)}; "
             "name another folder, or delete this one to start again"
         )
     return plan
@@ -194,23 +217,3 @@ def _plan(job: Job, watcher: Watcher) -> Plan:
     if not bad + kinds.total():
         raise InputError(f"{job.source} has no rows")
     return Plan(bad + kinds.total(), bad, tuple(sorted(kinds)))
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps a second run of the same job out; the lock ends with the process, however that ends.
-
-    Raises:
-        InputError: the folder cannot be written, has other files, or another run writes there.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; name a folder for the results")
-    if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()) and not (folder / JOB_FILE).exists():
-        raise InputError(f"{folder} is not empty and has no progress of a job; name another folder")
-    make_writable_folder(folder)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"another run writes to {folder}; wait for it, or name another folder") from error
-        yield

@@ -1,24 +1,22 @@
 """Results as files, one set for each shard: Parquet, PNGs with metadata, WebDataset, or OpenAI's output lines.
 
-A shard is finished when its file (or its folder of PNGs) has its name: everything is written under a temporary name
-first. Failed rows are lines of a file of their own in `errors/`, which is there before.
+A shard is finished when its file (or its folder of PNGs) is there, complete. Failed rows are lines of a file of their
+own in `errors/`, which is there before.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
-import os
 import re
-import shutil
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
+from runtime.batch.folders import ResultFolder, unwritable
+from runtime.batch.places import reason_of
 from runtime.batch.reading import parquet_library
 from runtime.batch.rows import Row, question_of
 from runtime.batch.shard import Result
@@ -31,6 +29,8 @@ from runtime.serving.service import ServedModel
 Format = Literal["parquet", "png", "webdataset", "openai"]
 SUFFIXES: dict[Format, str] = {"parquet": ".parquet", "png": "", "webdataset": ".tar", "openai": ".jsonl"}
 ERRORS = "errors"
+METADATA, ANSWERS = "metadata.jsonl", "answers.jsonl"
+"""What a folder of PNGs says of its images, and of what has none."""
 LONGEST_NAME = 100
 CREATED = 0
 """Time in OpenAI's bodies: the same job has the same bytes, whenever it ran."""
@@ -58,7 +58,7 @@ _ANSWERED = {
 class Output:
     """Where results go."""
 
-    folder: Path
+    folder: ResultFolder
     format: Format
     kinds: tuple[RequestKind, ...]
     """What the rows ask for."""
@@ -66,13 +66,21 @@ class Output:
     model: ServedModel
     bundle_hash: str
 
-    def path(self, shard: int) -> Path:
-        """Returns the file or folder that a finished shard has."""
-        return self.folder / f"part-{shard:05d}{SUFFIXES[self.format]}"
+    def name(self, shard: int) -> str:
+        """Returns the name of the file or folder that a finished shard has."""
+        return f"part-{shard:05d}{SUFFIXES[self.format]}"
 
-    def is_finished(self, shard: int) -> bool:
-        """Whether a shard was written."""
-        return self.path(shard).exists()
+    def finished(self, shards: Iterable[int]) -> set[int]:
+        """Returns the shards that were written.
+
+        Raises:
+            InputError: the folder cannot be read.
+        """
+        try:
+            there = self.folder.parts(METADATA)
+        except OSError as error:
+            raise InputError(f"cannot read {self.folder}: {reason_of(error)}") from error
+        return {shard for shard in shards if self.name(shard) in there}
 
     def write(self, shard: int, results: Sequence[Result]) -> None:
         """Writes a shard, in place of what an interrupted run left of it.
@@ -80,21 +88,21 @@ class Output:
         Raises:
             InputError: it cannot be written; finished shards stay.
         """
-        path = self.path(shard)
-        errors = self.folder / ERRORS / f"part-{shard:05d}.jsonl"
+        name = self.name(shard)
+        errors = f"{ERRORS}/part-{shard:05d}.jsonl"
         done = [result for result in results if result.error is None]
         failed = [result for result in results if result.error is not None]
         try:
-            errors.unlink(missing_ok=True)
             if failed:
-                errors.parent.mkdir(exist_ok=True)
-                _replace(errors, self._error_lines(failed))
-            if self.format == "png":
-                self._write_folder(path, done)
+                self.folder.write(errors, self._error_lines(failed))
             else:
-                _replace(path, self._content(done))
+                self.folder.remove(errors)
+            if self.format == "png":
+                self.folder.write_folder(name, self._files(done), METADATA)
+            else:
+                self.folder.write(name, self._content(done))
         except OSError as error:
-            raise unwritable(path, error) from error
+            raise unwritable(f"{self.folder}/{name}", error) from error
 
     def _content(self, results: Sequence[Result]) -> bytes:
         if self.format == "parquet":
@@ -143,22 +151,18 @@ class Output:
                 _add(tar, f"{key}.json", _json(values).encode())
         return buffer.getvalue()
 
-    def _write_folder(self, path: Path, results: Sequence[Result]) -> None:
-        temporary = _temporary(path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+    def _files(self, results: Sequence[Result]) -> dict[str, bytes]:
+        """Returns the files of a folder of PNGs."""
+        files = {}
         drawn, answered = [], []
         for result, index, values in _flat(results):
             if index is None:
                 answered.append(values)
                 continue
             name = f"{_key(result, index)}.{_extension(result)}"
-            (temporary / name).write_bytes(result.files[index])
+            files[name] = result.files[index]
             drawn.append({"file_name": name, **values})
-        for name, lines in (("metadata.jsonl", drawn), ("answers.jsonl", answered)):
-            if lines:
-                (temporary / name).write_bytes(_lines(lines))
-        os.replace(temporary, path)
+        return files | {name: _lines(lines) for name, lines in ((ANSWERS, answered), (METADATA, drawn)) if lines}
 
     def _response(self, result: Result) -> dict[str, Any]:
         """Returns OpenAI's output line."""
@@ -189,13 +193,6 @@ class Output:
 def parquet_to_write() -> tuple[Any, Any]:
     """Returns what `parquet_library` does; another format needs nothing."""
     return parquet_library("Parquet", ", or choose another --format")
-
-
-def unwritable(path: Path, error: OSError) -> InputError:
-    """Returns what to say if a file of a job cannot be written."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    reason, remedy = ("there is no space left", "free some") if full else (error.strerror or str(error), "repair that")
-    return InputError(f"cannot write {path}: {reason}; finished shards stay: {remedy} and run the same command again")
 
 
 def _flat(results: Sequence[Result]) -> Iterator[tuple[Result, int | None, dict[str, Any]]]:
@@ -268,34 +265,6 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(entry, io.BytesIO(content))
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file that is complete, on the disk too, before it has its name."""
-    temporary = _temporary(path)
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Removes what an interrupted run left."""
-    for place in (folder, folder / ERRORS):
-        for path in place.glob(".*.tmp"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def count_failed(folder: Path) -> int:
+def count_failed(folder: ResultFolder) -> int:
     """Returns the number of failed rows of all finished shards."""
-    total = 0
-    for path in (folder / ERRORS).glob("part-*.jsonl"):
-        with path.open("rb") as file:
-            total += sum(1 for _ in file)
-    return total
+    return sum((folder.read(name) or b"").count(b"\n") for name in folder.files(ERRORS))

@@ -10,16 +10,14 @@ import csv
 import hashlib
 import itertools
 import json
-import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from runtime.batch.places import Place, files_below, hash_of_file, is_url, os_errors, reason_of
 from runtime.batch.rows import COLUMNS, IMAGE_COLUMNS, Row, body_of
 from runtime.errors import InputError, MissingExtraError, one_line
-from runtime.files import sha256_of
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 MAX_ID = 512
@@ -58,7 +56,7 @@ class Record:
 
     place: str
     values: Mapping[str, Any]
-    base: Path
+    base: Place
     """Folder that its image paths are relative to."""
     error: str = ""
 
@@ -101,7 +99,7 @@ def _described(value: Any) -> str:
     return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
 
 
-def read_rows(source: Path, options: RowOptions) -> Iterator[Row]:
+def read_rows(source: Place, options: RowOptions) -> Iterator[Row]:
     """Yields all rows with their ids; those that cannot be run have an error.
 
     Raises:
@@ -109,10 +107,11 @@ def read_rows(source: Path, options: RowOptions) -> Iterator[Row]:
     """
     ids = Ids()
     try:
-        for record in itertools.islice(_records(source, options), options.limit):
-            yield _row(record, ids, options)
+        with os_errors(source):
+            for record in itertools.islice(_records(source, options), options.limit):
+                yield _row(record, ids, options)
     except OSError as error:
-        raise InputError(f"cannot read {source}: {error.strerror or one_line(error)}") from error
+        raise InputError(f"cannot read {source}: {reason_of(error)}") from error
     except sqlite3.Error as error:
         raise InputError(f"the ids cannot be kept in a temporary file: {one_line(error)}; set TMPDIR") from error
     finally:
@@ -187,24 +186,24 @@ def _unknown(names: list[str]) -> str:
     return f"unknown column {names[0]!r}; known are {', '.join(COLUMNS)}; {remedy}"
 
 
-def _with_paths(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
+def _with_paths(values: Mapping[str, Any], base: Place) -> dict[str, Any]:
     """Returns values whose image paths do not depend on the working directory."""
 
     def placed(value: Any) -> Any:
         if isinstance(value, str) and value:
-            return str(base / value)
+            return value if is_url(value) else str(base / value)
         if isinstance(value, Mapping) and value.get("bytes") is None and isinstance(value.get("path"), str):
-            return str(base / value["path"])
+            return placed(value["path"])
         return [placed(item) for item in value] if isinstance(value, list) else value
 
     return {name: placed(value) if name in IMAGE_COLUMNS else value for name, value in values.items()}
 
 
-def _records(source: Path, options: RowOptions) -> Iterator[Record]:
+def _records(source: Place, options: RowOptions) -> Iterator[Record]:
     files = files_of(source)
-    if source.is_dir() and not files:
-        for path in _images_in(source):
-            yield Record(path.relative_to(source).as_posix(), _image_values(path, source), source.absolute())
+    if not files:
+        for name, _ in files_below(source, IMAGE_SUFFIXES):
+            yield Record(name, {"id": name, "image": name}, source.absolute())
         return
     for file in files:
         where = "" if file == source else f"{file.name}, "
@@ -212,12 +211,7 @@ def _records(source: Path, options: RowOptions) -> Iterator[Record]:
             yield Record(where + place, values, file.absolute().parent, error)
 
 
-def _image_values(path: Path, folder: Path) -> dict[str, str]:
-    name = path.relative_to(folder).as_posix()
-    return {"id": name, "image": name}
-
-
-def files_of(source: Path) -> list[Path]:
+def files_of(source: Place) -> list[Place]:
     """Returns the files with rows: the input itself, or those of one kind in a folder without images.
 
     Raises:
@@ -237,36 +231,26 @@ def files_of(source: Path) -> list[Path]:
     return [source]
 
 
-def hash_of(source: Path) -> str:
+def hash_of(source: Place) -> str:
     """Returns a hash of the input: of its files' content, or of the names and sizes of a folder's images."""
     total = hashlib.sha256()
     try:
-        files = files_of(source)
-        for file in files:
-            total.update(f"{file.name} {sha256_of(file)}\n".encode())
-        for image in _images_in(source) if not files else ():
-            total.update(f"{image.relative_to(source)} {image.stat().st_size}\n".encode(errors="surrogateescape"))
+        with os_errors(source):
+            files = files_of(source)
+            for file in files:
+                total.update(f"{file.name} {hash_of_file(file)}\n".encode())
+            for name, size in files_below(source, IMAGE_SUFFIXES) if not files else ():
+                total.update(f"{name} {size}\n".encode(errors="surrogateescape"))
     except OSError as error:
-        raise InputError(f"cannot read {source}: {error.strerror or one_line(error)}") from error
+        raise InputError(f"cannot read {source}: {reason_of(error)}") from error
     return total.hexdigest()
-
-
-def _images_in(folder: Path) -> Iterator[Path]:
-    """Yields the images in a folder and the folders below, in the order of their names."""
-    with os.scandir(folder) as entries:
-        found = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
-    for name, is_folder in found:
-        if is_folder:
-            yield from _images_in(folder / name)
-        elif name.lower().endswith(IMAGE_SUFFIXES):
-            yield folder / name
 
 
 Parsed = Iterator[tuple[str, Mapping[str, Any], str]]
 """Place, values and error of each row."""
 
 
-def _json_lines(path: Path, options: RowOptions) -> Parsed:
+def _json_lines(path: Place, options: RowOptions) -> Parsed:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -280,14 +264,14 @@ def _json_lines(path: Path, options: RowOptions) -> Parsed:
             yield f"line {number}", values if is_object else {}, "" if is_object else "not a JSON object"
 
 
-def _text_lines(path: Path, options: RowOptions) -> Parsed:
+def _text_lines(path: Place, options: RowOptions) -> Parsed:
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield f"line {number}", {"prompt": line.strip()}, ""
 
 
-def _csv_rows(path: Path, options: RowOptions) -> Parsed:
+def _csv_rows(path: Place, options: RowOptions) -> Parsed:
     """Yields the rows of a CSV file. Every value is text: a prompt such as 007 is no number."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file)
@@ -329,10 +313,10 @@ def parquet_library(what: str, remedy: str = "") -> tuple[Any, Any]:
     return pyarrow, pyarrow.parquet
 
 
-def _parquet_rows(path: Path, options: RowOptions) -> Parsed:
+def _parquet_rows(path: Place, options: RowOptions) -> Parsed:
     pa, pq = parquet_library("reading Parquet")
     try:
-        with pq.ParquetFile(path) as table:
+        with path.open("rb") as file, pq.ParquetFile(file) as table:
             names = _check_columns(path, table.schema_arrow.names, options)
             rows = (row for batch in table.iter_batches(ROWS_AT_ONCE, columns=names) for row in batch.to_pylist())
             for number, row in enumerate(rows, 1):
@@ -341,7 +325,7 @@ def _parquet_rows(path: Path, options: RowOptions) -> Parsed:
         raise InputError(f"{path} is not a complete Parquet file: {one_line(error)}") from error
 
 
-def _check_columns(path: Path, names: list[str], options: RowOptions) -> list[str]:
+def _check_columns(path: Place, names: list[str], options: RowOptions) -> list[str]:
     """Returns the columns to read; a table with one that has no meaning is refused, before any row is run."""
     if missing := [name for name in (*options.columns, *options.keep) if name not in names]:
         raise InputError(f"{path.name} has no column {missing[0]!r}; its columns are {', '.join(names)}")
@@ -354,7 +338,7 @@ def _check_columns(path: Path, names: list[str], options: RowOptions) -> list[st
     return names
 
 
-_READERS: dict[str, Callable[[Path, RowOptions], Parsed]] = {
+_READERS: dict[str, Callable[[Place, RowOptions], Parsed]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".csv": _csv_rows,

@@ -13,6 +13,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from runtime.batch.fetching import Fetched, content_at
+from runtime.batch.places import is_url
 from runtime.chat import user_message
 from runtime.errors import InputError, line_of
 from runtime.gateway.chat import answer_request, content_of, conversation_of, image_urls, prompt_of
@@ -108,8 +110,24 @@ def _plain_body(row: Row, names: Mapping[str, str]) -> dict[str, Any]:
     return body
 
 
-def request_of(row: Row, body: ImagesBody | ChatBody, model: ServedModel) -> AnyRequest:
+def urls_of(row: Row, body: ImagesBody | ChatBody) -> list[str]:
+    """Returns the URLs from which a row's images have to be read first.
+
+    Raises:
+        InputError: something else than an image is there.
+    """
+    if isinstance(body, ImagesBody) or body.draws:
+        return []
+    if row.url:
+        return [url for url in image_urls(body.messages) if not url.startswith("data:")]
+    return [image for image in images_of(row.values) if isinstance(image, str) and is_url(image)]
+
+
+def request_of(row: Row, body: ImagesBody | ChatBody, model: ServedModel, fetched: Fetched) -> AnyRequest:
     """Returns the request of a row. Where it has no seed, one follows from its id.
+
+    Args:
+        fetched: what is at the row's `urls_of`.
 
     Raises:
         InputError: an image cannot be used, or the model cannot do it.
@@ -124,10 +142,14 @@ def request_of(row: Row, body: ImagesBody | ChatBody, model: ServedModel) -> Any
         request = generation_request(body, prompt_of(body.messages), model, "", row.id)
     else:
         if row.url:
-            files = [content_of(url) for url in image_urls(body.messages)]
+            urls = image_urls(body.messages)
+            files = [content_of(url) if url.startswith("data:") else content_at(url, fetched) for url in urls]
             conversation = conversation_of(body.messages, files)
         else:
-            images = images_of(row.values)
+            images = [
+                content_at(image, fetched) if isinstance(image, str) and is_url(image) else image
+                for image in images_of(row.values)
+            ]
             check_images(images)
             conversation = (user_message(images, row.values["question"]),)
         request = answer_request(body, conversation, "", row.id)

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from runtime.batch.rows import Row, body_of, question_of, request_of
+from runtime.batch.fetching import Fetched, fetch
+from runtime.batch.rows import Row, body_of, question_of, request_of, urls_of
 from runtime.errors import InputError
 from runtime.gateway.errors import ApiError, api_error
 from runtime.gateway.images import encode
@@ -46,6 +47,8 @@ class ShardOptions:
     """Number of guided images, or of answers, that share a run of an engine."""
     model_name: str = "latte-flow"
     """Name that OpenAI's bodies may give."""
+    allowed_image_hosts: tuple[str, ...] = ()
+    """Hosts from which images at http URLs are fetched."""
 
     @property
     def limits(self) -> Limits:
@@ -166,8 +169,10 @@ def start_shard(
     bundle_hash = pipeline.manifest.bundle_hash()
     scheduler = Scheduler(PipelineStations(pipeline), time.monotonic, options.limits, InOrder(), readers=AtOnce())
     all_pending = [PendingResult(row) for row in rows]
+    urls = [url for pending in all_pending for url in _open_row(pending)]
+    fetched = fetch(urls, options.allowed_image_hosts)
     for pending in all_pending:
-        _prepare(pending, model)
+        _prepare(pending, model, fetched)
     ready = [pending for pending in all_pending if pending.request is not None]
     for pending in sorted(ready, key=lambda pending: _order(pending.request)):
         _submit(scheduler, pending, encoders, bundle_hash, on_end)
@@ -180,12 +185,23 @@ def start_shard(
     return all_pending
 
 
-def _prepare(pending: PendingResult, model: ServedModel) -> None:
+def _open_row(pending: PendingResult) -> list[str]:
+    """Reads what a row asks for, and returns the URLs of its images."""
     try:
         if pending.row.error:
             raise InputError(pending.row.error)
         pending.body = body_of(pending.row)
-        pending.request = request_of(pending.row, pending.body, model)
+        return urls_of(pending.row, pending.body)
+    except InputError as error:
+        pending.error = error
+        return []
+
+
+def _prepare(pending: PendingResult, model: ServedModel, fetched: Fetched) -> None:
+    if pending.body is None or pending.error is not None:
+        return
+    try:
+        pending.request = request_of(pending.row, pending.body, model, fetched)
     except InputError as error:
         pending.error = error
 

@@ -12,6 +12,7 @@ from runtime.gateway.chat import content_of
 from runtime.images import MAX_FILE_BYTES
 
 FETCH_SECONDS = 10.0
+_REMEDY = "send a data URI (the operator can add --allow-image-host)"
 
 
 async def read_url(url: str, hosts: Collection[str]) -> bytes:
@@ -20,10 +21,18 @@ async def read_url(url: str, hosts: Collection[str]) -> bytes:
     Raises:
         InputError: it cannot be read, or may not be fetched.
     """
-    return content_of(url) if url.startswith("data:") else await _fetch(url, hosts)
+    return content_of(url) if url.startswith("data:") else await fetch_url(url, hosts)
 
 
-async def _fetch(url: str, hosts: Collection[str]) -> bytes:
+async def fetch_url(url: str, hosts: Collection[str], remedy: str = _REMEDY) -> bytes:
+    """Returns the file at an http URL of an allowed host.
+
+    Args:
+        remedy: what to do about a host that is not allowed.
+
+    Raises:
+        InputError: it cannot be read, or may not be fetched.
+    """
     try:
         parts = urlsplit(url)
         host = parts.hostname or ""
@@ -31,7 +40,7 @@ async def _fetch(url: str, hosts: Collection[str]) -> bytes:
         raise InputError(f"an image's URL cannot be read: {one_line(error)}") from error
     if parts.scheme not in ("http", "https") or host not in hosts:
         allowed = f"only from {', '.join(sorted(hosts))}" if hosts else "from no host"
-        raise InputError(f"images are fetched {allowed}; send a data URI (the operator can add --allow-image-host)")
+        raise InputError(f"images are fetched {allowed}; {remedy}")
     content = b""
     try:
         async with (

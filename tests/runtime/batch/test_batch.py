@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -30,14 +30,7 @@ from runtime.errors import EngineError, InputError
 from runtime.pipeline import LatteFlowPipeline
 from runtime.serving.jobs import ImageJob
 from runtime.serving.stations import PipelineStations
-
-RunCommand = Callable[..., tuple[int, str, str]]
-FEW_STEPS = ("--num-inference-steps", 2)
-
-
-def write(path: Path, *lines: object) -> Path:
-    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
-    return path
+from tests.runtime.batch.files import FEW_STEPS, RunCommand, files_in, write
 
 
 def data_uri(path: Path) -> str:
@@ -64,15 +57,6 @@ def prompts(tmp_path: Path) -> Path:
     rows[4] = "{"
     rows.append({"id": "asked", "question": "what is it?", "image": "image.png", "max_new_tokens": 3})
     return write(tmp_path / "rows.jsonl", *rows)
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    """The content of all files, but for the lock."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != ".lock"
-    }
 
 
 def table_of(folder: Path) -> list[dict[str, object]]:

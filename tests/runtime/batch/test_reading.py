@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,7 @@ from PIL import Image
 from runtime.batch.reading import RowOptions, read_rows
 from runtime.batch.rows import Row, seed_of
 from runtime.errors import InputError
-
-
-def write(path: Path, *lines: object) -> Path:
-    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
-    return path
+from tests.runtime.batch.files import write
 
 
 def rows_of(path: Path, **options: Any) -> list[Row]:
