@@ -286,14 +286,15 @@ def _rows_of_answers(
         yield relative_row("engine", what, to_host(embeds), expected, tolerances.engine)
     mask = inputs.attention_mask
     output = answerer.language.forward(inputs.input_ids, mask, inputs.position_ids, embeds)
+    kv = answerer.key_values(output.kv, mask)
     for step in range(ANSWER_TOKENS):
         for row, (case, name) in enumerate(zip(cases, names, strict=True)):
             value = output.logits.numpy()[row]
             yield relative_row("answer", f"logits of {name}", value, case.logits[step], tolerances.engine, step=step)
         tokens = np.array([case.tokens[step] for case in cases])[:, None]
-        mask = np.concatenate([mask, np.ones_like(tokens, bool)], axis=1)
         positions = np.broadcast_to((inputs.next_position + step)[None, :, None], (3, len(cases), 1))
-        output = answerer.language.forward(tokens, mask, positions, past=output.kv)
+        output = answerer.language.forward(tokens, kv.mask, positions, past=kv.past)
+        kv.add(output.kv)
 
 
 def _inputs_of(pipeline: LatteFlowPipeline, cases: list[QuestionCase]) -> ChatInputs:

@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from runtime.backends import Session, Value, to_host
+from runtime.backends import KeyValues, Session, Value, to_host
 from runtime.chat import ChatInputs, ChatProcessor, Message
 from runtime.errors import EngineError, InputError
 from runtime.image_processor import ImagePatches
@@ -21,7 +21,11 @@ from runtime.language import LanguageModel, LanguageOutput
 from runtime.manifest import Understanding
 from runtime.rows import PrefixRow, pad_rows, row_of
 
+MakeKeyValues = Callable[[tuple[Value, ...], np.ndarray], KeyValues]
+"""Takes the keys and values of a run and their mask, `[B, T]` bool."""
 DEFAULT_MAX_NEW_TOKENS = 128
+SORTED_FIRST = 1024
+"""Number of the most likely tokens that are looked at before all are."""
 PATCHES_PER_RUN = 4096
 """Images are encoded together up to this many patches, because attention costs the square of their number."""
 
@@ -98,17 +102,17 @@ class Answerer:
         engines: Mapping[str, Session],
         chat: ChatProcessor,
         understanding: Understanding,
-        language: LanguageModel | None = None,
+        language: LanguageModel,
+        key_values: MakeKeyValues,
     ) -> None:
         self._engines = engines
         self.chat = chat
         self._understanding = understanding
-        self.language = language or LanguageModel(engines)
+        self.language = language
+        self.key_values = key_values
         self._batch: tuple[Answer, ...] = ()
-        self._past: tuple[Value, ...] = ()
-        """Keys and values of the batch on the device, one tensor per expert group, `[M, 2, B, Hkv, T, D]`."""
-        self._mask = np.zeros((0, 0), bool)
-        """Which of them belong to an answer, `[B, T]`."""
+        self._kv: KeyValues | None = None
+        """Keys and values of the batch, on the device."""
 
     def answer(self, conversations: Sequence[Sequence[Message]], settings: AnswerSettings) -> list[str]:
         """Returns the answer to each conversation."""
@@ -149,7 +153,7 @@ class Answerer:
             )
             for row in range(len(mask))
         ]
-        self._batch, self._past, self._mask = tuple(answers), output.kv, mask
+        self._batch, self._kv = tuple(answers), self.key_values(output.kv, mask)
         return answers, self._add_tokens(answers, _finite_logits(output))
 
     def write(self, answers: Sequence[Answer]) -> list[str]:
@@ -159,13 +163,14 @@ class Answerer:
         """
         if tuple(answers) != self._batch:
             self._arrange(answers)
-        mask = np.concatenate([self._mask, np.ones((len(answers), 1), bool)], axis=1)  # [B, T + 1]
+        kv = self._kv
+        assert kv is not None
         ids = np.array([[answer.token] for answer in answers], np.int64)
         positions = np.array([[answer.position] for answer in answers], np.int64)
         positions = np.broadcast_to(positions, (3, len(answers), 1))
-        output = self.language.forward(ids, mask, positions, past=self._past)
+        output = self.language.forward(ids, kv.mask, positions, past=kv.past)
         logits = _finite_logits(output)  # before anything changes, so that a failed call can be made again
-        self._past, self._mask = output.kv, mask
+        kv.add(output.kv)
         for answer in answers:
             answer.position += 1
         return self._add_tokens(answers, logits)
@@ -177,16 +182,17 @@ class Answerer:
     def _arrange(self, answers: Sequence[Answer]) -> None:
         """Makes these answers the batch."""
         self._leave_batch()
-        kv, self._mask = pad_rows([answer.kv for answer in answers if answer.kv is not None])
-        self._batch, self._past = tuple(answers), tuple(kv)
+        kv, mask = pad_rows([answer.kv for answer in answers if answer.kv is not None])
+        self._batch, self._kv = tuple(answers), self.key_values(tuple(kv), mask)
 
     def _leave_batch(self) -> None:
         """Copies keys and values of the batch to the host, from where they can join another one."""
-        groups = [] if all(answer.ended for answer in self._batch) else [to_host(group) for group in self._past]
-        for row, answer in enumerate(self._batch):
-            if not answer.ended:
-                answer.kv = row_of(groups, row, self._mask[row])
-        self._batch, self._past = (), ()
+        if self._kv is not None and not all(answer.ended for answer in self._batch):
+            groups, mask = self._kv.to_host()
+            for row, answer in enumerate(self._batch):
+                if not answer.ended:
+                    answer.kv = row_of(groups, row, mask[row])
+        self._batch, self._kv = (), None
 
     def tokens(self, inputs: ChatInputs, settings: AnswerSettings) -> Iterator[np.ndarray]:
         """Yields the next token of every row, `[B]` int64, until `max_new_tokens` or the model's limit.
@@ -196,8 +202,8 @@ class Answerer:
         rows, length = inputs.input_ids.shape
         generators = [np.random.default_rng([settings.seed + row]) for row in range(rows)]
         embeds = None if inputs.images is None else self.encode_images(inputs.images)
-        mask = inputs.attention_mask
-        output = self.language.forward(inputs.input_ids, mask, inputs.position_ids, embeds)
+        output = self.language.forward(inputs.input_ids, inputs.attention_mask, inputs.position_ids, embeds)
+        kv = self.key_values(output.kv, inputs.attention_mask)
         count = min(settings.max_new_tokens, self._understanding.max_context_tokens - length)
         for index in range(count):
             logits = output.logits.numpy()
@@ -206,9 +212,9 @@ class Answerer:
             )
             yield chosen
             if index + 1 < count:
-                mask = np.concatenate([mask, np.ones((rows, 1), bool)], axis=1)
                 positions = np.broadcast_to((inputs.next_position + index)[None, :, None], (3, rows, 1))
-                output = self.language.forward(chosen[:, None], mask, positions, past=output.kv)
+                output = self.language.forward(chosen[:, None], kv.mask, positions, past=kv.past)
+                kv.add(output.kv)
 
     def encode_images(self, images: ImagePatches, between_runs: Callable[[], None] = lambda: None) -> Value:
         """Returns the embeddings of all image tokens, `[T, hidden]` float32; large images are encoded one by one."""
@@ -249,11 +255,28 @@ def choose_token(logits: np.ndarray, generator: np.random.Generator, settings: A
     scaled = logits.astype(np.float64) / settings.temperature
     probabilities = np.exp(scaled - scaled.max())
     probabilities /= probabilities.sum()
-    order = np.argsort(-probabilities, kind="stable")
-    before = np.cumsum(probabilities[order]) - probabilities[order]
-    kept = order[before < settings.top_p]
+    kept = likeliest_tokens(probabilities, settings.top_p)
     shares = probabilities[kept] / probabilities[kept].sum()
     return int(generator.choice(kept, p=shares))
+
+
+def likeliest_tokens(probabilities: np.ndarray, top_p: float) -> np.ndarray:
+    """Returns the most likely tokens that together have a probability of `top_p`, the most likely first.
+
+    They are nearly always few of a vocabulary of 150,000, so all are sorted only if they are not.
+    """
+    if top_p < 1 and len(probabilities) > SORTED_FIRST:
+        some = np.sort(np.argpartition(probabilities, -SORTED_FIRST)[-SORTED_FIRST:])
+        order = some[np.argsort(-probabilities[some], kind="stable")]
+        kept = _up_to(probabilities, order, top_p)
+        if probabilities[kept[-1]] > probabilities[order[-1]]:  # no token of equal probability was left out
+            return kept
+    return _up_to(probabilities, np.argsort(-probabilities, kind="stable"), top_p)
+
+
+def _up_to(probabilities: np.ndarray, order: np.ndarray, top_p: float) -> np.ndarray:
+    before = np.cumsum(probabilities[order]) - probabilities[order]
+    return order[before < top_p]
 
 
 class _Writer:

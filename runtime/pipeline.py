@@ -6,7 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -33,6 +33,7 @@ from runtime.flow_time import (
 from runtime.images import ImageInput
 from runtime.language import LanguageModel
 from runtime.manifest import Manifest, load_manifest
+from runtime.plans import most_in_plans
 from runtime.rows import PrefixRow, arrange_rows, is_guided
 from runtime.sampler import Sampler, SamplerStep
 
@@ -222,7 +223,11 @@ class LatteFlowPipeline:
     @cached_property
     def answerer(self) -> Answerer:
         """The part that answers questions; made when the first question comes."""
-        return Answerer(self.engines, self.chat, self.manifest.understanding, self._language)
+        limit = most_in_plans(self.manifest, self.backend.name, "vlm", "past", tokens=1)
+        if limit is None:
+            limit = self.manifest.understanding.max_context_tokens - 1  # with the new token it is full
+        key_values = partial(self.backend.key_values, limit=limit)
+        return Answerer(self.engines, self.chat, self.manifest.understanding, self._language, key_values)
 
     def sampler(
         self, prompts: Sequence[str], negative_prompts: Sequence[str], guidance_scales: Sequence[float]
@@ -238,7 +243,14 @@ class LatteFlowPipeline:
             negative for negative, scale in zip(negative_prompts, guidance_scales, strict=True) if is_guided(scale)
         ]
         conditional, unconditional = self.encode_prompts(prompts), self.encode_negative_prompts(guided)
-        batch = arrange_rows(self.backend, conditional, unconditional, guidance_scales)
+        return self.sampler_of(conditional, unconditional, guidance_scales)
+
+    def sampler_of(
+        self, conditional: Sequence[PrefixRow], unconditional: Sequence[PrefixRow], guidance_scales: Sequence[float]
+    ) -> Sampler:
+        """Returns a sampler for encoded prompts; see `arrange_rows`."""
+        limit = most_in_plans(self.manifest, self.backend.name, "expert_0", "prefix") or self.manifest.prompt.max_tokens
+        batch = arrange_rows(self.backend, conditional, unconditional, guidance_scales, limit)
         return Sampler(self.engines, self.manifest.schedule, batch)
 
     def decode(self, latents: Value) -> np.ndarray:

@@ -38,6 +38,8 @@ class GuidedBatch:
     """Images that have an unconditional row, in the order of those rows."""
     upload: Callable[[np.ndarray], Value] = np.asarray
     """Moves values that all steps share to the device."""
+    upload_rows: Callable[[np.ndarray], list[Value]] = list
+    """Moves values of which each step has a row to the device."""
 
     @property
     def batch(self) -> int:
@@ -68,27 +70,35 @@ def arrange_rows(
     conditional: Sequence[PrefixRow],
     unconditional: Sequence[PrefixRow],
     guidance_scales: Sequence[float],
+    limit: int,
 ) -> GuidedBatch:
     """Arranges encoded prompts as the rows of a batch, and uploads them.
 
     Args:
+        limit: largest number of prefix tokens.
         conditional: one for each image.
         unconditional: one for each guided image, in order.
         guidance_scales: one for each image.
     """
-    kv, mask = pad_rows([*conditional, *unconditional])
+    rows = [*conditional, *unconditional]
+    kv, mask = pad_rows(rows, backend.padded(max(row.length for row in rows), limit))
     return GuidedBatch(
         prefix_kv=tuple(backend.upload(group) for group in kv),
         prefix_mask=backend.upload(mask),
         guidance_scale=np.asarray(guidance_scales, np.float32),
         guided=tuple(i for i, scale in enumerate(guidance_scales) if is_guided(scale)),
         upload=backend.upload,
+        upload_rows=backend.upload_rows,
     )
 
 
-def pad_rows(rows: Sequence[PrefixRow]) -> tuple[list[np.ndarray], np.ndarray]:
-    """Returns one array per expert group, `[M, 2, R, Hkv, P, D]`, padded on the right with zeros, and `[R, P]` bool."""
-    width = max(row.length for row in rows)
+def pad_rows(rows: Sequence[PrefixRow], width: int | None = None) -> tuple[list[np.ndarray], np.ndarray]:
+    """Returns one array per expert group, `[M, 2, R, Hkv, P, D]`, padded on the right with zeros, and `[R, P]` bool.
+
+    Args:
+        width: P; by default the length of the longest row.
+    """
+    width = max(row.length for row in rows) if width is None else width
     mask = np.zeros((len(rows), width), bool)
     groups = []
     for first in rows[0].kv:

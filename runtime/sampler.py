@@ -38,9 +38,9 @@ class StepInputs(NamedTuple):
 
     group: int
     """The expert group of the step."""
-    timestep: np.ndarray
+    timestep: Value
     """t of every row, `[R]` float32."""
-    step_size: np.ndarray
+    step_size: Value
     """Length of the step in flow time for every image, `[B]` float32."""
 
 
@@ -84,7 +84,8 @@ class Sampler:
         grid = np.broadcast_to(grid, (len(grid), self._batch.batch))  # [S + 1, B]
         timesteps = grid[:-1, self._row_of].astype(np.float32)  # [S, R]
         step_sizes = np.diff(grid, axis=0).astype(np.float32)  # [S, B]
-        return list(itertools.starmap(StepInputs, zip(groups, timesteps, step_sizes, strict=True)))
+        rows = (self._batch.upload_rows(values) for values in (timesteps, step_sizes))
+        return list(itertools.starmap(StepInputs, zip(groups, *rows, strict=True)))
 
     def rows_of(self, latents: Value) -> np.ndarray:
         """Returns the latents of every row, `[R, C, H, W]`, from those of the images, `[B, C, H, W]`."""

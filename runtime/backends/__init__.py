@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib import import_module
 
-from runtime.backends.base import Backend, DeviceTensor, Session, Value, to_host
+from runtime.backends.base import Backend, Session
+from runtime.backends.values import DeviceTensor, KeyValues, Value, to_host
 from runtime.errors import InputError
 
 PROVIDERS = {
@@ -36,4 +37,4 @@ def open_backend(provider: str, options: Mapping[str, str] | None = None) -> Bac
     return factory(options or {})
 
 
-__all__ = ["PROVIDERS", "Backend", "DeviceTensor", "Session", "Value", "open_backend", "to_host"]
+__all__ = ["PROVIDERS", "Backend", "DeviceTensor", "KeyValues", "Session", "Value", "open_backend", "to_host"]

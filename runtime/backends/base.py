@@ -1,4 +1,4 @@
-"""The base of all backends: the check of a feed, and values that may stay on the device."""
+"""The base of all backends, and the check of a feed."""
 
 from __future__ import annotations
 
@@ -7,34 +7,13 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 
+from runtime.backends.values import DeviceTensor, GrowingKeyValues, KeyValues, Value
 from runtime.errors import EngineError
 from runtime.manifest import EngineEntry, FileEntry, TensorSpec
-
-
-class DeviceTensor(Protocol):
-    """An array that stays where it was computed until `numpy` is called."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> str:
-        """The dtype by its name in the manifest: "float32", "float16", …"""
-
-    def numpy(self) -> np.ndarray:
-        """Returns a copy on the host."""
-
-
-Value = np.ndarray | DeviceTensor
-
-
-def to_host(value: Value) -> np.ndarray:
-    """Returns a value as an array on the host."""
-    return value if isinstance(value, np.ndarray) else value.numpy()
 
 
 class Session(ABC):
@@ -89,6 +68,24 @@ class Backend(ABC):
     @abstractmethod
     def upload(self, array: np.ndarray) -> DeviceTensor:
         """Copies an array to the device, for inputs that several runs share."""
+
+    def upload_rows(self, array: np.ndarray) -> list[Value]:
+        """Returns the rows of an array, `array[0]`, …, for one run each: a backend may upload them together."""
+        return list(array)
+
+    def key_values(self, kv: tuple[Value, ...], mask: np.ndarray, limit: int) -> KeyValues:
+        """Returns where keys and values of answers are kept between the runs of `vlm`.
+
+        Args:
+            kv: those of the first run, `[M, 2, B, Hkv, T, D]` per expert group.
+            mask: which of them count, `[B, T]` bool.
+            limit: the largest T that a run takes.
+        """
+        return GrowingKeyValues(kv, mask)
+
+    def padded(self, length: int, limit: int) -> int:
+        """Returns the length to pad tokens to, at most `limit` if `length` is: a backend may prefer few lengths."""
+        return length
 
     def close(self) -> None:  # noqa: B027 - most backends have nothing to free
         """Frees what the sessions share, and the sessions that are open. Nothing of the backend can be used then."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends.base import DeviceTensor
+from runtime.backends.values import DeviceTensor
 from runtime.errors import EngineError
 
 ALIGNMENT = 256
@@ -117,6 +117,16 @@ class Cuda:
             contiguous = np.ascontiguousarray(array)
             self.call("cudaMemcpyAsync", address, contiguous.ctypes.data, array.nbytes, kind, self.stream)
 
+    def copy_rows(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
+        """Copies rows of `width` bytes on the device; each begins a pitch after the one before."""
+        kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        arguments = (target, target_pitch, source, source_pitch, width, rows, kind, self.stream)
+        self.call("cudaMemcpy2DAsync", *arguments)
+
+    def clear(self, address: int, size: int) -> None:
+        """Sets bytes to zero."""
+        self.call("cudaMemsetAsync", address, 0, size, self.stream)
+
     def copy_out(self, address: int, array: np.ndarray) -> None:
         """Copies from device to host; waits for the stream."""
         if array.nbytes:
@@ -172,6 +182,8 @@ class CudaTensor(DeviceTensor):
     def __init__(self, cuda: Cuda, shape: tuple[int, ...], dtype: str) -> None:
         """Takes memory, whose content is undefined."""
         self.cuda = cuda
+        self.whole: CudaTensor | None = None
+        """The array that it is a row of, and whose memory it uses."""
         self._shape = shape
         self._dtype = dtype
         self.address = cuda.allocate(self.nbytes)
@@ -183,6 +195,13 @@ class CudaTensor(DeviceTensor):
             tensor = cls(cuda, array.shape, str(array.dtype))
             cuda.copy_in(tensor.address, array)
         return tensor
+
+    def row(self, index: int) -> CudaTensor:
+        """Returns `self[index]`, in the same memory."""
+        row = CudaTensor.__new__(CudaTensor)
+        row.cuda, row.whole, row._shape, row._dtype = self.cuda, self, self._shape[1:], self._dtype
+        row.address = self.address + index * row.nbytes
+        return row
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -203,7 +222,7 @@ class CudaTensor(DeviceTensor):
         return array
 
     def __del__(self) -> None:
-        if hasattr(self, "address"):
+        if self.whole is None and hasattr(self, "address"):
             self.cuda.release(self.address)
 
 

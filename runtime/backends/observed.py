@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runtime.backends.base import Backend, DeviceTensor, Session, Value
+from runtime.backends.base import Backend, Session
+from runtime.backends.values import DeviceTensor, KeyValues, Value
 from runtime.manifest import EngineEntry, FileEntry
 
 
@@ -39,6 +40,15 @@ class ObservedBackend(Backend):
 
     def upload(self, array: np.ndarray) -> DeviceTensor:
         return self._backend.upload(array)
+
+    def upload_rows(self, array: np.ndarray) -> list[Value]:
+        return self._backend.upload_rows(array)
+
+    def key_values(self, kv: tuple[Value, ...], mask: np.ndarray, limit: int) -> KeyValues:
+        return self._backend.key_values(kv, mask, limit)
+
+    def padded(self, length: int, limit: int) -> int:
+        return self._backend.padded(length, limit)
 
     def close(self) -> None:
         self._backend.close()

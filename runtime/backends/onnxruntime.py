@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends.base import Backend, DeviceTensor, Session, Value, to_host
+from runtime.backends.base import Backend, Session
+from runtime.backends.values import DeviceTensor, Value, to_host
 from runtime.errors import EngineError, MissingExtraError, one_line
 from runtime.manifest import EngineEntry
 

@@ -5,6 +5,8 @@
 - One block of scratch memory serves all engines, since they run one after another, whichever thread asks.
 - An engine runs as a CUDA graph when the same shapes and addresses come for the third time. Each graph has a context of
   its own, which ran once before it is captured; what cannot be captured is run without.
+- Keys and values of answers keep their addresses and shapes from token to token, and prompts are padded to few lengths,
+  so that the shapes and addresses do come again.
 - Only `numpy()` waits for the device.
 """
 
@@ -19,14 +21,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime.backends.base import Backend, DeviceTensor, Session, Value, to_host
+from runtime.backends.base import Backend, Session
 from runtime.backends.cuda import Cuda, CudaTensor
+from runtime.backends.cuda_key_values import CudaKeyValues, padded
+from runtime.backends.values import DeviceTensor, KeyValues, Value, to_host
 from runtime.errors import EngineError, InputError, MissingExtraError, one_line
 from runtime.manifest import EngineEntry, FileEntry, PlanEntry, PlanProvider, TensorSpec, read_file
 from runtime.plans import TENSORRT, usable_plan
 
 GRAPHS_KEPT = 32
 """CUDA graphs per engine, one for each combination of shapes and addresses."""
+PADDED_TO = 16
+"""Prompts are padded to a multiple of this many tokens, so that graphs of one prompt serve others."""
 SEEN_KEPT = 1024
 """Combinations that an engine remembers to have run once."""
 
@@ -69,6 +75,18 @@ class TrtBackend(Backend):
 
     def upload(self, array: np.ndarray) -> DeviceTensor:
         return CudaTensor.upload(self.cuda, array)
+
+    def upload_rows(self, array: np.ndarray) -> list[Value]:
+        if len(array) < 2:
+            return list(array)
+        whole = CudaTensor.upload(self.cuda, array)
+        return [whole.row(index) for index in range(len(array))]
+
+    def key_values(self, kv: tuple[Value, ...], mask: np.ndarray, limit: int) -> KeyValues:
+        return CudaKeyValues(self.cuda, kv, mask, limit) if self.graphs else super().key_values(kv, mask, limit)
+
+    def padded(self, length: int, limit: int) -> int:
+        return padded(length, PADDED_TO, limit) if self.graphs else length
 
     def scratch(self, size: int) -> tuple[int, int]:
         """Returns address and size of the scratch memory that all engines share; it has at least `size` bytes."""
@@ -166,9 +184,16 @@ class TrtSession(Session):
         )
 
     def _address_of(self, spec: TensorSpec, value: Value) -> int:
-        """Returns where an input is; one that is not on this device is copied to memory that the session keeps."""
+        """Returns where an input is; one that is not on this device is copied to memory that the session keeps.
+
+        So is a row of a larger array: each has another address, and would need a graph of its own.
+        """
         if isinstance(value, CudaTensor) and value.cuda is self._cuda:
-            return value.address
+            if value.whole is None:
+                return value.address
+            address, size = self._staged[spec.name].at_least(value.nbytes), value.nbytes
+            self._cuda.copy_rows(address, size, value.address, size, size, 1)
+            return address
         array = to_host(value)
         address = self._staged[spec.name].at_least(array.nbytes)
         self._cuda.copy_in(address, array)

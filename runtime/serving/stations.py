@@ -12,7 +12,6 @@ from runtime.chat import ChatInputs
 from runtime.errors import CancelledError, InputError
 from runtime.pipeline import LatteFlowPipeline
 from runtime.plans import most_in_plans
-from runtime.rows import arrange_rows
 from runtime.sampler import Sampler
 from runtime.serving.jobs import AnswerJob, EncodedPrompt, ImageJob, Station
 from runtime.serving.requests import AnswerRequest, AnyRequest
@@ -86,8 +85,7 @@ class PipelineStations:
             conditional = [prompts.prompt for prompts in encoded]
             unconditional = [prompts.negative for prompts in encoded if prompts.negative is not None]
             scales = [job.request.guidance_scale for job in jobs]
-            batch = arrange_rows(self._pipeline.backend, conditional, unconditional, scales)
-            sampler = Sampler(self._pipeline.engines, self.schedule, batch)
+            sampler = self._pipeline.sampler_of(conditional, unconditional, scales)
         self._samplers[key] = sampler
         while len(self._samplers) > REMEMBERED_BATCHES:
             self._samplers.popitem(last=False)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from latte.checkpoint import load_image_processor
 from latte.model import LatteFlow
-from runtime.answers import AnswerSettings, _Writer, choose_token
+from runtime.answers import AnswerSettings, _Writer, choose_token, likeliest_tokens
 from runtime.errors import InputError
 from runtime.pipeline import LatteFlowPipeline
 from tests.reference import reference_tokens
@@ -153,6 +153,23 @@ def test_tokens_are_drawn_from_the_softmax_of_the_likeliest() -> None:
     assert shares(AnswerSettings(temperature=1.0, top_p=0.75)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
     assert shares(AnswerSettings(temperature=0.5))[0] == pytest.approx(0.25 / 0.365, abs=0.03)
     assert choose_token(logits, rng, AnswerSettings()) == 0
+
+
+@pytest.mark.parametrize("kind", ["peaked", "flat", "equal", "equal where it matters"])
+@pytest.mark.parametrize("top_p", [1e-9, 0.1, 0.9, 0.999999, 1.0])
+def test_the_likeliest_tokens_are_those_of_a_sort_of_all(kind: str, top_p: float) -> None:
+    rng = np.random.default_rng(0)
+    logits = {
+        "peaked": 5 * rng.standard_normal(5000),
+        "flat": 0.01 * rng.standard_normal(5000),
+        "equal": np.zeros(5000),
+        "equal where it matters": np.where(rng.random(5000) < 0.3, 4.0, 0.0),
+    }[kind]
+    probabilities = np.exp(logits - logits.max())
+    probabilities /= probabilities.sum()
+    order = np.argsort(-probabilities, kind="stable")
+    before = np.cumsum(probabilities[order]) - probabilities[order]
+    np.testing.assert_array_equal(likeliest_tokens(probabilities, top_p), order[before < top_p])
 
 
 def test_an_answer_ends_before_a_stop_text(pipe: LatteFlowPipeline) -> None:

@@ -194,7 +194,7 @@ def test_prompts_are_tokenized_as_transformers_does(pipe: LatteFlowPipeline, mod
 
 def test_the_prefix_is_the_references(pipe: LatteFlowPipeline, model: LatteFlow) -> None:
     prefix = model.encode_prompts(PROMPTS)
-    batch = arrange_rows(pipe.backend, pipe.encode_prompts(PROMPTS), [], [1.0, 1.0])
+    batch = arrange_rows(pipe.backend, pipe.encode_prompts(PROMPTS), [], [1.0, 1.0], 64)
     mask = prefix.mask.numpy()
     assert np.array_equal(to_host(batch.prefix_mask), mask)
     for kv, reference in zip(batch.prefix_kv, prefix.kv, strict=True):

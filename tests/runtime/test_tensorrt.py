@@ -17,6 +17,7 @@ from export.benchmarks.provider import run_provider
 from export.plans.profiles import AxisChoices
 from export.reference import Reference
 from export.verify import verify_bundle
+from runtime.backends import open_backend
 from runtime.backends.tensorrt import TrtBackend
 from runtime.errors import BundleError, EngineError, InputError
 from runtime.manifest import load_manifest
@@ -129,6 +130,80 @@ def test_several_threads_draw_and_answer(native: LatteFlowPipeline, pipe: LatteF
         assert asked.result(60) == answer
 
 
+def test_an_answers_tokens_are_graphs(native: LatteFlowPipeline, pipe: LatteFlowPipeline, gpu: GpuDouble) -> None:
+    """Each token had a longer past than the one before, in other memory: no graph was ever launched."""
+    expected = pipe.ask(image_of(0), "what?", max_new_tokens=20)
+    gpu.trt.enqueued.clear()
+    assert native.ask(image_of(0), "what?", max_new_tokens=20) == expected
+    written = gpu.cuda.launches
+    assert gpu.trt.enqueued.count("vlm") == 3  # the question, then two tokens before the graph
+    assert written == 17
+    gpu.cuda.copies.clear()
+    assert native.ask(image_of(0), "what?", max_new_tokens=20) == expected
+    assert gpu.cuda.launches >= written + 19
+    # Of the keys and values that a run puts out, one token stays; nothing of them goes to the host.
+    groups = native.manifest.schedule.num_groups
+    moved = [size for kind, size in gpu.cuda.copies if kind == "2D"]
+    assert len(moved) == 20 * groups
+    assert moved[0] > moved[-1]
+    vocabulary = native.manifest.engine("vlm").outputs[0].shape[-1]
+    assert {size for kind, size in gpu.cuda.copies if kind == "DeviceToHost"} == {4 * int(vocabulary)}
+
+
+def test_answers_go_beyond_the_capacity_that_they_began_with(
+    native: LatteFlowPipeline, pipe: LatteFlowPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.backends.cuda_key_values.BUCKET", 8)
+    settings = {"max_new_tokens": 30, "temperature": 1.0, "seed": 2}
+    assert native.ask(image_of(1), "what is it?", **settings) == pipe.ask(image_of(1), "what is it?", **settings)  # type: ignore[arg-type]
+
+
+def test_keys_and_values_fill_the_context_to_the_last_token(gpu: GpuDouble, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.backends.cuda_key_values.BUCKET", 4)
+    rng = np.random.default_rng(0)
+    backend = open_backend("tensorrt")
+    everything = rng.standard_normal((2, 2, 3, 2, 10, 4), np.float32)  # [M, 2, B, Hkv, T, D]
+    mask = np.ones((3, 10), bool)
+    mask[1, 1] = False
+    kv = backend.key_values((everything[:, :, :, :, :2],), mask[:, :2], limit=9)
+    for tokens in range(2, 10):
+        (past,) = kv.past
+        assert past.shape[4] == min(9, 4 * -(-tokens // 4))
+        np.testing.assert_array_equal(kv.mask[:, :tokens], mask[:, :tokens])
+        assert kv.mask[:, -1].all()
+        assert not kv.mask[:, tokens:-1].any()
+        feed = np.concatenate([past.numpy(), everything[:, :, :, :, tokens : tokens + 1]], axis=4)  # type: ignore[union-attr]
+        np.testing.assert_array_equal(feed[:, :, :, :, :tokens], everything[:, :, :, :, :tokens])
+        assert not feed[:, :, :, :, tokens:-1].any()
+        kv.add((backend.upload(feed),))
+    (group,), used = kv.to_host()
+    np.testing.assert_array_equal(group, everything)
+    np.testing.assert_array_equal(used, mask)
+    backend.close()
+
+
+def test_a_prompt_of_another_length_launches_the_graphs_of_the_first(
+    native: LatteFlowPipeline, pipe: LatteFlowPipeline, gpu: GpuDouble
+) -> None:
+    for _ in range(4):
+        draw(native, "a red star")
+    gpu.trt.enqueued.clear()
+    longer = "a small red star"
+    assert len(native.chat.prompt_tokens(longer)) != len(native.chat.prompt_tokens("a red star"))
+    assert images_differ_by(draw(native, longer), draw(pipe, longer)) <= 1
+    assert set(gpu.trt.enqueued) <= {"vlm"}
+
+
+def test_the_time_grid_is_uploaded_once(native: LatteFlowPipeline, gpu: GpuDouble) -> None:
+    def uploads(steps: int) -> int:
+        gpu.cuda.copies.clear()
+        native("a red star", seed=3, num_inference_steps=steps, output_type="np")
+        return sum(kind == "HostToDevice" for kind, _ in gpu.cuda.copies)
+
+    uploads(3)
+    assert uploads(3) == uploads(9)
+
+
 # ---- devices, threads, memory ------------------------------------------------------------------------
 
 
@@ -166,8 +241,6 @@ def test_closing_frees_everything_that_was_taken(plan_bundle: Path, gpu: GpuDoub
 
 def test_memory_that_is_kept_for_reuse_is_returned_when_the_gpu_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = install(monkeypatch, CudaDouble(memory=10_000))
-    from runtime.backends import open_backend
-
     backend = open_backend("tensorrt")
     for size in (6_000, 7_000, 2_000, 5_000):  # together more than there is
         backend.upload(np.zeros(size, np.uint8))
