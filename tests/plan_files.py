@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from export.plans.profiles import AxisChoices, profiles_of
@@ -13,9 +12,17 @@ PLAN_VERSION = "11.4.0.106"
 ARCHITECTURE = "sm_90"
 
 
-def add_plans(bundle: Path, provider: PlanProvider, choices: Mapping[str, AxisChoices] | None = None) -> None:
-    """Adds a plan of every engine to a bundle, with the profiles that `latte-flow build` would choose."""
+Sizes = tuple[int, ...]
+
+
+def add_plans(bundle: Path, provider: PlanProvider, **sizes: tuple[Sizes, Sizes, Sizes]) -> None:
+    """Adds a plan of every engine to a bundle, with the profiles that `latte-flow build` would choose.
+
+    Args:
+        sizes: smallest, best and largest sizes of axes that are not to have the default ones.
+    """
     manifest = load_manifest(bundle)
+    choices = {axis: AxisChoices(*bounds) for axis, bounds in sizes.items()}
     engines = []
     for engine in manifest.engines:
         path = f"{engine.name}/{TENSORRT[provider].plan_file}"
@@ -26,7 +33,7 @@ def add_plans(bundle: Path, provider: PlanProvider, choices: Mapping[str, AxisCh
             version=PLAN_VERSION,
             version_compatible=False,
             architectures=(ARCHITECTURE,),
-            profiles=profiles_of(manifest, engine, choices or {}),
+            profiles=profiles_of(manifest, engine, choices),
             ingredients={},
             inspected=False,
             build_seconds=0,

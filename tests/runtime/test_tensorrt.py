@@ -6,21 +6,16 @@ The doubles raise where a real GPU would compute wrong numbers. That the numbers
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from export.benchmarks.provider import run_provider
-from export.plans.profiles import AxisChoices
-from export.reference import Reference
-from export.verify import verify_bundle
 from runtime.backends import open_backend
 from runtime.backends.tensorrt import TrtBackend
 from runtime.errors import BundleError, EngineError, InputError
-from runtime.manifest import load_manifest
 from runtime.pipeline import LatteFlowPipeline
 from tests.doubles import GpuDouble, install
 from tests.doubles.cuda import CudaDouble
@@ -55,14 +50,6 @@ def native(plan_bundle: Path) -> Iterator[LatteFlowPipeline]:
 
 
 # ---- what comes out ----------------------------------------------------------------------------------
-
-
-def test_it_passes_the_ladder_with_the_plans_that_are_built_by_default(plan_bundle: Path, reference: Reference) -> None:
-    """They take latents of one size and write one answer at a time; the ladder asked for more."""
-    rows = verify_bundle(plan_bundle, reference, "tensorrt")
-    assert [row for row in rows if not row.passed] == []
-    assert {row.rung for row in rows} == {"input", "weights", "engine", "step", "trajectory", "image", "answer"}
-    assert sum(row.what.startswith("logits of answer 3 of 3") for row in rows) == 4
 
 
 def test_drawing_again_launches_graphs_and_changes_nothing(
@@ -293,25 +280,10 @@ def test_a_size_that_no_profile_covers_says_what_to_build(native: LatteFlowPipel
 def test_a_larger_profile_gets_more_scratch_memory_and_new_graphs(
     bundle_copy: Path, gpu: GpuDouble, pipe: LatteFlowPipeline
 ) -> None:
-    add_plans(bundle_copy, "tensorrt", {"rows": AxisChoices((1, 3), (2, 4), (2, 8))})
+    add_plans(bundle_copy, "tensorrt", rows=((1, 3), (2, 4), (2, 8)))
     gpu.trt.show(bundle_copy)
     with LatteFlowPipeline.from_pretrained(bundle_copy, "tensorrt") as native:
         for count in (1, 1, 1, 2, 2, 2, 1, 1, 1):
             assert images_differ_by(draw(native, *["a ring"] * count), draw(pipe, *["a ring"] * count)) <= 1
         assert backend_of(native).graph_launches > 0
     assert gpu.cuda.alive() == NOTHING
-
-
-def test_the_benchmark_of_a_provider_builds_the_plans_that_it_runs(
-    checkpoint: Path, reference: Reference, tmp_path: Path, gpu: GpuDouble, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def build(bundle: Path, options: object) -> None:
-        add_plans(bundle, "tensorrt")
-        gpu.trt.show(bundle)
-
-    monkeypatch.setattr("export.benchmarks.provider.build_plans", build)
-    ignore: Callable[[str], None] = lambda stage: None  # noqa: E731
-    report = run_provider(str(checkpoint), reference, "tensorrt", tmp_path, ("fp32",), ({},), 1, ignore)
-    assert [row for row in report.parity["fp32"] if not row.passed] == []
-    assert {timing.provider for timing in report.timings} == {"tensorrt", "cpu"}
-    assert all(engine.plans for engine in load_manifest(tmp_path / "bundle-fp32").engines)
