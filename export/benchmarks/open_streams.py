@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from export.benchmarks.gateway_server import GatewayProcess
+from export.benchmarks.open_requests import STEPS
 from export.benchmarks.report import resident_megabytes
 from runtime.console import stdout
 
-BODY = {"stream": True, "partial_images": 1}
+BODY = {"stream": True, "partial_images": 1, "num_inference_steps": STEPS}
 QUIET_SECONDS = 600.0
 """A stream on which nothing comes for so long is lost."""
 WATCH_SECONDS = 0.5
