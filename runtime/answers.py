@@ -252,8 +252,9 @@ def choose_token(logits: np.ndarray, generator: np.random.Generator, settings: A
     """Returns one token, chosen from the logits of a row, `[vocabulary]` float32."""
     if settings.temperature == 0:
         return int(np.argmax(logits))
-    scaled = logits.astype(np.float64) / settings.temperature
-    probabilities = np.exp(scaled - scaled.max())
+    below = logits.astype(np.float64) - logits.max()  # first, since a quotient may be too large for a number
+    with np.errstate(over="ignore"):
+        probabilities = np.exp(below / settings.temperature)
     probabilities /= probabilities.sum()
     kept = likeliest_tokens(probabilities, settings.top_p)
     shares = probabilities[kept] / probabilities[kept].sum()

@@ -155,6 +155,13 @@ def test_tokens_are_drawn_from_the_softmax_of_the_likeliest() -> None:
     assert choose_token(logits, rng, AnswerSettings()) == 0
 
 
+def test_a_temperature_close_to_zero_takes_the_likeliest_token() -> None:
+    """A quotient of such a temperature was infinite, and its probabilities were not numbers."""
+    logits = np.array([3.0, 5.0, -2.0], np.float32)
+    for temperature in (5e-324, 2.225073858507e-311, 1e-300, 1e-30):
+        assert choose_token(logits, np.random.default_rng(0), AnswerSettings(temperature=temperature)) == 1
+
+
 @pytest.mark.parametrize("kind", ["peaked", "flat", "equal", "equal where it matters"])
 @pytest.mark.parametrize("top_p", [1e-9, 0.1, 0.9, 0.999999, 1.0])
 def test_the_likeliest_tokens_are_those_of_a_sort_of_all(kind: str, top_p: float) -> None:
