@@ -87,7 +87,7 @@ class Gateway:
             body, body.prompt, self.service.model, self._client_id(key, body), request.state.request_id, body.n
         )
         if body.stream:
-            return await self._streamed(self._image_events(body, drawing, key))
+            return await self._streamed(request, self._image_events(body, drawing, key))
         place = self._place(body, request, key)
         if place is not None and (known := self._results.get(place)) is not None:
             return JSONResponse(self._fresh(known, body, request), headers={RESULT_CACHE: "hit"})
@@ -162,7 +162,7 @@ class Gateway:
                                 yield None, completion.usage_chunk(event.usage)
 
         if body.stream:
-            return await self._streamed(chunks(), done="[DONE]")
+            return await self._streamed(request, chunks(), done="[DONE]")
         texts, usage = [], None
         with self.settings.keys.quota(key, "ask", 1):
             async with cancelled_by_disconnect(request), events_of(self.service, asking) as events:
@@ -194,7 +194,7 @@ class Gateway:
                 yield None, completion.usage_chunk(drawn.usage)
 
         if body.stream:
-            return await self._streamed(chunks(), done="[DONE]")
+            return await self._streamed(request, chunks(), done="[DONE]")
         with self.settings.keys.quota(key, "draw", 1):
             async with cancelled_by_disconnect(request):
                 drawn = await draw(self.service, drawing, body)
@@ -202,10 +202,11 @@ class Gateway:
         return JSONResponse(completion.body(chat.drawn_message(uris), drawn.usage))
 
     async def _streamed(
-        self, events: AsyncIterator[tuple[str | None, dict[str, Any]]], done: str | None = None
+        self, request: Request, events: AsyncIterator[tuple[str | None, dict[str, Any]]], done: str | None = None
     ) -> Response:
         """Returns a stream of events; what fails before the first event is an error with a status of its own."""
-        first = await anext(events)
+        async with cancelled_by_disconnect(request):
+            first = await anext(events)
 
         async def lines() -> AsyncIterator[bytes]:
             yield _sse(*first)

@@ -63,7 +63,7 @@ async def events_of(service: Service, request: AnyRequest) -> AsyncIterator[Asyn
 async def cancelled_by_disconnect(request: Request) -> AsyncIterator[None]:
     """Ends the block with `CancelledError` when the client closes the connection.
 
-    For answers that are sent at their end. A streaming response notices by itself.
+    For answers that are sent at their end, and until the first event of a stream: then its response notices by itself.
     """
     task = asyncio.current_task()
     assert task is not None
