@@ -103,6 +103,7 @@ USED_OF_TENSORRT = {
     "Runtime": ("deserialize_cuda_engine",),
     "ICudaEngine": (
         "create_execution_context",
+        "create_runtime_config",
         "get_device_memory_size_for_profile_v2",
         "create_engine_inspector",
     ),
@@ -115,6 +116,8 @@ USED_OF_TENSORRT = {
         "execute_async_v3",
     ),
     "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
+    "IRuntimeConfig": ("set_execution_context_allocation_strategy", "dynamic_shapes_kernel_specialization_strategy"),
+    "DynamicShapesKernelSpecializationStrategy": ("EAGER",),
     "EngineInspector": ("get_engine_information", "execution_context"),
     "LayerInformationFormat": ("JSON",),
 }

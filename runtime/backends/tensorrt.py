@@ -213,7 +213,7 @@ class TrtSession(Session):
         if binding is None and key in self._seen:
             # TensorRT does work that it deferred when the shapes changed, which cannot be captured, so the context
             # runs once before.
-            context = self._new_context(key.profile)
+            context = self._new_context(key.profile, for_graph=True)
             self._enqueue(context, key)
             self._bindings[key] = _Binding(context)
             self._drop_oldest()
@@ -241,9 +241,18 @@ class TrtSession(Session):
             self._contexts[profile] = self._new_context(profile)
         return self._contexts[profile]
 
-    def _new_context(self, profile: int) -> Any:
-        strategy = self._backend.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = self._engine.create_execution_context(strategy)
+    def _new_context(self, profile: int, *, for_graph: bool = False) -> Any:
+        trt = self._backend.trt
+        memory = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if for_graph and hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+            # TensorRT for RTX compiles kernels for new shapes in the background, and runs slower ones until then: a
+            # graph would keep those for good.
+            config = self._engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(memory)
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            context = self._engine.create_execution_context(config)
+        else:
+            context = self._engine.create_execution_context(memory)
         if context is None or not context.set_optimization_profile_async(profile, self._stream):
             raise EngineError(f"engine {self.entry.name}: {self._backend.name} cannot make a context for it")
         return context

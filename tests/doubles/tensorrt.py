@@ -93,9 +93,15 @@ class EngineDouble:
     def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
         return SCRATCH * (profile + 1)
 
-    def create_execution_context(self, strategy: str) -> ContextDouble:
+    def create_runtime_config(self) -> RuntimeConfigDouble:
+        return RuntimeConfigDouble()
+
+    def create_execution_context(self, how: str | RuntimeConfigDouble) -> ContextDouble:
         self.check_device()
-        context = ContextDouble(self)
+        memory = how.memory if isinstance(how, RuntimeConfigDouble) else how
+        if memory != "USER_MANAGED":
+            raise BrokenRule("scratch memory is given to a context that takes its own")
+        context = ContextDouble(self, how)
         self.trt.contexts.append(context)
         return context
 
@@ -118,11 +124,23 @@ class EngineDouble:
         return self._shapes[key]
 
 
+class RuntimeConfigDouble:
+    """Stands for an `IRuntimeConfig`."""
+
+    memory = "STATIC"
+    dynamic_shapes_kernel_specialization_strategy = "LAZY"
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.memory = strategy
+
+
 class ContextDouble:
     """Stands for an `IExecutionContext`."""
 
-    def __init__(self, engine: EngineDouble) -> None:
+    def __init__(self, engine: EngineDouble, how: str | RuntimeConfigDouble) -> None:
         self.engine = engine
+        self.how = how
+        """What it was made with."""
         self._cuda = engine.trt.cuda
         self._profile: int | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -130,6 +148,8 @@ class ContextDouble:
         self._memory = (0, 0)
         self._is_settled = False
         """Whether an enqueue followed the last change of shape or profile."""
+        self.captures = 0
+        """How often it was captured."""
         self._graphs = 0
         """Number of graphs that it is in."""
 
@@ -195,6 +215,7 @@ class ContextDouble:
         work = self._work()
         self._cuda.enqueue(stream, work)
         self._graphs += 1
+        self.captures += 1
         work.on_destroy = self._leave_graph
         return True
 

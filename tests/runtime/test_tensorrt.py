@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,6 +64,18 @@ def test_drawing_again_launches_graphs_and_changes_nothing(
     assert images_differ_by(draw(native), expected) <= 1
     assert gpu.trt.enqueued == []
     assert backend_of(native).graph_launches == gpu.cuda.launches >= before + 8
+
+
+def test_graphs_of_tensorrt_for_rtx_have_the_kernels_of_their_shapes(
+    native: LatteFlowPipeline, gpu: GpuDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It compiles them in the background while slower ones run, which a graph captured then would keep."""
+    strategy = SimpleNamespace(EAGER="EAGER")
+    monkeypatch.setattr(gpu.trt, "DynamicShapesKernelSpecializationStrategy", strategy, raising=False)
+    for _ in range(3):
+        draw(native)
+    captured = [context.how for context in gpu.trt.contexts if context.captures]
+    assert {how.dynamic_shapes_kernel_specialization_strategy for how in captured} == {"EAGER"}  # type: ignore[union-attr]
 
 
 def test_without_graphs_nothing_is_captured(plan_bundle: Path, pipe: LatteFlowPipeline, gpu: GpuDouble) -> None:
