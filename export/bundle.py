@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +18,7 @@ from export.components import (
     understanding_of,
 )
 from export.engines import bind, write_engine
+from export.float8 import quantize_to_float8
 from export.graph_store import GraphStore, default_store
 from export.graphs import make_graphs
 from export.plans.build import carry_plans
@@ -24,6 +26,7 @@ from export.quantization import QuantizationSettings, quantize_bundle
 from export.reference import Reference, checkpoint_hash
 from export.verify import verify_bundle
 from export.vlm_components import language_component, vision_component
+from export.weight_check import UNQUANTIZED
 from export.weights import ALWAYS_FP32, WeightFiles, weights_of
 from latte.checkpoint import load_outline, resolve_checkpoint
 from latte.model import LatteFlow
@@ -66,9 +69,9 @@ def export_bundle(
     Args:
         checkpoint: a directory, or the name of a shipped checkpoint.
         precision: precision of weights and matrix products; the solver and the autoencoder stay fp32. "int8" is for
-            matrix products on the CPU.
+            matrix products on the CPU, "fp8" for those on NVIDIA GPUs, in engines that are fp16 otherwise.
         fuse: rewrite the graphs with ONNX Runtime's optimisers; such engines run only on ONNX Runtime.
-        quantization: settings for "int8".
+        quantization: settings for "int8" and "fp8".
         verify: compare with PyTorch; the report becomes part of the manifest.
         force: replace an existing bundle.
         store: keeps traced graphs; by default the store in the user's cache folder.
@@ -83,6 +86,8 @@ def export_bundle(
     """
     if precision == "bf16" and fuse:
         raise InputError("ONNX Runtime's fused operators do not support bf16; leave out --fuse")
+    if precision == "fp8" and fuse:
+        raise InputError("fp8 is for TensorRT, which builds no graphs of --fuse; leave it out")
     if precision == "int8" and fuse:
         raise InputError("--fuse does nothing in int8, whose products ONNX Runtime fuses itself; leave it out")
     check_replaceable(bundle, FILE_NAME, "bundle", force=force)
@@ -92,8 +97,8 @@ def export_bundle(
     reference = Reference.from_pretrained(path) if verify else None
     model = load_outline(path)
     with replaced_directory(bundle) as folder:
-        # INT8 engines are made from fp32 engines, whose runs show the error.
-        written: Precision = "fp32" if precision == "int8" else precision
+        # Engines of 8 bits are made from others, whose runs show the error.
+        written = UNQUANTIZED.get(precision, precision)
         store = store or default_store()
         engines = _export_engines(model, path, folder, written, opset, fuse, store, on_stage)
         _copy_tokenizer_files(model, path, folder)
@@ -113,6 +118,8 @@ def export_bundle(
         if precision == "int8":
             on_stage("run the fp32 engines")
             manifest = quantize_bundle(folder, quantization, lambda name: on_stage(f"quantise {name}"))
+        if precision == "fp8":
+            manifest = _in_float8(checkpoint, folder, quantization, store, on_stage)
         if (bundle / FILE_NAME).is_file():
             manifest = carry_plans(bundle, folder, manifest)
             save_manifest(manifest, folder)
@@ -121,6 +128,21 @@ def export_bundle(
             manifest = manifest.model_copy(update={"parity": tuple(verify_bundle(folder, reference))})
             save_manifest(manifest, folder)
     return manifest, [row for row in manifest.parity or () if not row.passed]
+
+
+def _in_float8(
+    checkpoint: str | Path,
+    folder: Path,
+    quantization: QuantizationSettings,
+    store: GraphStore,
+    on_stage: Callable[[str], None],
+) -> Manifest:
+    """Quantises the fp16 engines of a bundle; an fp32 bundle beside it is made for that and removed."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        fp32 = Path(temporary) / "fp32"
+        export_bundle(checkpoint, fp32, verify=False, store=store, on_stage=lambda stage: on_stage(f"fp32: {stage}"))
+        on_stage("run the fp32 engines")
+        return quantize_to_float8(folder, fp32, quantization, lambda name: on_stage(f"quantise {name}"))
 
 
 def _copy_tokenizer_files(model: LatteFlow, checkpoint: Path, folder: Path) -> None:

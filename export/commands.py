@@ -43,7 +43,7 @@ def export(
     opset: Annotated[int, typer.Option(help="ONNX operator set.", min=OPSETS[0], max=OPSETS[-1])] = 18,
     fuse: Annotated[bool, typer.Option(help="Rewrite the graphs so that only ONNX Runtime can run them.")] = False,
     max_error: Annotated[
-        float, typer.Option(help="int8: largest relative error of an engine.", min=0)
+        float, typer.Option(help="int8, fp8: largest relative error of an engine.", min=0)
     ] = QuantizationSettings().max_error,
     reduce_range: Annotated[
         bool | None,
@@ -60,6 +60,7 @@ def export(
       latte-flow export shapes bundle
       latte-flow export my-checkpoint bundle --precision fp16 --force
       latte-flow export shapes small --precision int8
+      latte-flow export my-checkpoint fast --precision fp8
     """
     with staged() as on_stage:
         manifest, failed = export_bundle(

@@ -34,6 +34,7 @@ SAFETENSORS_DTYPES = {
     "INT32": "I32",
     "INT8": "I8",
     "UINT8": "U8",
+    "FLOAT8E4M3FN": "F8_E4M3",
     "BOOL": "BOOL",
 }
 INLINE_BYTES = 64

@@ -19,8 +19,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from export.engines import GRAPH_FILE, load_engine, save_engine
-from export.integer_products import SWITCHES, products_of, quantize_graph, weight_bits
+from export.integer_products import IntegerForm, weight_bits
 from export.parity import relative_error
+from export.products import SWITCHES, Form, products_of, replace_products
 from export.reference import shortened
 from runtime.backends import Backend, open_backend, to_host
 from runtime.backends.observed import ObservedBackend, ObservedRun
@@ -171,20 +172,11 @@ def quantize_engine(
     reduce_range = products_saturate() if settings.reduce_range is None else settings.reduce_range
     bits = weight_bits(reduce_range)
     with tempfile.TemporaryDirectory(dir=bundle) as temporary:  # as large as the engine, so not in the system's folder
-        engine = _SwitchableEngine(bundle, entry, Path(temporary), bits)
+        engine = SwitchableEngine(bundle, entry, Path(temporary), IntegerForm(bits))
         chosen = engine.choose(seen, settings.max_error)
         error = engine.error(unseen, chosen, engine.references(unseen))
     rewritten = rewrite_engine(bundle, entry, bundle, chosen, bits)
-    return rewritten.model_copy(
-        update={
-            "quantization": Quantization(
-                reduced_range=reduce_range,
-                error=error,
-                quantized=tuple(name for name in engine.products if name in chosen),
-                kept=tuple(name for name in engine.products if name not in chosen),
-            ),
-        }
-    )
+    return rewritten.model_copy(update={"quantization": engine.described(chosen, error, reduced_range=reduce_range)})
 
 
 def rewrite_engine(
@@ -196,27 +188,43 @@ def rewrite_engine(
         chosen: weights of the products to quantise; None for all.
     """
     graph = load_engine(bundle / entry.name)
-    quantize_graph(graph, {p.name for p in products_of(graph)} if chosen is None else chosen, bits)
+    replace_products(graph, {p.name for p in products_of(graph)} if chosen is None else chosen, IntegerForm(bits))
     files = save_engine(graph, target / entry.name)
     entries = tuple(file_entry(target, f"{entry.name}/{file}") for file in files)
     return entry.model_copy(update={"precision": "int8", "files": entries})
 
 
-class _SwitchableEngine:
-    """An engine that computes every product both ways, and an input that selects one of the two for each."""
+class SwitchableEngine:
+    """An fp32 engine that computes every product both ways, and an input that selects one of the two for each.
 
-    def __init__(self, bundle: Path, entry: EngineEntry, folder: Path, bits: int) -> None:
+    Args:
+        folder: a temporary folder for it.
+        form: the other form of the products.
+        opset: of its graph; by default as it is.
+    """
+
+    def __init__(self, bundle: Path, entry: EngineEntry, folder: Path, form: Form, opset: int | None = None) -> None:
         import onnxruntime as ort
 
         graph = load_engine(bundle / entry.name)
         self.products = {product.name: product.size for product in products_of(graph)}
         """Number of weights of every product, by the name of its weight."""
-        quantize_graph(graph, set(self.products), bits, switchable=True)
+        replace_products(graph, set(self.products), form, switchable=True)
+        graph.opset_imports[""] = opset or graph.opset_imports[""]
         save_engine(graph, folder)
         options = ort.SessionOptions()
         options.log_severity_level = 3
         self._session = ort.InferenceSession(str(folder / GRAPH_FILE), options, providers=["CPUExecutionProvider"])
         self._entry = entry
+
+    def described(self, chosen: set[str], error: float, *, reduced_range: bool = False) -> Quantization:
+        """Describes a choice for the manifest."""
+        return Quantization(
+            reduced_range=reduced_range,
+            error=error,
+            quantized=tuple(name for name in self.products if name in chosen),
+            kept=tuple(name for name in self.products if name not in chosen),
+        )
 
     def references(self, feeds: Sequence[Feed]) -> list[list[np.ndarray]]:
         """Returns what counts of the outputs of the fp32 engine, for every run."""

@@ -55,6 +55,7 @@ TOLERANCES: dict[Precision, Tolerances] = {
     "fp16": Tolerances(engine=1e-2, trajectory=3e-2, image_psnr_db=35.0),
     "bf16": Tolerances(engine=5e-2, trajectory=1.5e-1, image_psnr_db=25.0),
     "int8": Tolerances(engine=1e-1, trajectory=1e-1, image_psnr_db=35.0),
+    "fp8": Tolerances(engine=1e-1, trajectory=1e-1, image_psnr_db=30.0),
 }
 FP32 = TOLERANCES["fp32"]
 """Solver and autoencoder are fp32 in every precision."""
@@ -63,6 +64,7 @@ BIAS = 0.05
 PIXELS = 1e-5
 """The largest accepted relative error of pixels after the image processor."""
 FLOATING = {"float32", "float16", "bfloat16"}
+QUANTIZED: tuple[Precision, ...] = ("int8", "fp8")
 
 
 Rung = Callable[[LatteFlowPipeline, Reference, Tolerances], Iterator[ParityRow]]
@@ -133,9 +135,11 @@ def _input_rows(pipeline: LatteFlowPipeline, reference: Reference, _: Tolerances
     yield equality_row("input", "precision of the engines, by the manifest and by their weights", precisions, pairs)
     faults = [f"{name}: {fault}" for name, graph in graphs.items() for fault in foreign_types(graph, right[name])]
     yield differences_row("input", "types of the engines' graphs", faults)
-    if manifest.precision == "int8":
+    if manifest.precision in QUANTIZED:
         said = {entry.name: _products_of(entry.quantization) for entry in manifest.engines}
-        found = {name: quantized_products(graph) if right[name] == "int8" else None for name, graph in graphs.items()}
+        found = {
+            name: quantized_products(graph) if right[name] in QUANTIZED else None for name, graph in graphs.items()
+        }
         yield equality_row("input", "quantised products", said, found)
     if reference.folder is not None:
         hashes = (manifest.checkpoint_sha256, reference.sha256)

@@ -13,9 +13,12 @@ import torch
 from onnx_ir.traversal import RecursiveGraphIterator
 
 from export.engines import load_engine
+from export.float8_products import FLOAT8, float8_of, scales_of
+from export.float8_products import ZERO_POINT as FLOAT8_ZERO_POINT
 from export.graphs import CONSTANT
 from export.integer_products import LEVELS as ACTIVATION_LEVELS
-from export.integer_products import ZERO_POINT, products_of
+from export.integer_products import ZERO_POINT
+from export.products import products_of
 from export.weights import LoadedWeights, weights_of
 from latte.model import LatteFlow
 from runtime.errors import CheckpointError
@@ -28,7 +31,12 @@ TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
 BLOCK_BYTES = 16 << 20
 """Memory for the part of a matrix that is compared at once."""
 LEVELS, SCALES = ".levels", ".scales"
-"""A quantised weight `[N, K]` is two initializers of its name with these endings, `[K, N]` int8 and `[N]` float32."""
+"""A quantised weight `[N, K]` is two initializers of its name with these endings, `[K, N]` int8 and `[N]` float32.
+
+In FP8 they are `FLOAT8` and `SCALES`, `[K, N]` float8 and `[N]` float16.
+"""
+UNQUANTIZED: dict[Precision, Precision] = {"int8": "fp32", "fp8": "fp16"}
+"""What is not quantised in an engine of 8 bits."""
 
 
 def differing_weights(bundle: Path, entry: EngineEntry, model: LatteFlow) -> tuple[list[str], int]:
@@ -39,14 +47,14 @@ def differing_weights(bundle: Path, entry: EngineEntry, model: LatteFlow) -> tup
     """
     graph = load_engine(bundle / entry.name)
     initializers = graph.graph.initializers
-    precision: Precision = "fp32" if entry.precision == "int8" else entry.precision
+    precision = UNQUANTIZED.get(entry.precision, entry.precision)
     weight = weights_of(entry.role, model, LoadedWeights(model), precision, entry.group)
     differing, count = [], 0
     for name, value in initializers.items():
         if name.startswith(CONSTANT) or name.endswith(SCALES):
             continue
         assert value.const_value is not None
-        found, source = value.const_value.numpy(), name.removesuffix(LEVELS)
+        found, source = value.const_value.numpy(), name.removesuffix(LEVELS).removesuffix(FLOAT8)
         try:
             expected = weight(source)
         except (AttributeError, CheckpointError):
@@ -54,8 +62,10 @@ def differing_weights(bundle: Path, entry: EngineEntry, model: LatteFlow) -> tup
             continue
         if source != name:
             scales = initializers[source + SCALES].const_value if source + SCALES in initializers else None
+            same = scales is not None and name.endswith(FLOAT8) and is_float8(expected.numpy(), found, scales.numpy())
             limit = 2**6 - 1 if entry.quantization is not None and entry.quantization.reduced_range else 2**7 - 1
-            same = scales is not None and is_quantized(expected.numpy(), found, scales.numpy(), limit)
+            if name.endswith(LEVELS):
+                same = scales is not None and is_quantized(expected.numpy(), found, scales.numpy(), limit)
         else:
             same = _equal(found, expected)
         count += 1
@@ -70,14 +80,18 @@ def precision_of(graph: ir.Model, entry: EngineEntry) -> Precision:
     dtypes = {value.dtype for value in initializers.values()}
     if any(name.endswith(LEVELS) for name in initializers):
         return "int8"
-    if entry.precision == "int8" and entry.quantization is not None and not entry.quantization.quantized:
-        return "int8"  # every product was too sensitive
+    if any(name.endswith(FLOAT8) for name in initializers):
+        return "fp8"
+    if entry.quantization is not None and not entry.quantization.quantized:
+        return entry.precision  # every product was too sensitive
     return "fp16" if ir.DataType.FLOAT16 in dtypes else "bf16" if ir.DataType.BFLOAT16 in dtypes else "fp32"
 
 
 def foreign_types(graph: ir.Model, precision: Precision) -> list[str]:
     """Describes each value of a floating type that engines of a precision do not have, such as bf16 in fp16 engines."""
     own = {ir.DataType.FLOAT, NARROW.get(precision, ir.DataType.FLOAT)}
+    if precision == "fp8":
+        own |= {ir.DataType.FLOAT16, ir.DataType.FLOAT8E4M3FN}
 
     def fault(what: str, dtype: ir.DataType | None) -> list[str]:
         is_foreign = dtype is not None and dtype.is_floating_point() and dtype not in own
@@ -97,7 +111,8 @@ def foreign_types(graph: ir.Model, precision: Precision) -> list[str]:
 
 def quantized_products(graph: ir.Model) -> dict[str, list[str]]:
     """Returns the names of the weights whose products are quantised in a graph, and of those whose are not, sorted."""
-    levels = [name.removesuffix(LEVELS) for name in graph.graph.initializers if name.endswith(LEVELS)]
+    endings = (LEVELS, FLOAT8)
+    levels = [name[: name.rindex(".")] for name in graph.graph.initializers if name.endswith(endings)]
     return {"quantized": sorted(levels), "kept": sorted({product.name for product in products_of(graph)})}
 
 
@@ -113,13 +128,17 @@ def quantization_faults(graph: ir.Model) -> list[str]:
         assert scale is not None
         producer = source.producer()
         if producer is None:
-            weight = str(source.name).removesuffix(LEVELS)
+            weight = str(source.name).removesuffix(LEVELS).removesuffix(FLOAT8)
             axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
             right = scale.name == weight + SCALES and axis == 1 and zero_point is None
         else:
             weight = f"activations of {source.name}"
             constants = [None if value is None else value.const_value for value in (scale, zero_point)]
             same = list(producer.inputs[1:]) == [scale, zero_point]
+            if zero_point is not None and zero_point.name == FLOAT8_ZERO_POINT:
+                right = same and constants[1] is not None and float(constants[1].numpy()) == 0
+                faults += [] if right else [f"{weight}, which has other scales than it was quantised with"]
+                continue
             right = same and all(
                 constant is not None and np.allclose(constant.numpy(), expected, rtol=1e-6, atol=0)
                 for constant, expected in zip(constants, (1 / ACTIVATION_LEVELS, ZERO_POINT), strict=True)
@@ -127,6 +146,14 @@ def quantization_faults(graph: ir.Model) -> list[str]:
         if not right:
             faults.append(f"{weight}, which has other scales than it was quantised with")
     return faults
+
+
+def is_float8(weight: np.ndarray, found: np.ndarray, scales: np.ndarray) -> bool:
+    """Returns whether a weight `[N, K]` has these scales `[N]`, and is `found` `[K, N]` in float8 with them."""
+    right = scales_of(weight)
+    return np.array_equal(scales, right) and np.array_equal(
+        found.view(np.uint8), float8_of(weight, right).view(np.uint8)
+    )
 
 
 def is_quantized(weight: np.ndarray, levels: np.ndarray, scales: np.ndarray, limit: int) -> bool:

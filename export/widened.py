@@ -16,6 +16,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.traversal import RecursiveGraphIterator
 
 from export.engines import bind, load_engine, write_files
+from export.float8_products import FLOAT8
 from export.graphs import CONSTANT
 from export.weight_check import LEVELS, precision_of
 from export.weights import LoadedWeights, weights_of
@@ -130,10 +131,10 @@ def _remove_quantization(graph: ir.Graph) -> None:
             activations = producer.inputs[0]
             assert activations is not None
             ir.convenience.replace_all_uses_with(result, activations)
-        elif source.name is not None and source.name.endswith(LEVELS):
+        elif source.name is not None and source.name.endswith((LEVELS, FLOAT8)):
             assert source.shape is not None
             columns, rows = source.shape
-            name = source.name.removesuffix(LEVELS)
+            name = source.name[: source.name.rindex(".")]
             if name not in graph.initializers:
                 shape, type_ = ir.Shape([rows, columns]), ir.TensorType(ir.DataType.FLOAT)
                 graph.initializers.add(ir.Value(name=name, type=type_, shape=shape))

@@ -19,7 +19,7 @@ from runtime.errors import InputError, LatteFlowError, one_line
 from runtime.files import make_writable_folder
 from runtime.machine import Gpu, find_gpu, graph_cache, products_saturate
 from runtime.manifest import EngineEntry, PlanProvider, load_manifest
-from runtime.plans import TENSORRT, usable_plan
+from runtime.plans import OLDEST_WITH_FLOAT8, TENSORRT, usable_plan
 
 State = Literal["ok", "missing", "problem"]
 NEEDED_FREE_BYTES = 10e9
@@ -190,6 +190,8 @@ def _checks(bundle: Path, gpu: Gpu | None) -> dict[str, Callable[[EngineEntry], 
             return "there is no GPU here"
         if engine.precision == "bf16" and int(gpu.architecture.removeprefix("sm_")) < OLDEST_WITH_BF16:
             return f"{gpu.architecture} has no bf16: export in fp16"
+        if engine.precision == "fp8" and int(gpu.architecture.removeprefix("sm_")) < OLDEST_WITH_FLOAT8:
+            return f"{gpu.architecture} has no fp8: export in fp16"
         return ""
 
     def with_plan(provider: PlanProvider) -> Callable[[EngineEntry], str]:

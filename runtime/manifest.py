@@ -20,7 +20,7 @@ from runtime.flow_time import ExpertSchedule
 SCHEMA_VERSION = 6
 FILE_NAME = "manifest.json"
 
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 PlanProvider = Literal["tensorrt", "tensorrt-rtx"]
 EngineRole = Literal["vision_encoder", "vlm", "expert", "solver_step", "vae_decoder"]
 Rung = Literal["input", "weights", "graph", "engine", "step", "trajectory", "image", "answer"]
@@ -97,7 +97,7 @@ class PlanEntry(_Frozen):
 
 
 class Quantization(_Frozen):
-    """How an int8 engine was made from its fp32 form. Matrix products are named by their weights."""
+    """How an engine in 8 bits was made. Matrix products are named by their weights."""
 
     reduced_range: bool = Field(description="whether weights have 7 bits, for CPUs whose 8-bit products saturate")
     error: float = Field(description="relative error of what the engine is for, on runs that the choice did not see")

@@ -11,6 +11,9 @@ from typing import NamedTuple
 from runtime.errors import BundleError
 from runtime.manifest import EngineEntry, Manifest, PlanEntry, PlanProvider
 
+OLDEST_WITH_FLOAT8 = 89
+"""The first GPU architecture with products in FP8, as in "sm_89"."""
+
 
 class TensorRTLibrary(NamedTuple):
     """A library with TensorRT's API."""

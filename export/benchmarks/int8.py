@@ -1,4 +1,7 @@
-"""INT8 against fp32 on `shapes`: size, speed, error of the velocity, images and answers, in one run."""
+"""INT8 and FP8 against fp32 on `shapes`: size, speed, error of the velocity, images and answers, in one run.
+
+ONNX Runtime computes FP8 as its graph says, in fp16 and slowly; the images are those of a GPU but for rounding.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,9 @@ from rich.table import Table
 
 from export.benchmarks.report import Against, AsJson, Publisher, app, bundle_for_the_run
 from export.benchmarks.timing import take_turns
+from export.bundle import export_bundle
 from export.commands import staged
+from export.float8 import quantize_to_float8
 from export.parity import psnr_db, relative_error
 from export.quantization import GUIDANCE_SCALES, QUANTIZED_ROLES, QuantizationSettings, quantize_bundle
 from latte.shapes.score import held_out_prompts, score_answers, score_drawing
@@ -30,6 +35,7 @@ from runtime.pipeline import LatteFlowPipeline
 
 MAX_ERRORS = (0.02, 0.05, 0.1, math.inf)
 """Limits to compare; the last quantises every product."""
+FLOAT8_MAX_ERRORS = (0.05, 0.1, math.inf)
 IMAGES = (1, 8)
 """In a timed call."""
 PSNR_IMAGES = 32
@@ -63,16 +69,32 @@ class VariantResult:
     """Shares of correct one-shape prompts, two-shape prompts and answers."""
 
 
-def quantized_variants(bundle: Path, folder: Path, on_stage: Callable[[str], None]) -> list[Variant]:
-    """Quantises an fp32 bundle at each limit, into a folder; returns the bundle itself and its INT8 forms."""
+def quantized_variants(
+    bundle: Path, checkpoint: str, folder: Path, on_stage: Callable[[str], None], *, float8: bool = False
+) -> list[Variant]:
+    """Quantises an fp32 bundle at each limit, into a folder; returns the bundle itself and its INT8 forms.
+
+    Args:
+        checkpoint: what the bundle was exported from.
+        float8: add the FP8 forms.
+    """
     variants = [Variant("fp32", bundle)]
     for limit in MAX_ERRORS:
-        name = "int8, all" if limit == math.inf else f"int8, {limit:.1%}"
+        name = _name("int8", limit)
         on_stage(f"quantise: {name}")
         variants.append(Variant(name, folder / f"int8-{limit:g}"))
         shutil.copytree(bundle, variants[-1].bundle)
         quantize_bundle(variants[-1].bundle, QuantizationSettings(max_error=limit))
+    for limit in FLOAT8_MAX_ERRORS if float8 else ():
+        on_stage(f"quantise: {_name('fp8', limit)}")
+        variants.append(Variant(_name("fp8", limit), folder / f"fp8-{limit:g}"))
+        export_bundle(checkpoint, variants[-1].bundle, precision="fp16", verify=False)
+        quantize_to_float8(variants[-1].bundle, bundle, QuantizationSettings(max_error=limit))
     return variants
+
+
+def _name(precision: str, limit: float) -> str:
+    return f"{precision}, all" if limit == math.inf else f"{precision}, {limit:.1%}"
 
 
 def measure_int8(
@@ -170,6 +192,10 @@ def int8(
     prompts: Annotated[int, typer.Option(help="Number of held-out prompts of each kind.", min=1)] = 500,
     questions: Annotated[int, typer.Option(help="Number of held-out questions.", min=1)] = 500,
     rounds: Annotated[int, typer.Option(help="Number of timed calls of each kind.", min=1)] = 15,
+    float8: Annotated[
+        bool,
+        typer.Option("--fp8", help="Score FP8 too, which is for GPUs: here its times say nothing."),
+    ] = False,
     against: Against = None,
     as_json: AsJson = False,
 ) -> None:
@@ -179,13 +205,14 @@ def int8(
     Examples:
       latte-flow bench int8
       latte-flow bench int8 my-checkpoint --prompts 100 --json
+      latte-flow bench int8 --fp8 --prompts 200 --rounds 1
     """
     publisher = Publisher(as_json, against)
     with bundle_for_the_run(bundle, checkpoint) as bundle, tempfile.TemporaryDirectory() as temporary:
         with staged() as on_stage:
-            variants = quantized_variants(bundle, Path(temporary), on_stage)
+            variants = quantized_variants(bundle, checkpoint, Path(temporary), on_stage, float8=float8)
         with progress_bar() as progress:
-            task = progress.add_task("time and score", total=rounds + 1 + 3 * (len(MAX_ERRORS) + 1))
+            task = progress.add_task("time and score", total=rounds + 1 + 3 * len(variants))
             rows = measure_int8(variants, prompts, questions, rounds, lambda: progress.advance(task))
 
     def show() -> None:

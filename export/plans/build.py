@@ -36,9 +36,10 @@ from runtime.manifest import (
     load_manifest,
     save_manifest,
 )
-from runtime.plans import TENSORRT
+from runtime.plans import OLDEST_WITH_FLOAT8, TENSORRT
 
 RTX_ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
+RTX_WITH_FLOAT8 = ("8.9", "12.0")
 """GPUs that run a plan of TensorRT for RTX, unless it was built for others."""
 HardwareCompatibility = Literal["none", "ampere-plus", "same-compute-capability"]
 
@@ -130,7 +131,11 @@ def build_plans(
             f"{', '.join(quantized)}: int8 is for ONNX Runtime on the CPU; export in fp16 or bf16 for TensorRT"
         )
     machine = _describe(options.provider)
+    if any(engine.precision == "fp8" for engine in chosen) and options.provider == "tensorrt-rtx":
+        options = options.model_copy(update={"compute_capabilities": options.compute_capabilities or RTX_WITH_FLOAT8})
     architectures = _architectures(options, machine["architecture"])
+    if any(engine.precision == "fp8" for engine in chosen):
+        _check_float8(architectures)
     decisions = []
     with TemporaryDirectory(prefix="latte-flow-timing-") as folder:
         # Experts have equal graphs: what TensorRT measures for the first one serves the others.
@@ -145,6 +150,16 @@ def build_plans(
                 manifest = _with_plan(manifest, engine.name, plan)
                 save_manifest(manifest, bundle)
     return BuildReport(tuple(decisions), manifest)
+
+
+def _check_float8(architectures: Sequence[str]) -> None:
+    """Raises `InputError` for GPUs that have no products in FP8."""
+    old = [name for name in architectures if int(name.removeprefix("sm_").rstrip("+")) < OLDEST_WITH_FLOAT8]
+    if old:
+        raise InputError(
+            f"{', '.join(old)} has no FP8, which needs compute capability 8.9 or later; export in fp16, or leave out "
+            "--compute-capability and --hardware-compatibility for those"
+        )
 
 
 def carry_plans(old: Path, new: Path, manifest: Manifest) -> Manifest:
@@ -222,6 +237,7 @@ def _build(
         graph=(bundle / engine.files[0].path).absolute(),
         plan=temporary.absolute(),
         precision=engine.precision,
+        float8_products=len(engine.quantization.quantized) if engine.quantization is not None else 0,
         profiles=[_shapes(engine, profile) for profile in profiles],
         optimization_level=options.optimization_level,
         workspace_bytes=options.workspace_mib << 20,

@@ -15,7 +15,7 @@ from typing import Any
 
 from runtime.manifest import Precision
 
-TRT_TYPES: dict[Precision, str] = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
+TRT_TYPES: dict[Precision, str] = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "fp8": "HALF"}
 FLOATING = {"FLOAT", "HALF", "BF16"}
 PRODUCTS = {"MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION"}
 """Layers that take most of the time; they must have the requested precision, except for scores of attention."""
@@ -93,6 +93,22 @@ def score_layers(network: Any) -> set[str]:
     return {layer.name for index, layer in enumerate(layers) if layer.type.name == "MATRIX_MULTIPLY" and leads[index]}
 
 
+def float8_products(network: Any) -> int:
+    """Counts the products of numbers in FP8: those of which both sides are dequantised from it.
+
+    The parser gives a weight as many axes as the activations have, by a change of shape after it is dequantised.
+    """
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    dequantised: set[str] = set()
+    for layer in layers:  # each reads only what earlier ones wrote
+        kind = layer.type.name
+        is_first = kind == "DEQUANTIZE" and layer.get_input(0).dtype.name == "FP8"
+        if is_first or (kind == "SHUFFLE" and layer.get_input(0).name in dequantised):
+            dequantised |= {tensor.name for tensor in _outputs(layer)}
+    products = [layer for layer in layers if layer.type.name == "MATRIX_MULTIPLY"]
+    return sum(all(tensor.name in dequantised for tensor in _inputs(layer)) for layer in products)
+
+
 def _expected(layer: Any, kind: str, trt: Any, precision: Precision, scores: AbstractSet[str]) -> str | None:
     """Returns the floating type that a layer must have; None if the graph may choose."""
     if kind in PRODUCTS:
@@ -136,7 +152,7 @@ def wrong_built_layers(inspected: str, precision: Precision, scores: AbstractSet
         origin = re.split(r"[^\w./]+", f"{layer.get('Name', '')} {layer.get('Metadata', '')}")
         if types == {"FLOAT"} and not scores.isdisjoint(origin):
             continue
-        if TRT_TYPES[precision] not in types:
+        if TRT_TYPES[precision] not in types and not (precision == "fp8" and "FP8" in types):
             wrong.append(f"{layer['LayerType']} {layer['Name']} is {'/'.join(sorted(types)) or 'of no known type'}")
     return wrong
 

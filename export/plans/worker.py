@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from export.plans.precision import score_layers, wrong_built_layers, wrong_layers
+from export.plans.precision import float8_products, score_layers, wrong_built_layers, wrong_layers
 from runtime.manifest import PlanProvider, Precision
 from runtime.plans import TENSORRT
 
@@ -32,6 +32,8 @@ class BuildJob(BaseModel):
     plan: Path
     """A temporary file, which the parent renames."""
     precision: Precision
+    float8_products: int = 0
+    """Number of products that must be of numbers in FP8."""
     profiles: list[dict[str, tuple[list[int], list[int], list[int]]]]
     """For each profile, the smallest, best and largest shape of every input."""
     optimization_level: int | None
@@ -69,6 +71,8 @@ def build(job: BuildJob) -> None:
     # The flow layers compute their scores in half precision still.
     is_expert = job.graph.parent.name.startswith("expert_")
     wrong = wrong_layers(network, trt, job.precision, any_scores=is_expert)
+    if (found := float8_products(network)) != job.float8_products:
+        wrong.append(f"of {job.float8_products} products in FP8, {found} are")
     if wrong:
         send("wrong", layers=wrong)
         return
