@@ -329,10 +329,20 @@ async def _on_error(request: Request, error: Exception) -> Response:
     return JSONResponse(failure.body, failure.status, failure.headers)
 
 
+_FRAMEWORK_ERRORS = {
+    400: ("the body cannot be read as JSON in UTF-8", "invalid_json"),
+    404: ("there is nothing at this path; /docs describes the API", "not_found"),
+    405: ("this path takes another method; /docs describes the API", "method_not_allowed"),
+    413: ("the body is larger than the limit; send smaller images", "request_too_large"),
+}
+"""What a client reads instead of the framework's word or two."""
+
+
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    failure = ApiError(error.status_code, str(error.detail), f"http_{error.status_code}")
-    return JSONResponse(failure.body, failure.status, error.headers)
+    status = error.status_code
+    failure = ApiError(status, *_FRAMEWORK_ERRORS.get(status, (str(error.detail), f"http_{status}")))
+    return JSONResponse(failure.body, status, error.headers)
 
 
 async def _on_invalid_body(request: Request, error: Exception) -> Response:
@@ -343,7 +353,7 @@ async def _on_invalid_body(request: Request, error: Exception) -> Response:
         failure = ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', 'broken')}", "invalid_json")
     else:
         place = ".".join(str(part) for part in first["loc"][1:])
-        failure = ApiError(422, line_of({**first, "loc": first["loc"][1:]}), first["type"], place or None)
+        failure = ApiError(422, line_of({**first, "loc": first["loc"][1:]}, "the body"), first["type"], place or None)
     return JSONResponse(failure.body, failure.status)
 
 

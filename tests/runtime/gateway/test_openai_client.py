@@ -171,20 +171,34 @@ def test_what_cannot_work_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("content", "headers", "status"),
+    ("content", "kind", "status", "message"),
     [
-        (b"{", {"Content-Type": "application/json"}, 400),
-        (b"{}", {"Content-Type": "text/plain"}, 415),
-        (b"{}", {"Content-Type": "application/json"}, 422),
-        (b" " * (65 << 20), {"Content-Type": "application/json"}, 413),
+        (b"{", "application/json", 400, "the body is not JSON: "),
+        (b'{"prompt": "\xff"}', "application/json", 400, "the body cannot be read as JSON in UTF-8"),
+        (b"[" * 100_000, "application/json", 400, "the body cannot be read as JSON in UTF-8"),
+        (b"{}", "text/plain", 415, "the body must be JSON with Content-Type: application/json, got text/plain"),
+        (b"{}", "application/json", 422, "prompt: Field required"),
+        (b"[]", "application/json", 422, "the body: Input should be a valid dictionary"),
+        (b"", "application/json", 422, "the body: Field required"),
+        (b" " * (65 << 20), "application/json", 413, "the body has 68157440 bytes, the limit is 67108864; "),
+        ([b" " * (13 << 20)] * 5, "application/json", 413, "the body is larger than the limit; "),
     ],
 )
 def test_bodies_are_checked_before_anything_runs(
-    door: Running, content: bytes, headers: dict[str, str], status: int
+    door: Running, content: bytes | list[bytes], kind: str, status: int, message: str
 ) -> None:
-    answer = httpx2.post(f"{door.url}/v1/images/generations", content=content, headers=headers)
+    """A list is sent in chunks, so that nothing says its length."""
+    answer = httpx2.post(f"{door.url}/v1/images/generations", content=content, headers={"Content-Type": kind})
     assert answer.status_code == status
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert answer.json()["error"]["message"].startswith(message)
+
+
+def test_a_path_or_method_that_is_not_there_is_openais_error(door: Running) -> None:
+    for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/images/generations", 405)):
+        answer = httpx2.request(method, f"{door.url}{path}")
+        assert answer.status_code == status
+        assert "/docs describes the API" in answer.json()["error"]["message"]
 
 
 def test_images_are_fetched_from_hosts_that_are_allowed_by_name_only(door: Running) -> None:
