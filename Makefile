@@ -47,7 +47,7 @@ lint: $(TEST_READY)
 	$(BIN)/mypy
 	$(BIN)/mypy latte_flow.py
 	for model in $(TRITON_MODELS); do $(BIN)/mypy $$model || exit 1; done
-	$(BIN)/hadolint deploy/Dockerfile deploy/Dockerfile.gateway
+	$(BIN)/hadolint deploy/Dockerfile deploy/Dockerfile.gateway deploy/ray/Dockerfile
 	bash -n deploy/training/train.slurm
 	$(BIN)/yamllint --strict -d "{extends: default, rules: {document-start: disable, line-length: {max: 120}}}" deploy
 	for file in $(KUBERNETES_FILES); do $(BIN)/kubernetes-validate --strict --quiet $$file || exit 1; done

@@ -13,7 +13,7 @@ import numpy as np
 
 from runtime.backends.base import Backend, Session
 from runtime.backends.values import DeviceTensor, Value, to_host
-from runtime.errors import EngineError, MissingExtraError, one_line
+from runtime.errors import EngineError, InputError, MissingExtraError, one_line
 from runtime.manifest import EngineEntry
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -109,8 +109,14 @@ class OrtSession(Session):
 class OrtBackend(Backend):
     """ONNX Runtime with a list of execution providers, of which the first must be usable."""
 
-    def __init__(self, name: str, providers: Mapping[str, Mapping[str, str]], device: str) -> None:
+    def __init__(self, name: str, providers: Mapping[str, Mapping[str, str]], device: str, threads: int = 0) -> None:
+        """Notes what sessions need.
+
+        Args:
+            threads: those of an engine's run; 0 for one per core.
+        """
         self.name = name
+        self._threads = threads
         self._providers = [(provider, dict(options)) for provider, options in providers.items()]
         self._device = device
         self._device_id = int(self._providers[0][1].get("device_id", "0"))
@@ -120,6 +126,7 @@ class OrtBackend(Backend):
 
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = self._threads
         # Experts run one after another; a thread pool that spins takes cores from the one that works.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         path = bundle / entry.files[0].path
@@ -150,8 +157,16 @@ class OrtBackend(Backend):
 
 
 def open_cpu(options: Mapping[str, str]) -> Backend:
-    """Opens ONNX Runtime on the CPU."""
-    return _open("cpu", {CPU: options}, "cpu")
+    """Opens ONNX Runtime on the CPU, with "threads" for each engine; one per core by default.
+
+    Raises:
+        InputError: that is not a number of threads.
+    """
+    own = {name: value for name, value in options.items() if name != "threads"}
+    threads = options.get("threads", "0")
+    if not (threads.isascii() and threads.isdigit()):
+        raise InputError(f"the provider option threads must be a whole number, got {threads!r}")
+    return _open("cpu", {CPU: own}, "cpu", int(threads))
 
 
 def open_cuda(options: Mapping[str, str]) -> Backend:
@@ -169,7 +184,7 @@ def open_ort_tensorrt(options: Mapping[str, str]) -> Backend:
     return _open("ort-tensorrt", {TENSORRT: options, CUDA: device, CPU: {}}, "cuda")
 
 
-def _open(name: str, providers: Mapping[str, Mapping[str, str]], device: str) -> Backend:
+def _open(name: str, providers: Mapping[str, Mapping[str, str]], device: str, threads: int = 0) -> Backend:
     try:
         import onnxruntime as ort
     except ImportError as error:
@@ -187,7 +202,7 @@ def _open(name: str, providers: Mapping[str, Mapping[str, str]], device: str) ->
         import_module("ml_dtypes")  # NumPy's bfloat16
     if first == TENSORRT:
         _load_tensorrt()
-    return OrtBackend(name, providers, device)
+    return OrtBackend(name, providers, device, threads)
 
 
 def _load_tensorrt() -> None:

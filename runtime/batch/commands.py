@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from runtime.batch.job import ROWS_PER_SHARD, Job, Watcher, run_job
+from runtime.batch.cluster import Pool, on_ray
+from runtime.batch.job import ROWS_PER_SHARD, Job, Runner, Watcher, run_job
 from runtime.batch.outputs import ERRORS, Format
 from runtime.batch.places import place_of
 from runtime.batch.reading import DEFAULT_QUESTION, RowOptions
@@ -17,6 +19,7 @@ from runtime.batch.rows import Row
 from runtime.batch.shard import ShardOptions
 from runtime.commands import AsJson, Bundle, Provider, ProviderOption
 from runtime.console import parse_pairs, stderr
+from runtime.errors import InputError
 
 ROWS_FAILED = 3
 """Exit code of a job that is finished, but for rows that failed."""
@@ -85,6 +88,15 @@ def run_batch(
         typer.Option(metavar="HOST", help="Fetch images from this host by http; may be repeated. None by default."),
     ] = None,
     model_name: Annotated[str, typer.Option(help="Name of the model in OpenAI's requests.")] = "latte-flow",
+    ray: Annotated[bool, typer.Option("--ray", help="Run on Ray Data, on this machine.")] = False,
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run on this Ray cluster, such as auto or HOST:6379.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Pipelines on Ray; by default as many as fit.", min=1, show_default=False)
+    ] = None,
+    cpus_per_worker: Annotated[float, typer.Option(help="CPUs of each of them.", min=0)] = 1.0,
+    gpus_per_worker: Annotated[float, typer.Option(help="GPUs of each of them.", min=0)] = 0.0,
     provider: Provider = "cpu",
     provider_option: ProviderOption = None,
     as_json: AsJson = False,
@@ -102,6 +114,7 @@ def run_batch(
       latte-flow run-batch photos captions demo/bundle --question "describe the image"
       latte-flow run-batch drawn captions demo/bundle --columns id --columns image
       latte-flow run-batch s3://bucket/rows.jsonl s3://bucket/drawn demo/bundle
+      latte-flow run-batch rows.jsonl drawn demo/bundle --ray --workers 4 --cpus-per-worker 2
     """
     given = {
         "negative_prompt": negative_prompt,
@@ -123,9 +136,14 @@ def run_batch(
         provider,
         parse_pairs(provider_option, "--provider-option"),
     )
+    where: AbstractContextManager[Runner | None] = nullcontext()
+    if ray or ray_address is not None:
+        where = on_ray(Pool(ray_address, workers, cpus_per_worker, gpus_per_worker))
+    elif workers is not None or gpus_per_worker:
+        raise InputError("--workers and --gpus-per-worker need --ray or --ray-address; without them one pipeline runs")
     shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
-    with Progress(*shown, console=stderr, disable=not stderr.is_terminal) as progress:
-        report = run_job(job, _Shown(progress))
+    with where as runner, Progress(*shown, console=stderr, disable=not stderr.is_terminal) as progress:
+        report = run_job(job, _Shown(progress), runner)
     if as_json:
         typer.echo(json.dumps({"output": str(output), "rows": report.rows, "failed": report.failed}))
     else:

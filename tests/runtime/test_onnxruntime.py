@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from runtime.backends import open_backend
 from runtime.backends.onnxruntime import CPU, CUDA, TENSORRT, OrtBackend
-from runtime.errors import EngineError, MissingExtraError
+from runtime.errors import EngineError, InputError, MissingExtraError
 from runtime.manifest import EngineEntry, Precision, TensorSpec, file_entry
 
 
@@ -121,3 +121,11 @@ def test_ort_tensorrt_without_tensorrt_10_says_what_to_install(
     with pytest.raises(MissingExtraError, match=message) as caught:
         open_backend("ort-tensorrt")
     assert 'pip install "latte-flow[ort-tensorrt]"' in str(caught.value)
+
+
+def test_the_threads_of_an_engine_are_a_provider_option(tmp_path: Path) -> None:
+    values = np.zeros((2, 3), ml_dtypes.bfloat16)
+    with open_backend("cpu", {"threads": "1"}).load(tmp_path, bfloat16_engine(tmp_path)) as session:
+        assert session.run({"x": values})["wide"].numpy().shape == (2, 3)
+    with pytest.raises(InputError, match="threads must be a whole number, got 'many'"):
+        open_backend("cpu", {"threads": "many"})
