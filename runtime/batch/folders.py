@@ -77,8 +77,8 @@ class ResultFolder(ABC):
         """Removes a file, if it is there."""
 
     @abstractmethod
-    def remove_temporaries(self) -> None:
-        """Removes what an interrupted run left."""
+    def remove_temporaries(self, *folders: str) -> None:
+        """Removes what an interrupted run left here and in some of the folders below."""
 
 
 class LocalFolder(ResultFolder):
@@ -145,9 +145,10 @@ class LocalFolder(ResultFolder):
     def remove(self, name: str) -> None:
         (self._path / name).unlink(missing_ok=True)
 
-    def remove_temporaries(self) -> None:
-        for path in self._path.glob("**/.*.tmp"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    def remove_temporaries(self, *folders: str) -> None:
+        for place in (self._path, *(self._path / folder for folder in folders)):
+            for path in place.glob(".*.tmp"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class RemoteFolder(ResultFolder):
@@ -218,7 +219,7 @@ class RemoteFolder(ResultFolder):
             if self._fs.exists(self._path(name)):
                 self._fs.rm_file(self._path(name))
 
-    def remove_temporaries(self) -> None:
+    def remove_temporaries(self, *folders: str) -> None:
         pass
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.batch.folders import ResultFolder, result_folder, unwritable
-from runtime.batch.outputs import Format, Output, count_failed, parquet_to_write
+from runtime.batch.outputs import ERRORS, Format, Output, count_failed, parquet_to_write
 from runtime.batch.places import Place, reason_of
 from runtime.batch.reading import RowOptions, hash_of, read_rows
 from runtime.batch.rows import Row
@@ -118,7 +118,7 @@ def run_job(job: Job, watcher: Watcher | None = None, runner: Runner | None = No
     folder.prepare(JOB_FILE)
     with folder.alone():
         plan = _open(job, folder, watcher)
-        folder.remove_temporaries()
+        folder.remove_temporaries(ERRORS)
         model = ServedModel.of(manifest, job.shard.model_name)
         output = Output(folder, job.format, plan.kinds, job.rows.keep, model, manifest.bundle_hash())
         size = job.rows_per_shard

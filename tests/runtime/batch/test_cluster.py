@@ -8,6 +8,7 @@ import shlex
 import signal
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,11 @@ from runtime.cli import load_command
 from runtime.errors import InputError
 from tests.runtime.batch.files import RunCommand, files_in, write
 
-pytestmark = pytest.mark.filterwarnings("ignore:`use_push_based_shuffle` is deprecated")  # Ray, of its own option
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Ray sets options of its own that it deprecates
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # and leaves processes to the garbage collector
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 WORKER = b"ShardWorker"
 """In the titles of the processes of workers."""
 TRIES = 3
@@ -32,26 +37,27 @@ def ray_here() -> Iterator[None]:
     """A Ray with more CPUs than the machine may have: they are only counted."""
     import ray
 
-    for _ in range(TRIES):
-        try:
-            ray.init(
-                "local",
-                num_cpus=3,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                object_store_memory=100_000_000,
-            )
-            break
-        except Exception:  # as Ray raises it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # by default workers give way to everything else on a machine
+        for _ in range(TRIES):
+            with suppress(Exception):  # as Ray raises it
+                ray.init(
+                    "local",
+                    num_cpus=3,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    object_store_memory=100_000_000,
+                )
+                break
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of processes that it leaves to the garbage collector
+                warnings.simplefilter("ignore")
                 ray.shutdown()
                 gc.collect()
-    else:
-        pytest.skip("Ray's own processes do not start within its fixed 15 s on this busy machine")
-    yield
-    ray.shutdown()
+        else:
+            pytest.skip("Ray's own processes do not start within its fixed 15 s on this busy machine")
+        yield
+        ray.shutdown()
 
 
 def workers_of_ray() -> list[int]:
