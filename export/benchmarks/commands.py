@@ -2,6 +2,7 @@
 
 from export.benchmarks import (
     ablations,
+    batch,
     gateway,
     generation,
     int8,
@@ -9,6 +10,7 @@ from export.benchmarks import (
     precision,
     provider,
     report,
+    scale_out,
     serving,
     soak,
     stages,
@@ -20,6 +22,7 @@ from export.benchmarks.report import app
 __all__ = [
     "ablations",
     "app",
+    "batch",
     "gateway",
     "generation",
     "int8",
@@ -27,6 +30,7 @@ __all__ = [
     "precision",
     "provider",
     "report",
+    "scale_out",
     "serving",
     "soak",
     "stages",

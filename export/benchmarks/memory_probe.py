@@ -1,6 +1,7 @@
 """Draws or exports in a process of its own, and prints its time and memory as JSON.
 
     python -m export.benchmarks.memory_probe draw BUNDLE PROVIDER LOW_MEMORY
+    python -m export.benchmarks.memory_probe batch BUNDLE PROVIDER INPUT OUTPUT STEPS
     python -m export.benchmarks.memory_probe export CHECKPOINT BUNDLE PRECISION
 
 It imports nothing that drawing does not need, which is why it is not part of `export.benchmarks.memory`.
@@ -41,6 +42,30 @@ def _draw(bundle: str, provider: str, low_memory: str) -> dict[str, float]:
     }
 
 
+def _batch(bundle: str, provider: str, source: str, output: str, steps: str) -> dict[str, float]:
+    from runtime.batch.job import Job, Watcher, run_job
+    from runtime.batch.outputs import parquet_to_write
+    from runtime.batch.reading import RowOptions
+
+    class Stopwatch(Watcher):
+        loaded = 0.0
+
+        def ready(self) -> None:
+            self.loaded = time.perf_counter()
+
+    parquet_to_write()  # imported already when the interpreter's size is taken
+    interpreter, watch = _peak_mb(), Stopwatch()
+    started = time.perf_counter()
+    options = RowOptions(defaults={"num_inference_steps": int(steps)})
+    run_job(Job(Path(source), Path(output), Path(bundle), rows=options, provider=provider), watch)
+    return {
+        "start_seconds": watch.loaded - started,
+        "seconds": time.perf_counter() - watch.loaded,
+        "interpreter_mb": interpreter,
+        "peak_mb": _peak_mb(),
+    }
+
+
 def _export(checkpoint: str, bundle: str, precision: Precision) -> dict[str, float]:
     from export.bundle import export_bundle  # drawing does not need its libraries
     from export.graph_store import GraphStore
@@ -57,5 +82,5 @@ def _export(checkpoint: str, bundle: str, precision: Precision) -> dict[str, flo
 
 
 if __name__ == "__main__":
-    functions: dict[str, Callable[..., dict[str, float]]] = {"draw": _draw, "export": _export}
+    functions: dict[str, Callable[..., dict[str, float]]] = {"draw": _draw, "batch": _batch, "export": _export}
     print(json.dumps(functions[sys.argv[1]](*sys.argv[2:])))

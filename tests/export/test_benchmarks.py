@@ -278,3 +278,15 @@ def test_what_is_no_report_is_refused_in_one_line(content: str, tmp_path: Path, 
     assert code == 2
     assert len(error.strip().splitlines()) == 1
     assert error.startswith("error: ")
+
+
+def test_batches_are_measured_beside_calls_of_the_pipeline(bundle: Path, run_command: RunCommand) -> None:
+    options = ("--images", 4, "--steps", 1, "--size", 2, "--rounds", 1, "--rows", 3, "--row-steps", 1, "--json")
+    code, out, error = run_command("bench", "batch", "--bundle", bundle, *options)
+    assert code == 0, error
+    report = json.loads(out)
+    assert set(report["sides"]) == {"pipe(), 2 at a time", "run-batch, --batch-size 2"}
+    assert report["ratio"] > 0
+    (job,) = report["growth"]
+    assert job["rows"] == 3
+    assert min(job["start_seconds"], job["seconds_per_row"], job["peak_mb"]) > 0
