@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
-from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file, save_file
 
 from export.benchmarks.report import describe_machine
 from export.bundle import export_bundle
@@ -30,7 +32,8 @@ from runtime.manifest import Manifest, Precision, file_entry, save_manifest
 FP16, BF16 = TensorProto.FLOAT16, TensorProto.BFLOAT16
 Mutate = Callable[[Path], None]
 ArrayEdit = Callable[[np.ndarray], np.ndarray]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
+OF_8_BITS: tuple[Precision, ...] = ("int8", "fp8")
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,9 @@ def weight(engine: str, name: str, edit: ArrayEdit) -> Mutate:
 
     def apply(bundle: Path) -> None:
         graph_file, weights_file = (bundle / engine / file for file in ("model.onnx", "weights.safetensors"))
-        model, tensors = onnx.load(graph_file, load_external_data=False), load_file(weights_file)
+        model, tensors = onnx.load(graph_file, load_external_data=False), load_arrays(weights_file)
         found = {tensor.name: tensor for tensor in model.graph.initializer if name in tensor.name}
-        chosen = next(key for key in sorted(found) if not key.endswith(".scales"))
+        chosen = next(key for key in sorted(found) if not key.endswith(".scales") and not key.startswith("constant_"))
         inline = chosen not in tensors
         before = numpy_helper.to_array(found[chosen]) if inline else tensors[chosen]
         after = np.ascontiguousarray(edit(before).astype(before.dtype))
@@ -80,9 +83,38 @@ def weight(engine: str, name: str, edit: ArrayEdit) -> Mutate:
             found[chosen].CopyFrom(numpy_helper.from_array(after, chosen))
             onnx.save(model, graph_file)
         else:
-            save_file(tensors | {chosen: after}, weights_file)
+            save_arrays(tensors | {chosen: after}, weights_file)
 
     return apply
+
+
+NARROW = {torch.bfloat16: ml_dtypes.bfloat16, torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn}
+"""Types that NumPy itself does not have."""
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Reads a safetensors file; safetensors' own reader for NumPy does not know float8."""
+    return {
+        name: tensor.view(BITS[tensor.dtype.itemsize]).numpy().view(NARROW[tensor.dtype])
+        if tensor.dtype in NARROW
+        else tensor.numpy()
+        for name, tensor in load_file(path).items()
+    }
+
+
+def save_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    """Writes what `load_arrays` reads."""
+    types = {np.dtype(narrow): wide for wide, narrow in NARROW.items()}
+    tensors = {
+        name: torch.from_numpy(array.view(f"uint{8 * array.itemsize}")).view(types[array.dtype])
+        if array.dtype in types
+        else torch.from_numpy(array)
+        for name, array in arrays.items()
+    }
+    save_file(tensors, path)
+
+
+BITS = {1: torch.uint8, 2: torch.uint16}
 
 
 def graph(engine: str, edit: Callable[[onnx.ModelProto], None]) -> Mutate:
@@ -258,7 +290,9 @@ def coarser_activations(model: onnx.ModelProto) -> None:
     quantized = {node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
     chosen = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in quantized]
     for node in chosen:
-        node.input[1] = constant(model, f"constant_{node.output[0]}", np.array(1.03 / 127, np.float32))
+        scale = next(value for value in model.graph.initializer if value.name == node.input[1])
+        other = (1.03 * numpy_helper.to_array(scale)).astype(numpy_helper.to_array(scale).dtype)
+        node.input[1] = constant(model, f"constant_{node.output[0]}", other)
     assert chosen
 
 
@@ -288,6 +322,7 @@ def swap_inputs(node: onnx.NodeProto) -> None:
     node.input[0], node.input[1] = node.input[1], node.input[0]
 
 
+FP16_ALREADY = "they are fp16 already"
 ROUNDING = "smaller than what the precision itself rounds"
 
 MUTATIONS = (
@@ -349,7 +384,7 @@ MUTATIONS = (
     Mutation(
         "time goes through fp16",
         on_input("expert_1", "timestep", [("Cast", FP16), ("Cast", None)]),
-        {"fp16": ROUNDING},
+        {"fp16": ROUNDING, "fp8": ROUNDING},
     ),
     Mutation(
         "time goes through bf16", on_input("expert_1", "timestep", [("Cast", BF16), ("Cast", None)]), {"bf16": ROUNDING}
@@ -357,7 +392,7 @@ MUTATIONS = (
     Mutation(
         "the VLM's keys and values go through fp16",
         on_output("vlm", "kv_0", [("Cast", FP16), ("Cast", None)]),
-        {"fp16": "they are fp16 already"},
+        {"fp16": FP16_ALREADY, "fp8": FP16_ALREADY},
     ),
     Mutation(
         "latents go through fp16 in the solver", on_input("solver_step", "velocity", [("Cast", FP16), ("Cast", None)])
@@ -397,9 +432,9 @@ MUTATIONS = (
         document("preprocessor_config.json", lambda c: c["size"].update(longest_edge=c["size"]["longest_edge"] // 4)),
     ),
     Mutation("the manifest gives another precision", document("manifest.json", other_precision)),
-    Mutation("activations come back with another scale", graph("expert_0", coarser_activations), only=("int8",)),
+    Mutation("activations come back with another scale", graph("expert_0", coarser_activations), only=OF_8_BITS),
     Mutation("weights have another number of bits", document("manifest.json", other_range), only=("int8",)),
-    Mutation("fewer products are quantised", document("manifest.json", fewer_products), only=("int8",)),
+    Mutation("fewer products are quantised", document("manifest.json", fewer_products), only=OF_8_BITS),
     Mutation("the checkpoint is another", document("manifest.json", lambda m: m.update(checkpoint_sha256="0" * 64))),
     Mutation(
         "another token ends an answer",
