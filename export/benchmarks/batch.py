@@ -66,14 +66,17 @@ def prompts_for(number: int) -> list[str]:
     ]
 
 
-class Stopwatch(Watcher):
-    """Notes when the engines were loaded."""
+class FromRow(Watcher):
+    """Notes when some number of rows was finished."""
 
-    def __init__(self) -> None:
-        self.loaded = self.loaded_cpu = 0.0
+    def __init__(self, number: int) -> None:
+        self._left = number
+        self.seconds = self.cpu_seconds = 0.0
 
-    def ready(self) -> None:
-        self.loaded, self.loaded_cpu = time.perf_counter(), time.process_time()
+    def row_ended(self) -> None:
+        self._left -= 1
+        if not self._left:
+            self.seconds, self.cpu_seconds = time.perf_counter(), time.process_time()
 
 
 def measure_sides(
@@ -81,13 +84,13 @@ def measure_sides(
 ) -> dict[str, Side]:
     """Draws the same prompts by calls of the pipeline, for each batch size, and by `run-batch`, in turns.
 
-    Loading the engines is left out on both sides. A job reads its input, encodes PNGs and writes Parquet; the calls
-    only draw.
+    A job has two parts of these prompts, of which the second is measured: with the first one its engines are loaded and
+    warm, as those of the calls are. It reads its input, encodes PNGs and writes Parquet; the calls only draw.
     """
     prompts = prompts_for(images)
     with tempfile.TemporaryDirectory() as temporary, LatteFlowPipeline.from_pretrained(bundle, provider) as pipe:
         source = Path(temporary) / "prompts.txt"
-        source.write_text("".join(f"{prompt}\n" for prompt in prompts))
+        source.write_text("".join(f"{prompt}\n" for prompt in (*prompts, *prompts)))
 
         def calls(size: int) -> tuple[float, float]:
             started, cpu = time.perf_counter(), time.process_time()
@@ -96,11 +99,12 @@ def measure_sides(
             return images / (time.perf_counter() - started), images / (time.process_time() - cpu)
 
         def job(size: int, turn: int) -> tuple[float, float]:
-            watch = Stopwatch()
+            watch = FromRow(images)
             options = RowOptions(defaults={"num_inference_steps": steps})
             out = Path(temporary) / f"{size}-{turn}"
-            run_job(Job(source, out, bundle, rows=options, shard=ShardOptions(size), provider=provider), watch)
-            return images / (time.perf_counter() - watch.loaded), images / (time.process_time() - watch.loaded_cpu)
+            run_job(Job(source, out, bundle, "parquet", images, options, ShardOptions(size), provider), watch)
+            seconds, cpu = time.perf_counter() - watch.seconds, time.process_time() - watch.cpu_seconds
+            return images / seconds, images / cpu
 
         sides: dict[str, Any] = {}
         for size in sizes:
