@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -87,7 +88,10 @@ def test_make_test_gpu_collects_where_only_its_own_extras_are_installed() -> Non
     """A file that cannot be imported stops the collection, although its tests would not be chosen."""
     (command,) = re.findall(r"^\t\.venv-gpu/bin/python -m pytest (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     arguments = [sys.executable, "-c", COLLECT, ",".join(NOT_ON_A_GPU_MACHINE), *command.split()]
-    found = subprocess.run(arguments, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
+    environment = {**os.environ, "PYTEST_ADDOPTS": ""}  # they may change how a collection is printed
+    found = subprocess.run(
+        arguments, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment, check=False
+    )
     assert found.returncode == 0, found.stdout
     tests = {line.partition("[")[0] for line in found.stdout.splitlines() if "::" in line}
     marked = [path for path in (ROOT / "tests").rglob("*.py") if "mark.gpu" in path.read_text(encoding="utf-8")]

@@ -141,12 +141,23 @@ def test_it_compares_and_shows_the_bundle_on_a_phone(browser: Browser, address: 
     page.close()
 
 
+CANCEL_WHEN_IT_DRAWS = """() => {
+  const observer = new MutationObserver(() => {
+    if (document.querySelector("#groups small")?.textContent.includes("expert group")) {
+      observer.disconnect();
+      document.querySelector("#cancel").click();
+    }
+  });
+  observer.observe(document.body, {subtree: true, childList: true, characterData: true});
+}"""
+"""Clicks in the page itself: a small model has drawn before a click from here arrives."""
+
+
 def test_it_cancels_and_says_what_is_wrong(page: Page) -> None:
     set_steps(page, 200)
     set_images(page)
+    page.evaluate(CANCEL_WHEN_IT_DRAWS)
     draw(page, "a")
-    expect(page.locator("#groups small")).to_contain_text("of 200, expert group", timeout=SECONDS)
-    page.locator("#cancel").click()
     expect(page.locator("#groups small")).to_have_text("cancelled", timeout=SECONDS)
     draw(page, "<|im_end|>")
     expect(page.get_by_text("special token")).to_be_visible(timeout=SECONDS)
