@@ -43,11 +43,25 @@ def shown(request: pytest.FixtureRequest) -> Path:
     return Path(request.getfixturevalue("bundle"))
 
 
+WITH_SLOWER_STEPS = """
+import time
+from runtime.cli import main
+from runtime.serving.stations import PipelineStations
+step = PipelineStations.step
+def slower(*arguments):
+    time.sleep(0.02)
+    return step(*arguments)
+PipelineStations.step = slower
+main()
+"""
+"""The tiny model has drawn before a page can show a preview, or a click arrives."""
+
+
 @contextmanager
 def playground(bundle: Path, port: int) -> Iterator[subprocess.Popen[str]]:
     """A running `latte-flow playground` that compares a bundle with itself."""
     options = (bundle, "--compare", bundle, "--port", str(port))
-    process = interruptible([sys.executable, "-m", "runtime.cli", "playground", *options])
+    process = interruptible([sys.executable, "-c", WITH_SLOWER_STEPS, "playground", *options])
     try:
         assert process.stderr is not None
         line = process.stderr.readline()
@@ -141,23 +155,12 @@ def test_it_compares_and_shows_the_bundle_on_a_phone(browser: Browser, address: 
     page.close()
 
 
-CANCEL_WHEN_IT_DRAWS = """() => {
-  const observer = new MutationObserver(() => {
-    if (document.querySelector("#groups small")?.textContent.includes("expert group")) {
-      observer.disconnect();
-      document.querySelector("#cancel").click();
-    }
-  });
-  observer.observe(document.body, {subtree: true, childList: true, characterData: true});
-}"""
-"""Clicks in the page itself: a small model has drawn before a click from here arrives."""
-
-
 def test_it_cancels_and_says_what_is_wrong(page: Page) -> None:
     set_steps(page, 200)
     set_images(page)
-    page.evaluate(CANCEL_WHEN_IT_DRAWS)
     draw(page, "a")
+    expect(page.locator("#groups small")).to_contain_text("of 200, expert group", timeout=SECONDS)
+    page.locator("#cancel").click()
     expect(page.locator("#groups small")).to_have_text("cancelled", timeout=SECONDS)
     draw(page, "<|im_end|>")
     expect(page.get_by_text("special token")).to_be_visible(timeout=SECONDS)
