@@ -14,19 +14,18 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from export.engines import GRAPH_FILE, load_engine, save_engine
-from export.float8_products import OPSET, Float8Form
-from export.products import products_of, replace_products
+from export.engines import load_engine, save_engine
+from export.float8_products import Float8Form
+from export.products import products_of
 from export.quantization import (
-    QUANTIZED_ROLES,
-    TO_CHOOSE,
-    TO_REPORT,
     Feed,
     QuantizationSettings,
-    SwitchableEngine,
-    record_runs,
+    choose_products,
+    quantize_engines,
+    quiet_session,
+    rewrite_in_form,
 )
-from runtime.manifest import EngineEntry, Manifest, file_entry, load_manifest, save_manifest
+from runtime.manifest import EngineEntry, Manifest, load_manifest
 
 
 def quantize_to_float8(
@@ -38,47 +37,17 @@ def quantize_to_float8(
         fp32: a bundle of the same checkpoint in fp32.
         on_engine: called with the name of each engine before it is quantised.
     """
-    manifest, wide = load_manifest(bundle), load_manifest(fp32)
-    seen, unseen = (record_runs(fp32, calibration) for calibration in (TO_CHOOSE, TO_REPORT))
-    engines = []
-    for entry in manifest.engines:
-        if entry.role in QUANTIZED_ROLES:
-            on_engine(entry.name)
-            name = entry.name
-            entry = _quantized(bundle, entry, fp32, wide.engine(name), seen[name], unseen[name], settings)
-        engines.append(entry)
-    manifest = manifest.model_copy(update={"precision": "fp8", "engines": tuple(engines)})
-    save_manifest(manifest, bundle)
-    return manifest
+    wide = load_manifest(fp32)
 
+    def quantize(entry: EngineEntry, seen: Sequence[Feed], unseen: Sequence[Feed]) -> EngineEntry:
+        magnitudes = largest_activations(fp32 / entry.name, seen)
+        form = Float8Form(magnitudes)
+        chosen = choose_products(fp32, wide.engine(entry.name), form, seen, unseen, settings.max_error)
+        form = Float8Form(magnitudes)  # a form is for one graph
+        rewritten = rewrite_in_form(bundle, entry, bundle, form, "fp8", set(chosen.quantized))
+        return rewritten.model_copy(update={"quantization": chosen})
 
-def _quantized(
-    bundle: Path,
-    entry: EngineEntry,
-    fp32: Path,
-    wide: EngineEntry,
-    seen: Sequence[Feed],
-    unseen: Sequence[Feed],
-    settings: QuantizationSettings,
-) -> EngineEntry:
-    """Replaces an fp16 engine's files with those of its FP8 form; returns its entry."""
-    magnitudes = largest_activations(fp32 / wide.name, seen)
-    with tempfile.TemporaryDirectory(dir=fp32) as temporary:
-        engine = SwitchableEngine(fp32, wide, Path(temporary), Float8Form(magnitudes), OPSET)
-        chosen = engine.choose(seen, settings.max_error)
-        error = engine.error(unseen, chosen, engine.references(unseen))
-    graph = load_engine(bundle / entry.name)
-    replace_products(graph, chosen, Float8Form(magnitudes))
-    graph.opset_imports[""] = opset = max(OPSET, graph.opset_imports[""])
-    files = save_engine(graph, bundle / entry.name)
-    return entry.model_copy(
-        update={
-            "precision": "fp8",
-            "opset": opset,
-            "files": tuple(file_entry(bundle, f"{entry.name}/{file}") for file in files),
-            "quantization": engine.described(chosen, error),
-        }
-    )
+    return quantize_engines(bundle, fp32, "fp8", quantize, on_engine)
 
 
 def largest_activations(engine: Path, feeds: Sequence[Feed]) -> dict[str, float]:
@@ -87,8 +56,6 @@ def largest_activations(engine: Path, feeds: Sequence[Feed]) -> dict[str, float]
     Args:
         engine: the engine's folder.
     """
-    import onnxruntime as ort
-
     graph = load_engine(engine)
     names: dict[str, str] = {}
     for product in products_of(graph):
@@ -103,9 +70,6 @@ def largest_activations(engine: Path, feeds: Sequence[Feed]) -> dict[str, float]
         graph.graph.outputs.append(output)
     with tempfile.TemporaryDirectory(dir=engine.parent) as temporary:
         save_engine(graph, Path(temporary))
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        path = str(Path(temporary) / GRAPH_FILE)
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = quiet_session(Path(temporary))
         runs = [session.run(list(names.values()), dict(feed)) for feed in feeds]
     return dict(zip(names, (float(value) for value in np.max(np.array(runs, np.float64), axis=0)), strict=True))

@@ -23,8 +23,6 @@ from export.products import Product, constant, derived_initializer
 
 LARGEST = 448.0
 """Of float8 e4m3."""
-OPSET = 19
-"""The first with float8 in `QuantizeLinear`."""
 FLOAT8, SCALES = ".float8", ".scales"
 """A quantised weight `[N, K]` is two initializers of its name with these endings, `[K, N]` float8 and `[N]`."""
 ZERO_POINT = "constant_activations.float8_zero"
@@ -36,6 +34,8 @@ class Float8Form:
     Args:
         magnitudes: the largest magnitude of each product's activations, by the name of its weight.
     """
+
+    opset = 19
 
     def __init__(self, magnitudes: Mapping[str, float]) -> None:
         self._magnitudes = magnitudes

@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from export.products import Product, constant, derived_initializer, replace_products
+from export.products import Product, constant, derived_initializer
 
 LEVELS = 127
 """Largest level of an activation."""
@@ -36,17 +36,10 @@ def weight_bits(reduce_range: bool) -> int:
     return 7 if reduce_range else 8
 
 
-def quantize_graph(model: ir.Model, chosen: set[str], bits: int, *, switchable: bool = False) -> None:
-    """Replaces the products of these weights with integer products; see `replace_products`.
-
-    Args:
-        bits: number of bits of a quantised weight.
-    """
-    replace_products(model, chosen, IntegerForm(bits), switchable=switchable)
-
-
 class IntegerForm:
     """Integer products with weights of so many bits, for one graph."""
+
+    opset = 13
 
     def __init__(self, bits: int) -> None:
         self._bits = bits

@@ -36,6 +36,10 @@ class Product:
 class Form(Protocol):
     """Another form of products, for one graph: values that products share are made once."""
 
+    @property
+    def opset(self) -> int:
+        """The first ONNX operator set that has its nodes."""
+
     def product(self, graph: ir.Graph, tape: Tape, product: Product) -> ir.Value:
         """Adds the nodes of x Wᵀ, without a bias; returns the result."""
 
@@ -86,6 +90,7 @@ def replace_products(model: ir.Model, chosen: set[str], form: Form, *, switchabl
             assert selection is not None
             selection.replace_input_with(2, old)
         graph.insert_after(node, tape.nodes)
+    model.opset_imports[""] = max(form.opset, model.opset_imports[""])
     RemoveUnusedNodesPass()(model)
 
 

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -27,7 +28,16 @@ from runtime.backends import Backend, open_backend, to_host
 from runtime.backends.observed import ObservedBackend, ObservedRun
 from runtime.flow_time import ExpertSchedule, initial_latents
 from runtime.machine import products_saturate
-from runtime.manifest import EngineEntry, EngineRole, Manifest, Quantization, file_entry, load_manifest, save_manifest
+from runtime.manifest import (
+    EngineEntry,
+    EngineRole,
+    Manifest,
+    Precision,
+    Quantization,
+    file_entry,
+    load_manifest,
+    save_manifest,
+)
 from runtime.pipeline import LatteFlowPipeline
 
 QUANTIZED_ROLES: tuple[EngineRole, ...] = ("vision_encoder", "vlm", "expert")
@@ -38,6 +48,7 @@ GUIDANCE_SCALES = (1.0, 3.0, 5.0)
 ANSWER_TOKENS = 2
 
 Feed = Mapping[str, np.ndarray]
+Quantize = Callable[[EngineEntry, Sequence[Feed], Sequence[Feed]], EngineEntry]
 
 
 @dataclass(frozen=True)
@@ -135,48 +146,69 @@ def record_runs(bundle: Path, calibration: CalibrationSet) -> dict[str, list[Fee
     return recorder.feeds
 
 
-def quantize_bundle(
-    bundle: Path, settings: QuantizationSettings, on_engine: Callable[[str], None] = lambda _: None
+def quantize_engines(
+    bundle: Path, fp32: Path, precision: Precision, quantize: Quantize, on_engine: Callable[[str], None]
 ) -> Manifest:
-    """Quantises the engines of an fp32 bundle in place, and saves its manifest.
+    """Replaces the engines of a bundle that can be quantised, and saves its manifest.
 
     Args:
+        fp32: the fp32 bundle whose runs count, of the same checkpoint; it may be the bundle itself.
+        precision: that of the new engines.
+        quantize: replaces the files of an engine; it gets the inputs of the runs on which products are chosen, and of
+            those on which the error is reported.
         on_engine: called with the name of each engine before it is quantised.
     """
     manifest = load_manifest(bundle)
-    seen, unseen = (record_runs(bundle, calibration) for calibration in (TO_CHOOSE, TO_REPORT))
+    seen, unseen = (record_runs(fp32, calibration) for calibration in (TO_CHOOSE, TO_REPORT))
     engines = []
     for entry in manifest.engines:
         if entry.role in QUANTIZED_ROLES:
             on_engine(entry.name)
-            entry = quantize_engine(bundle, entry, seen[entry.name], unseen[entry.name], settings)
+            entry = quantize(entry, seen[entry.name], unseen[entry.name])
         engines.append(entry)
-    manifest = manifest.model_copy(update={"precision": "int8", "engines": tuple(engines)})
+    manifest = manifest.model_copy(update={"precision": precision, "engines": tuple(engines)})
     save_manifest(manifest, bundle)
     return manifest
 
 
-def quantize_engine(
-    bundle: Path,
-    entry: EngineEntry,
-    seen: Sequence[Feed],
-    unseen: Sequence[Feed],
-    settings: QuantizationSettings,
-) -> EngineEntry:
-    """Replaces an fp32 engine's files with those of its INT8 form; returns its entry.
+def quantize_bundle(
+    bundle: Path, settings: QuantizationSettings, on_engine: Callable[[str], None] = lambda _: None
+) -> Manifest:
+    """Quantises the engines of an fp32 bundle to INT8 in place, and saves its manifest.
+
+    Args:
+        on_engine: called with the name of each engine before it is quantised.
+    """
+    reduce_range = products_saturate() if settings.reduce_range is None else settings.reduce_range
+    bits = weight_bits(reduce_range)
+
+    def quantize(entry: EngineEntry, seen: Sequence[Feed], unseen: Sequence[Feed]) -> EngineEntry:
+        chosen = choose_products(bundle, entry, IntegerForm(bits), seen, unseen, settings.max_error)
+        rewritten = rewrite_engine(bundle, entry, bundle, set(chosen.quantized), bits)
+        described = chosen.model_copy(update={"reduced_range": reduce_range})
+        return rewritten.model_copy(update={"quantization": described})
+
+    return quantize_engines(bundle, bundle, "int8", quantize, on_engine)
+
+
+def choose_products(
+    bundle: Path, entry: EngineEntry, form: Form, seen: Sequence[Feed], unseen: Sequence[Feed], max_error: float
+) -> Quantization:
+    """Chooses the products of an fp32 engine that can have another form, and measures the error of all of them.
 
     Args:
         seen: inputs of the runs on which the products are chosen.
         unseen: inputs of the runs on which the error is reported.
     """
-    reduce_range = products_saturate() if settings.reduce_range is None else settings.reduce_range
-    bits = weight_bits(reduce_range)
     with tempfile.TemporaryDirectory(dir=bundle) as temporary:  # as large as the engine, so not in the system's folder
-        engine = SwitchableEngine(bundle, entry, Path(temporary), IntegerForm(bits))
-        chosen = engine.choose(seen, settings.max_error)
-        error = engine.error(unseen, chosen, engine.references(unseen))
-    rewritten = rewrite_engine(bundle, entry, bundle, chosen, bits)
-    return rewritten.model_copy(update={"quantization": engine.described(chosen, error, reduced_range=reduce_range)})
+        engine = _SwitchableEngine(bundle, entry, Path(temporary), form)
+        chosen = engine.choose(seen, max_error)
+        return Quantization(
+            reduced_range=False,
+            error=engine.error(unseen, chosen, engine.references(unseen)),
+            quantized=tuple(name for name in engine.products if name in chosen),
+            kept=tuple(name for name in engine.products if name not in chosen),
+        )
 
 
 def rewrite_engine(
@@ -187,44 +219,45 @@ def rewrite_engine(
     Args:
         chosen: weights of the products to quantise; None for all.
     """
-    graph = load_engine(bundle / entry.name)
-    replace_products(graph, {p.name for p in products_of(graph)} if chosen is None else chosen, IntegerForm(bits))
-    files = save_engine(graph, target / entry.name)
-    entries = tuple(file_entry(target, f"{entry.name}/{file}") for file in files)
-    return entry.model_copy(update={"precision": "int8", "files": entries})
+    return rewrite_in_form(bundle, entry, target, IntegerForm(bits), "int8", chosen)
 
 
-class SwitchableEngine:
-    """An fp32 engine that computes every product both ways, and an input that selects one of the two for each.
+def rewrite_in_form(
+    bundle: Path, entry: EngineEntry, target: Path, form: Form, precision: Precision, chosen: set[str] | None
+) -> EngineEntry:
+    """Writes an engine into a bundle, the same or another, with products in another form; returns its entry.
 
     Args:
-        folder: a temporary folder for it.
-        form: the other form of the products.
-        opset: of its graph; by default as it is.
+        precision: that of the new engine.
+        chosen: weights of the products; None for all.
     """
+    graph = load_engine(bundle / entry.name)
+    replace_products(graph, {p.name for p in products_of(graph)} if chosen is None else chosen, form)
+    files = save_engine(graph, target / entry.name)
+    entries = tuple(file_entry(target, f"{entry.name}/{file}") for file in files)
+    return entry.model_copy(update={"precision": precision, "opset": graph.opset_imports[""], "files": entries})
 
-    def __init__(self, bundle: Path, entry: EngineEntry, folder: Path, form: Form, opset: int | None = None) -> None:
-        import onnxruntime as ort
 
+def quiet_session(folder: Path) -> Any:
+    """Opens an engine's graph in ONNX Runtime on the CPU, as it is, without its warnings."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(str(folder / GRAPH_FILE), options, providers=["CPUExecutionProvider"])
+
+
+class _SwitchableEngine:
+    """An fp32 engine that computes every product both ways, and an input that selects one of the two for each."""
+
+    def __init__(self, bundle: Path, entry: EngineEntry, folder: Path, form: Form) -> None:
         graph = load_engine(bundle / entry.name)
         self.products = {product.name: product.size for product in products_of(graph)}
         """Number of weights of every product, by the name of its weight."""
         replace_products(graph, set(self.products), form, switchable=True)
-        graph.opset_imports[""] = opset or graph.opset_imports[""]
         save_engine(graph, folder)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        self._session = ort.InferenceSession(str(folder / GRAPH_FILE), options, providers=["CPUExecutionProvider"])
+        self._session = quiet_session(folder)
         self._entry = entry
-
-    def described(self, chosen: set[str], error: float, *, reduced_range: bool = False) -> Quantization:
-        """Describes a choice for the manifest."""
-        return Quantization(
-            reduced_range=reduced_range,
-            error=error,
-            quantized=tuple(name for name in self.products if name in chosen),
-            kept=tuple(name for name in self.products if name not in chosen),
-        )
 
     def references(self, feeds: Sequence[Feed]) -> list[list[np.ndarray]]:
         """Returns what counts of the outputs of the fp32 engine, for every run."""

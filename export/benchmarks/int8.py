@@ -85,10 +85,12 @@ def quantized_variants(
         variants.append(Variant(name, folder / f"int8-{limit:g}"))
         shutil.copytree(bundle, variants[-1].bundle)
         quantize_bundle(variants[-1].bundle, QuantizationSettings(max_error=limit))
+    if float8:
+        export_bundle(checkpoint, folder / "fp16", precision="fp16", verify=False)
     for limit in FLOAT8_MAX_ERRORS if float8 else ():
         on_stage(f"quantise: {_name('fp8', limit)}")
         variants.append(Variant(_name("fp8", limit), folder / f"fp8-{limit:g}"))
-        export_bundle(checkpoint, variants[-1].bundle, precision="fp16", verify=False)
+        shutil.copytree(folder / "fp16", variants[-1].bundle)
         quantize_to_float8(variants[-1].bundle, bundle, QuantizationSettings(max_error=limit))
     return variants
 

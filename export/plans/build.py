@@ -39,8 +39,9 @@ from runtime.manifest import (
 from runtime.plans import OLDEST_WITH_FLOAT8, TENSORRT
 
 RTX_ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
-RTX_WITH_FLOAT8 = ("8.9", "12.0")
 """GPUs that run a plan of TensorRT for RTX, unless it was built for others."""
+RTX_WITH_FLOAT8 = ("8.9", "12.0")
+"""Compute capabilities for which it builds plans in FP8, unless others are named."""
 HardwareCompatibility = Literal["none", "ampere-plus", "same-compute-capability"]
 
 

@@ -16,8 +16,9 @@ from onnx import TensorProto, helper
 
 from export.bundle import export_bundle
 from export.engines import save_engine
-from export.integer_products import quantize_graph
+from export.integer_products import IntegerForm
 from export.parity import relative_error
+from export.products import replace_products
 from export.quantization import (
     GUIDANCE_SCALES,
     TO_CHOOSE,
@@ -145,7 +146,7 @@ def test_a_product_with_a_bias_is_what_numpy_says(tmp_path: Path) -> None:
         [onnx.numpy_helper.from_array(weight, "w"), onnx.numpy_helper.from_array(bias, "b")],
     )
     model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10))
-    quantize_graph(model, {"w"}, bits=7)
+    replace_products(model, {"w"}, IntegerForm(bits=7))
     save_engine(model, tmp_path)
     session = ort.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     magnitude = np.abs(x).max(axis=-1, keepdims=True)
