@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from runtime.flow_time import ExpertSchedule
+from runtime.flow_time import ExpertSchedule, SamplingDefaults
 
 _Section = Annotated[int, Field(ge=0)]
 _Side = Annotated[int, Field(ge=1)]
@@ -44,6 +44,7 @@ class LatteFlowConfig(BaseModel):
     latents_mean: tuple[float, ...] = Field(description="per channel; latents = (encoded - mean) / std")
     latents_std: tuple[float, ...]
     max_prompt_tokens: int = Field(default=512, ge=1, description="limit in tokens, including the chat template")
+    sampling: SamplingDefaults = Field(default=SamplingDefaults(), description="for callers who say nothing")
 
     @model_validator(mode="after")
     def _fits_together(self) -> LatteFlowConfig:

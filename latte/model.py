@@ -32,9 +32,6 @@ from latte.config import LatteFlowConfig
 from latte.sampling import SampleStep, guided, sample
 from runtime.errors import InputError
 from runtime.flow_time import (
-    DEFAULT_GUIDANCE_SCALE,
-    DEFAULT_SHIFT,
-    DEFAULT_STEPS,
     check_finite,
     check_guidance_scale,
     check_moved,
@@ -451,12 +448,12 @@ class LatteFlow(nn.Module):
         self,
         prompt: str | Sequence[str],
         negative_prompt: str | Sequence[str] = "",
-        num_inference_steps: int = DEFAULT_STEPS,
-        guidance_scale: float | Sequence[float] = DEFAULT_GUIDANCE_SCALE,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
         seed: int | Sequence[int] = 0,
         latents: Tensor | None = None,
         solver: str = "euler",
-        shift: float = DEFAULT_SHIFT,
+        shift: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         output_type: str = "np",
         callback_on_step_end: Callable[[SampleStep], None] | None = None,
@@ -466,7 +463,7 @@ class LatteFlow(nn.Module):
         Args:
             prompt: what the images should show.
             negative_prompt: what the images should not show; one for all images, or one for each.
-            num_inference_steps: number of sampling steps.
+            num_inference_steps: number of sampling steps; by default the config's, like guidance scale and shift.
             guidance_scale: s in v = v_u + s·(v_c − v_u); one for all images, or one for each. 1 disables guidance.
             seed: seed of each image's noise; an int s means s, s + 1, …
             latents: x₀, `[B, C, H, W]` float32; by default noise from `seed`.
@@ -486,7 +483,9 @@ class LatteFlow(nn.Module):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
         scale_list = (
-            [guidance_scale] * len(prompts) if isinstance(guidance_scale, (int, float)) else list(guidance_scale)
+            [guidance_scale] * len(prompts)
+            if guidance_scale is None or isinstance(guidance_scale, (int, float))
+            else list(guidance_scale)
         )
         seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
         for name, values in (("negative_prompt", negatives), ("guidance_scale", scale_list), ("seed", seeds)):
@@ -496,10 +495,14 @@ class LatteFlow(nn.Module):
                 )
         if output_type not in ("np", "latent"):
             raise InputError(f'output_type must be "np" or "latent", got {output_type!r}')
-        for scale in scale_list:
-            check_guidance_scale(scale)
+        samplings = [
+            self.config.sampling.choose(num_inference_steps, scale, shift, negative)
+            for scale, negative in zip(scale_list, negatives, strict=True)
+        ]
+        for sampling in samplings:
+            check_guidance_scale(sampling.guidance_scale)
         check_seeds(seeds)
-        scales = torch.tensor(scale_list, dtype=torch.float32)
+        scales = torch.tensor([sampling.guidance_scale for sampling in samplings], dtype=torch.float32)
         device, dtype = self.latents_mean.device, self.flow.latent_embed.weight.dtype
         if latents is None:
             latents = torch.from_numpy(initial_latents(seeds, (self.config.latent_channels, *self.config.latent_size)))
@@ -515,7 +518,7 @@ class LatteFlow(nn.Module):
             v = self.flow(rows.to(dtype), times, kv, mask, group).float()
             return guided(v[: len(prompts)], v[len(prompts) :], led, scales.to(device))  # [B, C, H, W]
 
-        times = time_grid(num_inference_steps, shift)
+        times = time_grid(samplings[0].num_inference_steps, samplings[0].shift)
         result = sample(velocity, latents.to(device), times, self.config.schedule, solver, callback_on_step_end)
         on_host = result.float().cpu().numpy()
         check_finite(on_host)

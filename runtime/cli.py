@@ -57,6 +57,9 @@ COMMANDS = {
     ),
     "init": _Command("latte.commands", "init", "Make a checkpoint from a Qwen2-VL and a DC-AE.", "export"),
     "train": _Command("latte.training.commands", "train", "Train a checkpoint on images and captions.", "export"),
+    "distill": _Command(
+        "latte.training.distill_command", "distill", "Distil a checkpoint into one that draws in few steps.", "export"
+    ),
     "merge": _Command("latte.commands", "merge", "Put together expert groups that were trained apart.", "export"),
     "data": _Command("latte.emoji.commands", "app", "Make data sets to train on.", "train"),
     "score": _Command("latte.commands", "score", "Score a checkpoint's images and answers.", "export"),

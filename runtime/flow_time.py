@@ -10,9 +10,10 @@ import itertools
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from runtime.errors import EngineError, InputError
 
@@ -73,6 +74,73 @@ class ExpertSchedule(BaseModel):
     def _check(t: float) -> None:
         if not 0.0 <= t <= 1.0:
             raise ValueError(f"flow time must be in [0, 1], got {t}")
+
+
+class SamplingDefaults(BaseModel):
+    """How a model is sampled where the caller says nothing, and what its weights can do.
+
+    It is data, like the schedule: part of a checkpoint's config and of a bundle's manifest.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_inference_steps: int = Field(default=DEFAULT_STEPS, ge=1)
+    guidance_scale: float = Field(default=DEFAULT_GUIDANCE_SCALE, ge=-LARGEST_GUIDANCE_SCALE, le=LARGEST_GUIDANCE_SCALE)
+    shift: float = Field(default=DEFAULT_SHIFT, ge=1 / LARGEST_SHIFT, le=LARGEST_SHIFT)
+    guidance_distilled: bool = Field(
+        default=False,
+        description="whether the weights have guidance of that scale built in: one row an image",
+    )
+    allowed_steps: tuple[int, ...] | None = Field(default=None, description="numbers of steps; None: any")
+
+    @model_validator(mode="after")
+    def _allows_its_default(self) -> SamplingDefaults:
+        if self.allowed_steps is not None and self.num_inference_steps not in self.allowed_steps:
+            raise ValueError(f"num_inference_steps {self.num_inference_steps} is not in {list(self.allowed_steps)}")
+        return self
+
+    def choose(
+        self,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        shift: float | None = None,
+        negative_prompt: str = "",
+    ) -> Sampling:
+        """Returns what to sample with; None takes the default.
+
+        Raises:
+            InputError: the weights cannot do it.
+        """
+        steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        shift = self.shift if shift is None else shift
+        if self.allowed_steps is not None and steps not in self.allowed_steps:
+            counts = " or ".join(map(str, self.allowed_steps))
+            raise InputError(f"this model is distilled for {counts} steps, got num_inference_steps {steps}")
+        if self.allowed_steps is not None and shift != self.shift:
+            raise InputError(f"this model is distilled for steps with shift {self.shift:g}, got {shift:g}")
+        if self.guidance_distilled:
+            if scale != self.guidance_scale:
+                raise InputError(
+                    f"this model has guidance of scale {self.guidance_scale:g} built in, got guidance_scale {scale:g}; "
+                    "leave it out, or use the model that it was distilled from"
+                )
+            if negative_prompt:
+                raise InputError(
+                    "this model has guidance built in, which leaves no room for a negative prompt; leave it out, or "
+                    "use the model that it was distilled from"
+                )
+            scale = 1.0
+        return Sampling(steps, scale, shift)
+
+
+class Sampling(NamedTuple):
+    """What to sample with."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    """Of two rows for an image; 1 where one row is enough."""
+    shift: float
 
 
 def time_grid(num_inference_steps: int, shift: float = DEFAULT_SHIFT) -> list[float]:

@@ -7,39 +7,38 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import typer
-from pydantic import ValidationError
 
-from latte.checkpoint import resolve_checkpoint, save_checkpoint
+from latte.checkpoint import resolve_checkpoint
 from latte.data.batches import CAPTION_DROPOUT
 from latte.data.captions import TEMPLATES
 from latte.data.images import CropName
 from latte.data.source import open_data_set
 from latte.data.streams import SHUFFLE_BUFFER
-from latte.emoji.package import is_package
-from latte.emoji.recipe import Emoji
-from latte.emoji.recipe import untrained as untrained_emoji
-from latte.shapes.recipe import Shapes
-from latte.shapes.recipe import untrained as untrained_shapes
+from latte.training.arguments import (
+    MixedPrecision,
+    Optimizer,
+    Precision,
+    changed,
+    drawn_world,
+    numbers_of,
+    size_of,
+    state_of,
+    trackers_of,
+    untrained_checkpoint,
+    validation_of,
+)
 from latte.training.data_set import DataOptions, DataSetWorld
 from latte.training.dry_run import PAPER_NAME, Sizes, needs_of, print_needs
 from latte.training.flow import TimestepSampling
 from latte.training.run import RunOptions, of_epochs, run_stage
 from latte.training.settings import TrainSettings
-from latte.training.states import states_of
-from latte.training.validation import ValidationOptions, read_prompts
 from latte.training.world import STAGES, World, settings_of
 from runtime.errors import InputError
 
 Stages = Literal["autoencoder", "vision", "vlm", "flow", "all"]
-Precision = Literal["fp32", "fp16", "bf16"]
-MixedPrecision = Literal["no", "bf16"]
 Scheduler = Literal["cosine", "linear", "constant"]
-Optimizer = Literal["adamw", "muon"]
 Sharding = Literal["none", "fsdp2"]
-TRACKERS = ("tensorboard", "wandb", "jsonl")
-"""Where a run can report to; the log in JSON lines is always written."""
 FRESH = "new"
 """The checkpoint to name for a model that is trained from nothing."""
 OF_MODEL = "Model and data"
@@ -197,11 +196,11 @@ def train(
     if max_train_steps is not None and num_train_epochs is not None:
         raise InputError("--max-train-steps and --num-train-epochs exclude each other; give one")
     world: World
-    if data == Shapes.name or is_package(Path(data)):
+    if (drawn := drawn_world(data, seed)) is not None:
         if streaming or cache_latents is not None or validation_split is not None:
             flags = "--streaming, --cache-latents and --validation-split"
             raise InputError(f"{flags} are for data sets; {data} is drawn as it is needed")
-        world = Shapes(seed) if data == Shapes.name else Emoji(Path(data), seed)
+        world = drawn
     else:
         opened = partial(
             open_data_set,
@@ -214,50 +213,33 @@ def train(
             templates=template or TEMPLATES,
         )
         held_out = None if validation_split is None else opened(validation_split)
-        size = None if resolution is None else _size(resolution)
+        size = None if resolution is None else size_of(resolution)
         workers = dataloader_num_workers or 0
         how = DataOptions(size, crop, random_flip, caption_dropout, shuffle_buffer, cache_latents, workers)
         world = DataSetWorld(opened(split), how, seed, held_out)
-    chosen = None if groups is None else _numbers(groups, "--groups")
+    chosen = None if groups is None else numbers_of(groups, "--groups")
     if dry_run:
         if lora_rank is not None:
             raise InputError("--dry-run counts a training of whole layers; leave out --lora-rank")
-        _dry_run(checkpoint, world, _changed(settings_of(world, "flow"), changes), chosen, num_train_epochs)
+        _dry_run(checkpoint, world, changed(settings_of(world, "flow"), changes), chosen, num_train_epochs)
         return
     stages = STAGES if stage == "all" else (stage,)
-    settings = {name: _changed(settings_of(world, name), changes) for name in stages}
+    settings = {name: changed(settings_of(world, name), changes) for name in stages}
     options = RunOptions(
         groups=None if chosen is None else tuple(chosen),
         freeze_embeddings=freeze_embeddings,
         lora_rank=lora_rank,
         timestep_sampling=timestep_sampling,
-        report_to=_trackers(report_to or []),
-        resume_from=_state(resume_from_checkpoint, out),
+        report_to=trackers_of(report_to or []),
+        resume_from=state_of(resume_from_checkpoint, out),
         precision=precision,
         num_train_epochs=num_train_epochs,
-        validation=_validation(validation_prompts, validation_steps, validation_split),
+        validation=validation_of(validation_prompts, validation_steps, validation_split),
     )
-    source = _start(out, world, seed) if checkpoint == FRESH else resolve_checkpoint(checkpoint)
+    source = untrained_checkpoint(out, world, seed) if checkpoint == FRESH else resolve_checkpoint(checkpoint)
     for name in stages:
         source = run_stage(name, source, world, out / name if stage == "all" else out, settings[name], options)
     typer.echo(str(source))
-
-
-def _validation(prompts: list[str] | None, steps: int | None, split: str | None) -> ValidationOptions | None:
-    if not prompts and steps is None and split is None:
-        return None
-    every = ValidationOptions.every if steps is None else steps
-    return ValidationOptions(every, read_prompts(prompts or []))
-
-
-def _size(text: str) -> tuple[int, int]:
-    try:
-        sides = [int(part) for part in text.split("x")]
-    except ValueError:
-        sides = []
-    if len(sides) not in (1, 2) or min(sides) < 1:
-        raise InputError(f"--resolution must be a number of pixels, or height x width such as 256x384, got {text!r}")
-    return sides[0], sides[-1]
 
 
 def _dry_run(
@@ -270,49 +252,3 @@ def _dry_run(
         settings = of_epochs(settings, epochs, world, steps_per_batch, num_processes)
     if int(os.environ.get("RANK", "0")) == 0:
         print_needs(checkpoint, needs_of(sizes, settings, num_processes, groups), settings, num_processes)
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InputError(f"{option} must be numbers with commas between them, got {text!r}") from error
-
-
-def _trackers(names: list[str]) -> tuple[str, ...]:
-    if unknown := set(names) - set(TRACKERS):
-        raise InputError(f"--report-to must be one of {', '.join(TRACKERS)}, got {sorted(unknown)[0]}")
-    return tuple(name for name in names if name != "jsonl")
-
-
-def _changed(settings: TrainSettings, changes: dict[str, Any]) -> TrainSettings:
-    try:
-        return TrainSettings.model_validate(settings.model_dump() | changes)
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = str(first["loc"][0]).replace("_", "-")
-        raise InputError(f"--{option} {first['input']}: {first['msg'].lower()}") from error
-
-
-def _start(out: Path, world: World, seed: int) -> Path:
-    """Writes the untrained model of a world into a run's folder, once."""
-    folder = out / "untrained"
-    if not (folder / "config.json").is_file():
-        if isinstance(world, Shapes):
-            model, image_processor = untrained_shapes(seed)
-        elif isinstance(world, Emoji):
-            model, image_processor = untrained_emoji(world.catalogue, seed)
-        else:
-            raise InputError(f"{world.name} brings no model along; give a checkpoint, such as one of `latte-flow init`")
-        save_checkpoint(model, image_processor, folder, torch.float32)
-    return folder
-
-
-def _state(name: str, out: Path) -> Path | None:
-    if name == "latest":
-        return None
-    path = Path(name) if Path(name).is_dir() else out / name
-    if not path.is_dir():
-        known = ", ".join(state.name for state in states_of(out)) or "none yet"
-        raise InputError(f"no state at {name}; {out} contains: {known}")
-    return path

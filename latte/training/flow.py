@@ -19,6 +19,8 @@ from latte.training.stage import Rows, row_noise
 from runtime.errors import InputError
 
 TimestepSampling = Literal["uniform", "logit_normal"]
+TIMES_PER_GROUP = 5
+"""Number of flow times at which the loss of a group is validated."""
 
 
 class ImagesAndPrompts(Protocol):
@@ -115,6 +117,10 @@ class FlowStage:
         prefix = self.model.encode_prompts(batch.prompts) if ids is None else self.model.encode_token_rows(ids)
         return FlowBatch(self._latents(batch, device), prefix)
 
+    def prepare_to_validate(self, batch: ImagesAndPrompts, device: torch.device) -> FlowBatch:
+        """Prepares a batch for `error_at` alone, without what a world's own losses need."""
+        return FlowStage.prepare(self, batch, device)
+
     def _latents(self, batch: ImagesAndPrompts, device: torch.device) -> Tensor:
         if batch.latents is not None:
             return self.model.normalize_latents(batch.latents.to(device))
@@ -138,9 +144,27 @@ class FlowStage:
         interval = self.model.config.schedule.interval(group)
         t = torch.from_numpy(times_within(interval, strata, self.timestep_sampling)).to(data.device)
         noise = row_noise(generators, data.shape[1:], data.device)  # x₀, [B, C, H, W]
+        return self.error_at(module, prepared, group, t, noise)
+
+    def error_at(
+        self, module: nn.Module, prepared: FlowBatch, group: int, time: float | Tensor, noise: Tensor
+    ) -> Tensor:
+        """Returns v(x_t, t) − (x₁ − x₀), `[B, C, H, W]` float32.
+
+        Args:
+            time: t, one for all rows or one for each, `[B]` float32.
+            noise: x₀, `[B, C, H, W]` float32.
+        """
+        data = prepared.data
+        t = torch.as_tensor(time, dtype=data.dtype, device=data.device).expand(len(data))
         x = t[:, None, None, None] * data + (1 - t)[:, None, None, None] * noise
         v = module(x, t, prepared.prefix.kv[group], prepared.prefix.mask, group)
         return v.float() - (data - noise)
+
+    def validation_times(self, group: int) -> list[float]:
+        """Returns the flow times at which a group's loss is validated: the middle of equal parts of its interval."""
+        start, end = self.model.config.schedule.interval(group)
+        return [float(start + (end - start) * (i + 0.5) / TIMES_PER_GROUP) for i in range(TIMES_PER_GROUP)]
 
 
 def times_within(interval: tuple[float, float], shares: np.ndarray, sampling: TimestepSampling) -> np.ndarray:

@@ -30,9 +30,10 @@ from latte.checkpoint import (
 )
 from latte.config import LatteFlowConfig
 from latte.lora import add_adapter, check_adaptable, save_adapter
-from latte.model import LatteFlow
+from latte.model import FlowTransformer, LatteFlow
 from latte.training.autoencoder import AutoencoderStage, latents_statistics
 from latte.training.conversations import ConversationEncoder
+from latte.training.distillation import Distillation, DistillationStage
 from latte.training.flow import Batches, FlowStage, TimestepSampling
 from latte.training.log import LOG, plot_losses
 from latte.training.loop import Validation, make_accelerator, train
@@ -74,6 +75,8 @@ class RunOptions:
     """The distribution of flow times."""
     num_train_epochs: int | None = None
     """So many epochs replace the number of steps of the settings."""
+    distillation: Distillation | None = None
+    """What to distil into the flow layers, instead of training them on images."""
 
 
 def run_stage(
@@ -115,7 +118,7 @@ def run_stage(
     if settings.gradient_checkpointing:
         _checkpoint_gradients(name, model)
     if settings.compile:
-        _compile_layers(name, model)
+        _compile_layers(name, model, stage)
     validation = None
     if isinstance(stage, FlowStage) and options.validation is not None:
         held_out = world.captioned_images(model, held_out=True)
@@ -137,7 +140,10 @@ def run_stage(
 
 def _make_stage(name: StageName, model: LatteFlow, checkpoint: Path, world: World, options: RunOptions) -> Stage:
     if name == "flow":
-        stage = world.flow_stage(model)
+        if options.distillation is None:
+            stage = world.flow_stage(model)
+        else:
+            stage = DistillationStage(model, world.captioned_images(model), options.distillation)
         stage.timestep_sampling = options.timestep_sampling
         if options.groups is not None:
             stage.train_groups(options.groups)
@@ -211,7 +217,7 @@ def _checkpoint_gradients(name: StageName, model: LatteFlow) -> None:
         raise InputError(f"--gradient-checkpointing is for the stages flow and vlm; train the stage {name} without it")
 
 
-def _compile_layers(name: StageName, model: LatteFlow) -> None:
+def _compile_layers(name: StageName, model: LatteFlow, stage: Stage) -> None:
     """Compiles the language model's layers and the flow layers, in place; layers of one kind share their code.
 
     The other stages gain nothing: convolutions are fast already, and the vision tower computes image by image.
@@ -220,8 +226,9 @@ def _compile_layers(name: StageName, model: LatteFlow) -> None:
         for layer in model.vlm.model.language_model.layers:
             layer.compile(dynamic=True)
     if name == "flow":
-        for layer in model.flow.layers:
-            layer.compile(dynamic=True)
+        for flow in (model.flow, *(part for part in stage.frozen if isinstance(part, FlowTransformer))):
+            for layer in flow.layers:
+                layer.compile(dynamic=True)
 
 
 def _save(

@@ -27,8 +27,6 @@ from runtime.files import write_text
 from runtime.images import contact_sheet, save_png
 
 VALIDATION_LOG, VALIDATION_PLOT, SHEETS = "validation.jsonl", "validation.png", "validation"
-TIMES_PER_GROUP = 5
-"""Flow times at which the loss of each group is computed, in the middle of equal parts of its interval."""
 PROMPTS = 8
 """Number of prompts that are taken from the rows, where none are given."""
 PROMPTS_AT_ONCE = 16
@@ -69,13 +67,7 @@ class FlowValidation:
         captions = [prompt for prompt in self.batch.prompts if prompt]
         self.prompts = options.prompts or tuple(captions[:PROMPTS])
         stage.model.tokenize(self.prompts)
-        schedule = stage.model.config.schedule
-        parts = (np.arange(TIMES_PER_GROUP) + 0.5) / TIMES_PER_GROUP
-        self.times = {
-            group: [float(start + (end - start) * part) for part in parts]
-            for group in stage.groups
-            for start, end in [schedule.interval(group)]
-        }
+        self.times = {group: stage.validation_times(group) for group in stage.groups}
         self._prepared: FlowBatch | None = None
 
     @torch.no_grad()
@@ -108,15 +100,14 @@ class FlowValidation:
         """Returns the loss of a group at each of its times."""
         model, device = self.stage.model, self.accelerator.device
         if self._prepared is None:
-            self._prepared = FlowStage.prepare(self.stage, self.batch, device)  # without a world's own additions
-        data, prefix = self._prepared.data, self._prepared.prefix
+            self._prepared = self.stage.prepare_to_validate(self.batch, device)
+        data = self._prepared.data
         rows = Rows(SEED, range(len(data)), len(data))
         noise = row_noise(rows.generators(0), data.shape[1:], device)  # x₀, [B, C, H, W]
         losses = []
         for time in self.times[group]:
-            t = torch.full((len(data),), time, device=device)
-            v = model.flow(time * data + (1 - time) * noise, t, prefix.kv[group], prefix.mask, group)
-            losses.append(float((v.float() - (data - noise)).square().mean()))
+            error = self.stage.error_at(model.flow, self._prepared, group, time, noise)
+            losses.append(float(error.square().mean()))
         return losses
 
 

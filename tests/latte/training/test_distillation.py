@@ -1,0 +1,176 @@
+"""The distillation of guidance and steps: its targets, what it learns, and what the student says it can do."""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latte.checkpoint import load_checkpoint
+from latte.model import LatteFlow
+from latte.training.distillation import Distillation, DistillationBatch, DistillationStage
+from latte.training.log import LOG
+from latte.training.stage import Rows, row_noise
+from runtime.cli import load_command
+from runtime.errors import InputError
+from runtime.flow_time import SamplingDefaults
+from tests.tiny import save_tiny, tiny_model
+
+CPU = torch.device("cpu")
+
+
+class Walls:
+    """Rows of one colour each, with prompts."""
+
+    def batch(self, index: int, rows: range, total: int) -> WallsBatch:
+        return WallsBatch(tuple(f"a wall of colour {index * total + row}" for row in rows))
+
+
+class WallsBatch:
+    latents = None
+    token_ids = None
+
+    def __init__(self, prompts: tuple[str, ...]) -> None:
+        self.prompts = prompts
+        self.pixels = torch.linspace(-1, 1, len(prompts))[:, None, None, None].expand(-1, 3, 24, 32)
+
+
+@cache
+def teacher_model() -> LatteFlow:
+    return tiny_model()
+
+
+def stage_of(how: Distillation) -> tuple[DistillationStage, DistillationBatch]:
+    stage = DistillationStage(copy.deepcopy(teacher_model()), Walls(), how)
+    return stage, stage.prepare(stage.batch(0, Rows(0, range(4), 4)), CPU)
+
+
+def noise_of(prepared: DistillationBatch) -> torch.Tensor:
+    return row_noise(Rows(0, range(4), 4).generators(0), prepared.data.shape[1:], CPU)
+
+
+@pytest.mark.parametrize("group", [0, 1])
+def test_a_student_as_slow_as_its_unguided_teacher_has_nothing_to_learn(group: int) -> None:
+    stage, prepared = stage_of(Distillation(steps=(2,), guidance_scale=1.0, teacher_steps=2))
+    (time,) = stage.validation_times(group)
+    with torch.no_grad():
+        error = stage.error_at(stage.module, prepared, group, time, noise_of(prepared))
+    assert float(error.abs().max()) < 1e-5
+
+
+def test_the_target_is_where_the_guided_teacher_leads() -> None:
+    """Of rows that start at noise, by the reference's own sampler with the teacher's guidance."""
+    teacher = teacher_model()
+    stage, prepared = stage_of(Distillation(steps=(2, 4), guidance_scale=3.0, teacher_steps=8))
+    model = stage.model
+    noise = noise_of(prepared)
+    start, end = model.config.schedule.interval(0)
+    count = round(8 * (end - start))
+    states: list[torch.Tensor] = []
+    prompts = list(stage.batch(0, Rows(0, range(4), 4)).prompts)
+    # As many equal steps in the interval as the teacher makes, by a schedule that is one long interval.
+    x = noise
+    for i in range(count):
+        t = start + (end - start) * i / count
+        with torch.no_grad():
+            time = torch.full((4,), t)
+            v_c, v_u = (
+                teacher.flow(x, time, prefix.kv[0], prefix.mask, 0)
+                for prefix in (teacher.encode_prompts(prompts), teacher.encode_prompts([""] * 4))
+            )
+        x = x + (end - start) / count * (v_u + 3.0 * (v_c - v_u))
+        states.append(x)
+    with torch.no_grad():
+        error = stage.error_at(stage.module, prepared, 0, start, noise)
+        velocity = model.flow(noise, torch.full((4,), start), prepared.prefix.kv[0], prepared.prefix.mask, 0)
+    np.testing.assert_allclose(velocity - error, (states[-1] - noise) / (end - start), atol=1e-5)
+
+
+def test_a_second_step_corrects_the_first() -> None:
+    """From where the student's own first step leads, the target is the end of the interval."""
+    stage, prepared = stage_of(Distillation(steps=(2, 4), guidance_scale=3.0, teacher_steps=8))
+    noise = noise_of(prepared)
+    start, end = stage.model.config.schedule.interval(0)
+    middle = stage.validation_times(0)[1]
+    assert start < middle < end
+    flow, prefix = stage.module, prepared.prefix
+    with torch.no_grad():
+        first = flow(noise, torch.full((4,), start), prefix.kv[0], prefix.mask, 0)
+        target = noise + (end - start) * (first - stage.error_at(flow, prepared, 0, start, noise))
+        x = noise + (middle - start) * first
+        second = flow(x, torch.full((4,), middle), prefix.kv[0], prefix.mask, 0)
+        error = stage.error_at(flow, prepared, 0, middle, noise)
+    np.testing.assert_allclose(second - error, (target - x) / (end - middle), atol=1e-4)
+
+
+def test_groups_that_are_not_trained_lead_as_the_teacher_does() -> None:
+    """So that machines that distil one group each need not wait for each other."""
+    how = Distillation(steps=(2,), guidance_scale=3.0, teacher_steps=8)
+    alone, prepared = stage_of(how)
+    alone.train_groups([1])
+    together, _ = stage_of(how)
+    noise = noise_of(prepared)
+    with torch.no_grad():
+        start = alone.model.config.schedule.interval(1)[0]
+        from_teacher = alone._starts(alone.module, prepared, 1, noise)
+        from_student = together._starts(together.module, prepared, 1, noise)
+        taught = alone._teach(prepared, 0, noise)
+    torch.testing.assert_close(from_teacher[::2], taught[::2])
+    assert not torch.allclose(from_student[::2], taught[::2])
+    torch.testing.assert_close(from_teacher[1::2], (start * prepared.data + (1 - start) * noise)[1::2])
+    torch.testing.assert_close(from_student[1::2], from_teacher[1::2])
+
+
+def test_the_command_makes_a_student_that_is_nearer_to_its_teacher(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "teacher")
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(4):
+        Image.fromarray(np.full((24, 32, 3), 60 * i, np.uint8)).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text(f"a wall of colour {i}\n", encoding="utf-8")
+    arguments = [
+        *(str(tmp_path / "teacher"), "--data", str(images), "--out", str(tmp_path / "run"), "--steps", "2,4"),
+        *("--teacher-steps", "8", "--max-train-steps", "60", "--train-batch-size", "8", "--learning-rate", "3e-3"),
+        *("--lr-warmup-steps", "0", "--validation-steps", "60", "--cpu"),
+    ]
+    load_command("distill").main(arguments, standalone_mode=False)
+    lines = [json.loads(line) for line in (tmp_path / "run" / LOG).read_text(encoding="utf-8").splitlines()]
+    for group in ("group_0", "group_1"):
+        assert lines[-1][group] < 0.7 * lines[0][group], group
+    assert (tmp_path / "run" / "validation" / "step-60.png").is_file()
+
+    student = load_checkpoint(tmp_path / "run" / "checkpoint")
+    assert student.config.sampling == SamplingDefaults(
+        num_inference_steps=2, guidance_scale=3.0, guidance_distilled=True, allowed_steps=(2, 4)
+    )
+    teacher = load_checkpoint(tmp_path / "teacher")
+    prompt = "a wall of colour 2"
+    wanted = teacher.generate(prompt, num_inference_steps=8, guidance_scale=3.0, output_type="latent")
+
+    def distance(model: LatteFlow, **options: object) -> float:
+        latents = model.generate(prompt, output_type="latent", **options)  # type: ignore[arg-type]
+        return float(np.square(latents - wanted).mean())
+
+    assert distance(student) < 0.7 * distance(teacher, num_inference_steps=2, guidance_scale=1.0)
+    with pytest.raises(InputError, match="distilled for 2 or 4 steps, got num_inference_steps 20"):
+        student.generate(prompt, num_inference_steps=20)
+    with pytest.raises(InputError, match="guidance of scale 3 built in, got guidance_scale 5; leave it out"):
+        student.generate(prompt, guidance_scale=5.0)
+    with pytest.raises(InputError, match="no room for a negative prompt"):
+        student.generate(prompt, "a wall")
+    with pytest.raises(InputError, match="is distilled already"):
+        load_command("distill").main(
+            [str(tmp_path / "run" / "checkpoint"), "--data", str(images), "--out", str(tmp_path / "again"), "--cpu"],
+            standalone_mode=False,
+        )
+
+
+def test_a_number_of_steps_must_fit_the_groups() -> None:
+    with pytest.raises(InputError, match="--steps must be a multiple of the number of expert groups, 2; got 3"):
+        stage_of(Distillation(steps=(2, 3)))
