@@ -109,6 +109,7 @@ def export_bundle(
             precision=written,
             geometry=geometry_of(model.config),
             schedule=model.config.schedule,
+            sampling=model.config.sampling,
             prompt=prompt_format_of(model),
             understanding=understanding_of(model),
             engines=tuple(engines),

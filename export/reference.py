@@ -229,16 +229,17 @@ class Reference:
         config = self.model.config
         noise = initial_latents(range(len(self.prompts)), (config.latent_channels, *config.latent_size))
         steps: list[SampleStep] = []
-        final = self.model.generate(
+        negatives = [""] * len(self.prompts)
+        final = self.model.sample(
             self.prompts,
-            num_inference_steps=STEPS,
-            guidance_scale=SCALES,
-            latents=torch.from_numpy(noise),
-            output_type="latent",
+            negatives,
+            SCALES,
+            torch.from_numpy(noise),
+            time_grid(STEPS),
             callback_on_step_end=steps.append,
         )
         with torch.no_grad():
-            images = self.model.decode_latents(torch.from_numpy(final)).numpy()
+            images = self.model.decode_latents(final).numpy()
         return SamplingCase(noise, tuple(time_grid(STEPS)), tuple(steps), images)
 
     @cached_property

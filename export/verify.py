@@ -99,7 +99,8 @@ def verified_rows(
     """Yields the rows of `verify_bundle` one by one."""
     manifest = load_manifest(bundle)
     config = reference.model.config
-    if (manifest.geometry, manifest.schedule) != (geometry_of(config), config.schedule):
+    form = (manifest.geometry, manifest.schedule, manifest.sampling)
+    if form != (geometry_of(config), config.schedule, config.sampling):
         raise InputError(f"{bundle} was exported from a checkpoint of another form; verify it against that checkpoint")
     tolerances = TOLERANCES[manifest.precision]
     watch = FiniteWatch(open_backend(provider, provider_options))

@@ -40,7 +40,7 @@ from latte.training.flow import equal_probability_boundaries
 from runtime.console import progress_bar, renamed_option, stdout
 from runtime.errors import InputError
 from runtime.files import check_replaceable
-from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, ExpertSchedule
+from runtime.flow_time import ExpertSchedule
 from runtime.images import contact_sheet, save_png
 
 Variant = Literal["couple", "blend"]
@@ -179,8 +179,8 @@ def score(
     ] = "shapes",
     prompts: Annotated[int, typer.Option(help="Number of held-out prompts of each kind.", min=0)] = 500,
     questions: Annotated[int, typer.Option(help="Number of held-out questions.", min=0)] = 500,
-    num_inference_steps: Annotated[int, typer.Option(help="Number of sampling steps.")] = DEFAULT_STEPS,
-    guidance_scale: Annotated[float, typer.Option(help="Guidance scale.")] = DEFAULT_GUIDANCE_SCALE,
+    num_inference_steps: Annotated[int | None, typer.Option(help="Number of sampling steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of prompts, noise and questions.")] = 0,
     sheet: Annotated[Path | None, typer.Option(help="Write the first images to this PNG.")] = None,
     failures: Annotated[Path | None, typer.Option(help="Write the wrong images to this PNG.")] = None,

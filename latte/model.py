@@ -502,30 +502,62 @@ class LatteFlow(nn.Module):
         for sampling in samplings:
             check_guidance_scale(sampling.guidance_scale)
         check_seeds(seeds)
-        scales = torch.tensor([sampling.guidance_scale for sampling in samplings], dtype=torch.float32)
-        device, dtype = self.latents_mean.device, self.flow.latent_embed.weight.dtype
         if latents is None:
             latents = torch.from_numpy(initial_latents(seeds, (self.config.latent_channels, *self.config.latent_size)))
-        guided_rows = [i for i, scale in enumerate(scales.tolist()) if scale != 1.0]
-        prefix = self.encode_prompts([*prompts, *(negatives[i] for i in guided_rows)])
-        conditioned = range(len(prompts))
-
-        def velocity(x: Tensor, t: float, group: int) -> Tensor:
-            led = guided_rows if guidance_interval[0] <= t < guidance_interval[1] else []
-            rows = x[[*conditioned, *led]]  # [R, C, H, W]
-            times = torch.full((len(rows),), t, device=device)
-            kv, mask = prefix.kv[group][:, :, : len(rows)], prefix.mask[: len(rows)]
-            v = self.flow(rows.to(dtype), times, kv, mask, group).float()
-            return guided(v[: len(prompts)], v[len(prompts) :], led, scales.to(device))  # [B, C, H, W]
-
-        times = time_grid(samplings[0].num_inference_steps, samplings[0].shift)
-        result = sample(velocity, latents.to(device), times, self.config.schedule, solver, callback_on_step_end)
+        result = self.sample(
+            prompts,
+            negatives,
+            [self.config.sampling.row_scale(sampling.guidance_scale) for sampling in samplings],
+            latents,
+            time_grid(samplings[0].num_inference_steps, samplings[0].shift),
+            solver,
+            guidance_interval,
+            callback_on_step_end,
+        )
         on_host = result.float().cpu().numpy()
         check_finite(on_host)
         check_moved(latents.float().cpu().numpy(), on_host)
         if output_type == "latent":
             return result.cpu().numpy()
         return self.decode_latents(result).cpu().numpy()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str],
+        guidance_scales: Sequence[float],
+        latents: Tensor,
+        times: Sequence[float],
+        solver: str = "euler",
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        callback_on_step_end: Callable[[SampleStep], None] | None = None,
+    ) -> Tensor:
+        """Samples along any time grid with any guidance, whatever the weights are meant for; see `generate`.
+
+        Args:
+            prompts, negative_prompts, guidance_scales: one of each for each image. With a scale of 1 an image has one
+                row.
+            latents: x₀, `[B, C, H, W]` float32.
+
+        Returns:
+            the last latents, `[B, C, H, W]` float32.
+        """
+        device, dtype = self.latents_mean.device, self.flow.latent_embed.weight.dtype
+        scales = torch.tensor(guidance_scales, dtype=torch.float32)
+        guided_rows = [i for i, scale in enumerate(guidance_scales) if scale != 1.0]
+        prefix = self.encode_prompts([*prompts, *(negative_prompts[i] for i in guided_rows)])
+        conditioned = range(len(prompts))
+
+        def velocity(x: Tensor, t: float, group: int) -> Tensor:
+            led = guided_rows if guidance_interval[0] <= t < guidance_interval[1] else []
+            rows = x[[*conditioned, *led]]  # [R, C, H, W]
+            at = torch.full((len(rows),), t, device=device)
+            kv, mask = prefix.kv[group][:, :, : len(rows)], prefix.mask[: len(rows)]
+            v = self.flow(rows.to(dtype), at, kv, mask, group).float()
+            return guided(v[: len(prompts)], v[len(prompts) :], led, scales.to(device))  # [B, C, H, W]
+
+        return sample(velocity, latents.to(device), times, self.config.schedule, solver, callback_on_step_end)
 
 
 def pixels_to_uint8(pixels: Tensor) -> Tensor:

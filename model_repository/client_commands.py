@@ -16,7 +16,6 @@ from runtime.commands import AsJson, GuidanceScale, MaxNewTokens, NegativePrompt
 from runtime.console import command_group, parse_pairs, progress_bar
 from runtime.errors import ServiceError
 from runtime.files import make_writable_folder
-from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_SHIFT, DEFAULT_STEPS
 from runtime.images import save_png
 
 app = command_group(
@@ -41,9 +40,9 @@ def client_generate(
     url: Url = LOCAL,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNGs.")] = Path("."),
     negative_prompt: NegativePrompt = "",
-    num_inference_steps: Steps = DEFAULT_STEPS,
-    guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE,
-    shift: Shift = DEFAULT_SHIFT,
+    num_inference_steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    shift: Shift = None,
     num_images: Annotated[int, typer.Option(help="Number of images.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the first image; the others count up.")] = 0,
     priority: Annotated[int, typer.Option(help="-2 to 2; requests with a higher priority are served first.")] = 0,
@@ -63,9 +62,15 @@ def client_generate(
     """
     client = _client(url, tls, ca, header, timeout)
     make_writable_folder(out)
-    options = {"deadline": deadline} if deadline is not None else {}
+    given = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "shift": shift,
+        "deadline": deadline,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
     with progress_bar(transient=True) as progress:
-        task = progress.add_task("draw", total=num_inference_steps * num_images)
+        task = progress.add_task("draw", total=num_inference_steps and num_inference_steps * num_images)
 
         def on_response(response: Response) -> None:
             if response.event == "progress":
@@ -75,9 +80,6 @@ def client_generate(
             prompt,
             on_response=on_response,
             negative_prompt=negative_prompt,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            shift=shift,
             num_images=num_images,
             seed=seed,
             priority=priority,

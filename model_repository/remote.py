@@ -10,7 +10,7 @@ from typing import Any
 from model_repository.client import Client, Response, encoded
 from runtime.chat import Message
 from runtime.errors import DRAINING, DrainingError, LatteFlowError, QueueFullError, ServiceError, one_line
-from runtime.flow_time import ExpertSchedule
+from runtime.flow_time import ExpertSchedule, SamplingDefaults
 from runtime.serving.requests import (
     AnswerRequest,
     AnyRequest,
@@ -41,7 +41,8 @@ class TritonService:
         state = client.describe()
         described = state["model"]
         schedule = ExpertSchedule(boundaries=tuple(described["boundaries"]))
-        self.model = ServedModel(name, described["height"], described["width"], schedule)
+        sampling = SamplingDefaults.model_validate(described["sampling"])
+        self.model = ServedModel(name, described["height"], described["width"], schedule, sampling)
         self.limits = Limits(**state["limits"])
         self._client = client
         self._open: set[Handle] = set()

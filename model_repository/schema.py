@@ -20,7 +20,7 @@ from pydantic import BaseModel, Discriminator, TypeAdapter, ValidationError
 from runtime.answers import DEFAULT_MAX_NEW_TOKENS, AnswerSettings
 from runtime.chat import Message, user_message
 from runtime.errors import InputError, line_of
-from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_SHIFT, DEFAULT_STEPS
+from runtime.flow_time import Sampling, SamplingDefaults
 from runtime.images import FORMATS, MAX_FILE_BYTES, check_file_size, check_number, png_bytes
 from runtime.serving.requests import AnswerRequest, GenerationRequest
 
@@ -64,11 +64,9 @@ ASK: tuple[RequestKind, ...] = ("question", "messages")
 INPUTS = (
     Field("prompt", "BYTES", (1,), "what to draw", DRAW),
     Field("negative_prompt", "BYTES", (1,), "what the image should not show", DRAW),
-    Field("num_inference_steps", "INT32", (1,), f"number of Euler steps, default {DEFAULT_STEPS}", DRAW),
-    Field(
-        "guidance_scale", "FP32", (1,), f"default {DEFAULT_GUIDANCE_SCALE:g}; 1 disables it and halves the cost", DRAW
-    ),
-    Field("shift", "FP32", (1,), f"time-grid shift, default {DEFAULT_SHIFT:g}; try 2 with few steps", DRAW),
+    Field("num_inference_steps", "INT32", (1,), "number of Euler steps; default: the model's", DRAW),
+    Field("guidance_scale", "FP32", (1,), "1 disables guidance and halves the cost", DRAW),
+    Field("shift", "FP32", (1,), "time-grid shift; try 2 with few steps", DRAW),
     Field("seed", "INT64", (1,), "default 0; image i is drawn from seed + i", (*DRAW, *ASK)),
     Field("num_images", "INT32", (1,), "number of images, default 1", DRAW),
     Field("image_format", "BYTES", (1,), "raw (the default), png, or png_base64 for JSON", DRAW),
@@ -159,13 +157,17 @@ def engine_model(engine: str) -> str:
 
 
 def read_request(
-    tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any] = {}, request_id: str = ""
+    tensors: Mapping[str, np.ndarray],
+    parameters: Mapping[str, Any] = {},
+    request_id: str = "",
+    sampling: SamplingDefaults = SamplingDefaults(),
 ) -> AnyWanted:
     """Makes a request of its input tensors.
 
     Args:
         parameters: of the request; a header that says who asks is one of them.
         request_id: the client's name for the request.
+        sampling: how the model is sampled where the request says nothing.
 
     Raises:
         InputError: an input is unknown or wrong, or there is not exactly one of prompt, question, heartbeat and cancel.
@@ -189,7 +191,7 @@ def read_request(
         if not values["cancel"]:
             raise InputError("cancel must be the id of a request, got an empty text")
         return CancelRequest(values["cancel"], common.get("client_id", ""))
-    return _draw_request(values, common) if kind == "prompt" else _ask_request(values, common)
+    return _draw_request(values, common, sampling) if kind == "prompt" else _ask_request(values, common)
 
 
 def _value(name: str, array: np.ndarray) -> Any:
@@ -214,12 +216,16 @@ def _text(name: str, value: Any) -> str:
         raise InputError(f"{name} is not UTF-8 text") from error
 
 
-def _draw_request(values: dict[str, Any], common: dict[str, Any]) -> DrawRequest:
+def _draw_request(values: dict[str, Any], common: dict[str, Any], sampling: SamplingDefaults) -> DrawRequest:
     image_format = values.pop("image_format", "raw")
     if image_format not in IMAGE_FORMATS:
         raise InputError(f"image_format must be one of {', '.join(IMAGE_FORMATS)}, got {image_format!r}")
     progress = values.pop("progress", False)
-    return DrawRequest(GenerationRequest(**values, **common), image_format, progress)
+    chosen = sampling.choose(
+        **{name: values.pop(name) for name in Sampling._fields if name in values},
+        negative_prompt=values.get("negative_prompt", ""),
+    )
+    return DrawRequest(GenerationRequest(**values, **chosen._asdict(), **common), image_format, progress)
 
 
 def _ask_request(values: dict[str, Any], common: dict[str, Any]) -> AskRequest:

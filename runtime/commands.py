@@ -21,7 +21,7 @@ from runtime.console import parse_pairs, progress_bar, renamed_option, stdout
 from runtime.doctor import examine
 from runtime.errors import InputError
 from runtime.files import make_writable_folder
-from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_SHIFT, DEFAULT_STEPS, ExpertSchedule
+from runtime.flow_time import ExpertSchedule
 from runtime.images import contact_sheet, drawing_metadata, save_png
 from runtime.manifest import Manifest, TensorSpec, load_manifest
 from runtime.pipeline import LatteFlowPipeline
@@ -36,9 +36,9 @@ ProviderOption = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 NegativePrompt = Annotated[str, typer.Option(help="What the image should not show.")]
-Steps = Annotated[int, typer.Option(help="Number of sampling steps.")]
-GuidanceScale = Annotated[float, typer.Option(help="Guidance scale; 1 disables guidance and halves the cost.")]
-Shift = Annotated[float, typer.Option(help="Time-grid shift; try 2 with few steps.")]
+Steps = Annotated[int | None, typer.Option(help="Number of sampling steps.")]
+GuidanceScale = Annotated[float | None, typer.Option(help="Guidance scale; 1 disables guidance and halves the cost.")]
+Shift = Annotated[float | None, typer.Option(help="Time-grid shift; try 2 with few steps.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Largest number of tokens of the answer.")]
 
 
@@ -47,9 +47,9 @@ def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw; one or more prompts.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNGs.")] = Path("."),
     negative_prompt: NegativePrompt = "",
-    num_inference_steps: Steps = DEFAULT_STEPS,
-    guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE,
-    shift: Shift = DEFAULT_SHIFT,
+    num_inference_steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    shift: Shift = None,
     num_images_per_prompt: Annotated[int, typer.Option(help="Number of images for each prompt.")] = 1,
     seed: Annotated[int | None, typer.Option(help="Seed of the first image; the others count up.")] = None,
     provider: Provider = "cpu",
@@ -75,17 +75,16 @@ def generate(
     trace = renamed_option("--profile", profile, "--trace", trace)
     tracer = Tracer(open_backend(provider, parse_pairs(provider_option, "--provider-option")))
     with LatteFlowPipeline(bundle, load_manifest(bundle), tracer, low_memory=low_memory) as pipe:
+        sampling = pipe.manifest.sampling.choose(num_inference_steps, guidance_scale, shift, negative_prompt)
         make_writable_folder(out)
         if trace is not None:
             make_writable_folder(trace.absolute().parent)
         with progress_bar(transient=True) as progress:
-            task = progress.add_task("sample", total=max(num_inference_steps, 0))
+            task = progress.add_task("sample", total=max(sampling.num_inference_steps, 0))
             output = pipe(
                 prompts,
                 negative_prompt=negative_prompt,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                shift=shift,
+                **sampling._asdict(),
                 num_images_per_prompt=num_images_per_prompt,
                 seed=seed,
                 callback_on_step_end=lambda *_: progress.advance(task),
@@ -100,9 +99,7 @@ def generate(
             prompt,
             negative_prompt=negative_prompt,
             seed=image_seed,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            shift=shift,
+            **sampling._asdict(),
             bundle_hash=bundle_hash,
         )
         path = out / f"{index:03d}-{_slug(prompt)}-{image_seed}.png"

@@ -111,27 +111,42 @@ class SamplingDefaults(BaseModel):
         Raises:
             InputError: the weights cannot do it.
         """
-        steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        shift = self.shift if shift is None else shift
-        if self.allowed_steps is not None and steps not in self.allowed_steps:
+        chosen = Sampling(
+            self.num_inference_steps if num_inference_steps is None else num_inference_steps,
+            self.guidance_scale if guidance_scale is None else guidance_scale,
+            self.shift if shift is None else shift,
+        )
+        self.check(*chosen, negative_prompt)
+        return chosen
+
+    def check(self, num_inference_steps: int, guidance_scale: float, shift: float, negative_prompt: str) -> None:
+        """Raises `InputError` for what the weights cannot do."""
+        if self.allowed_steps is not None and num_inference_steps not in self.allowed_steps:
             counts = " or ".join(map(str, self.allowed_steps))
-            raise InputError(f"this model is distilled for {counts} steps, got num_inference_steps {steps}")
+            raise InputError(
+                f"this model is distilled for {counts} steps, got num_inference_steps {num_inference_steps}"
+            )
         if self.allowed_steps is not None and shift != self.shift:
             raise InputError(f"this model is distilled for steps with shift {self.shift:g}, got {shift:g}")
-        if self.guidance_distilled:
-            if scale != self.guidance_scale:
-                raise InputError(
-                    f"this model has guidance of scale {self.guidance_scale:g} built in, got guidance_scale {scale:g}; "
-                    "leave it out, or use the model that it was distilled from"
-                )
-            if negative_prompt:
-                raise InputError(
-                    "this model has guidance built in, which leaves no room for a negative prompt; leave it out, or "
-                    "use the model that it was distilled from"
-                )
-            scale = 1.0
-        return Sampling(steps, scale, shift)
+        if self.guidance_distilled and guidance_scale != self.guidance_scale:
+            raise InputError(
+                f"this model has guidance of scale {self.guidance_scale:g} built in, got guidance_scale "
+                f"{guidance_scale:g}; leave it out, or use the model that it was distilled from"
+            )
+        if self.guidance_distilled and negative_prompt:
+            raise InputError(
+                "this model has guidance built in, without a negative prompt; leave it out, or use the model that it "
+                "was distilled from"
+            )
+
+    def row_scale(self, guidance_scale: float) -> float:
+        """Returns the scale that combines an image's rows: 1, for a single row, where guidance is built in."""
+        return 1.0 if self.guidance_distilled else guidance_scale
+
+    def scaled_steps(self, factor: float) -> int:
+        """Returns the default number of steps times a factor, or the allowed number nearest to that."""
+        wanted = max(1, round(self.num_inference_steps * factor))
+        return wanted if self.allowed_steps is None else min(self.allowed_steps, key=lambda steps: abs(steps - wanted))
 
 
 class Sampling(NamedTuple):
@@ -139,7 +154,6 @@ class Sampling(NamedTuple):
 
     num_inference_steps: int
     guidance_scale: float
-    """Of two rows for an image; 1 where one row is enough."""
     shift: float
 
 

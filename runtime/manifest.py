@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from runtime.errors import BundleError
 from runtime.files import sha256_of, write_text
-from runtime.flow_time import ExpertSchedule
+from runtime.flow_time import ExpertSchedule, SamplingDefaults
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 FILE_NAME = "manifest.json"
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
@@ -193,6 +193,7 @@ class Manifest(_Frozen):
     precision: Precision
     geometry: Geometry
     schedule: ExpertSchedule
+    sampling: SamplingDefaults
     prompt: PromptFormat
     understanding: Understanding
     engines: tuple[EngineEntry, ...]

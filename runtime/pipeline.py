@@ -20,9 +20,6 @@ from runtime.chat import ChatProcessor, Message, user_message
 from runtime.engines import EngineSet
 from runtime.errors import InputError
 from runtime.flow_time import (
-    DEFAULT_GUIDANCE_SCALE,
-    DEFAULT_SHIFT,
-    DEFAULT_STEPS,
     check_finite,
     check_guidance_scale,
     check_moved,
@@ -110,9 +107,9 @@ class LatteFlowPipeline:
         negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = DEFAULT_STEPS,
-        guidance_scale: float | Sequence[float] = DEFAULT_GUIDANCE_SCALE,
-        shift: float = DEFAULT_SHIFT,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        shift: float | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         generator: np.random.Generator | None = None,
@@ -126,7 +123,7 @@ class LatteFlowPipeline:
             prompt: one or several; with `num_images_per_prompt`, the images of a prompt come one after another.
             negative_prompt: what the images should not show: one for all, or one for each prompt.
             height, width: in pixels; multiples of the autoencoder's factor. Default: the model's size.
-            num_inference_steps: number of Euler steps.
+            num_inference_steps: number of Euler steps. Its default is the model's, like those of the next two.
             guidance_scale: s in v = v_u + s·(v_c − v_u), one for all or one for each prompt. 1 disables guidance and
                 halves the cost.
             shift: time-grid shift, as in diffusers' flow-matching schedulers. Above 1 the steps are shorter near the
@@ -146,9 +143,16 @@ class LatteFlowPipeline:
             raise InputError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
         if output_type not in ("pil", "np", "latent"):
             raise InputError(f'output_type must be "pil", "np" or "latent", got {output_type!r}')
-        times = time_grid(num_inference_steps, shift)
         negatives = _one_for_each("negative_prompt", negative_prompt or "", str, len(prompts))
-        scales = _one_for_each("guidance_scale", guidance_scale, (int, float), len(prompts))
+        defaults = self.manifest.sampling
+        scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        scales = _one_for_each("guidance_scale", scale, (int, float), len(prompts))
+        sampling, *_ = [
+            defaults.choose(num_inference_steps, each, shift, negative)
+            for each, negative in zip(scales, negatives, strict=True)
+        ]
+        times = time_grid(sampling.num_inference_steps, sampling.shift)
+        scales = [defaults.row_scale(each) for each in scales]
         prompts, negatives, scales = (
             [value for value in values for _ in range(num_images_per_prompt)] for values in (prompts, negatives, scales)
         )

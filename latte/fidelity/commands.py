@@ -25,7 +25,6 @@ from latte.model import LatteFlow
 from runtime.console import progress_bar, stderr, stdout
 from runtime.errors import InputError
 from runtime.files import make_writable_folder
-from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
 from runtime.images import save_png
 
 PROMPTS_AT_ONCE = 16
@@ -45,8 +44,8 @@ def fidelity(
     features: Annotated[
         str | None, typer.Option(help="Checkpoint whose vision tower sees the images. Default: CHECKPOINT.")
     ] = None,
-    num_inference_steps: Annotated[int, typer.Option(help="Number of sampling steps.")] = DEFAULT_STEPS,
-    guidance_scale: Annotated[float, typer.Option(help="Guidance scale.")] = DEFAULT_GUIDANCE_SCALE,
+    num_inference_steps: Annotated[int | None, typer.Option(help="Number of sampling steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first image; the next has the next seed.")] = 0,
     out: Annotated[
         Path | None,
@@ -112,7 +111,12 @@ def _held_out(data: str, split: str, count: int, policy: ImagePolicy) -> tuple[l
 
 
 def _generate(
-    model: LatteFlow, prompts: Sequence[str], steps: int, guidance_scale: float, seed: int, progress: Progress
+    model: LatteFlow,
+    prompts: Sequence[str],
+    steps: int | None,
+    guidance_scale: float | None,
+    seed: int,
+    progress: Progress,
 ) -> list[np.ndarray]:
     task = progress.add_task("draw", total=len(prompts))
     images: list[np.ndarray] = []

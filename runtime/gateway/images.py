@@ -23,6 +23,8 @@ DEFAULT_COMPRESSION = 100
 """As OpenAI's: the best quality."""
 MEDIA_TYPES: dict[OutputFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 RANDOM_SEEDS = 2**32
+QUALITY_FACTORS = {"low": 0.5, "high": 2, "hd": 2}
+"""Number of steps by quality, as a multiple of the default."""
 
 
 def generation_request(
@@ -31,17 +33,21 @@ def generation_request(
     """Returns the request for images; a seed is chosen where none is given.
 
     Raises:
-        InputError: the model draws no images of that size.
+        InputError: the model draws no images of that size, or cannot be sampled like this.
     """
     size = f"{model.width}x{model.height}"
     if options.size not in ("auto", size):
         raise InputError(f"size must be auto or {size}, the size that {model.name} was trained for; got {options.size}")
+    sampling = model.sampling.choose(
+        options.num_inference_steps or model.sampling.scaled_steps(QUALITY_FACTORS.get(options.quality, 1)),
+        options.guidance_scale,
+        options.shift,
+        options.negative_prompt,
+    )
     return GenerationRequest(
         prompt,
         options.negative_prompt,
-        options.steps,
-        options.guidance_scale,
-        options.shift,
+        *sampling,
         secrets.randbelow(RANDOM_SEEDS) if options.seed is None else options.seed,
         n,
         priority=options.priority,

@@ -22,12 +22,9 @@ from pydantic import (
 from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function
 
 from runtime.answers import DEFAULT_MAX_NEW_TOKENS
-from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_SHIFT, DEFAULT_STEPS
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 Quality = Literal["auto", "low", "medium", "high", "standard", "hd"]
-QUALITY_STEPS = {"low": DEFAULT_STEPS // 2, "high": 2 * DEFAULT_STEPS, "hd": 2 * DEFAULT_STEPS}
-"""Number of steps by quality; every other quality has the default."""
 MOST_PARTIAL_IMAGES = 3
 MAX_TEXT = 32_000
 """Characters of a prompt, as OpenAI's. The model's limit in tokens is lower."""
@@ -72,24 +69,21 @@ class DrawingOptions(Body):
 
     negative_prompt: Text = Field(default="", description="what the image should not show")
     num_inference_steps: int | None = Field(
-        default=None, ge=1, description=f"number of Euler steps; default {DEFAULT_STEPS}, or what `quality` says"
+        default=None, ge=1, description="number of Euler steps; by default what `quality` says"
     )
-    guidance_scale: float = Field(
-        default=DEFAULT_GUIDANCE_SCALE, allow_inf_nan=False, description="1 disables guidance and halves the cost"
+    guidance_scale: float | None = Field(
+        default=None,
+        allow_inf_nan=False,
+        description="by default the model's; 1 disables guidance and halves the cost",
     )
-    shift: float = Field(default=DEFAULT_SHIFT, allow_inf_nan=False, description="time-grid shift")
+    shift: float | None = Field(default=None, allow_inf_nan=False, description="time-grid shift; default: the model's")
     seed: int | None = Field(default=None, ge=0, description="image i is drawn from seed + i; random by default")
     size: str = Field(default="auto", pattern=r"^(auto|\d{1,5}x\d{1,5})$", description="auto, or WIDTHxHEIGHT")
-    quality: Quality = Field(default="auto", description="low: half the steps; high and hd: twice the steps")
+    quality: Quality = Field(default="auto", description="low: half the model's steps; high and hd: twice as many")
     output_format: OutputFormat = "png"
     output_compression: int | None = Field(default=None, ge=0, le=100, description="quality of JPEG and WebP")
     priority: int = Field(default=0, ge=-2, le=2, description="requests with a higher priority are served first")
     deadline: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="seconds, then it fails")
-
-    @property
-    def steps(self) -> int:
-        """Number of steps."""
-        return self.num_inference_steps or QUALITY_STEPS.get(self.quality, DEFAULT_STEPS)
 
     @model_validator(mode="after")
     def _check_compression(self) -> DrawingOptions:

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import fields
 from typing import Any
 
+from runtime.flow_time import SamplingDefaults
 from runtime.serving.requests import GenerationRequest
 
 NAMES = ("negative_prompt", "num_inference_steps", "guidance_scale", "shift", "seed")
 """Arguments that all three take by these names."""
 
 
-def command_line(request: GenerationRequest, bundle: str) -> str:
+def command_line(request: GenerationRequest, sampling: SamplingDefaults, bundle: str) -> str:
     """Returns the command that draws a request's images."""
     words = ["latte-flow", "generate", bundle, request.prompt]
-    for name, value in _changed(request).items():
+    for name, value in _changed(request, sampling).items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     if request.num_images > 1:
         words += ["--num-images-per-prompt", str(request.num_images)]
     return shlex.join(words)
 
 
-def python_call(request: GenerationRequest, bundle: str) -> str:
+def python_call(request: GenerationRequest, sampling: SamplingDefaults, bundle: str) -> str:
     """Returns the lines of Python that draw a request's images."""
-    arguments = _changed(request)
+    arguments = _changed(request, sampling)
     if request.num_images > 1:
         arguments["num_images_per_prompt"] = request.num_images
     given = "".join(f", {name}={value!r}" for name, value in arguments.items())
@@ -36,9 +36,9 @@ def python_call(request: GenerationRequest, bundle: str) -> str:
     )
 
 
-def curl(request: GenerationRequest, url: str) -> str:
+def curl(request: GenerationRequest, sampling: SamplingDefaults, url: str) -> str:
     """Returns the HTTP request that draws a request's images, to a gateway at a URL."""
-    body: dict[str, Any] = {"prompt": request.prompt} | _changed(request)
+    body: dict[str, Any] = {"prompt": request.prompt} | _changed(request, sampling)
     if request.num_images > 1:
         body["n"] = request.num_images
     return (
@@ -47,9 +47,9 @@ def curl(request: GenerationRequest, url: str) -> str:
     )
 
 
-def _changed(request: GenerationRequest) -> dict[str, Any]:
-    """Returns the seed, and what differs from the defaults."""
-    defaults = {field.name: field.default for field in fields(request)}
+def _changed(request: GenerationRequest, sampling: SamplingDefaults) -> dict[str, Any]:
+    """Returns the seed, and what differs from the model's defaults."""
+    defaults = {"negative_prompt": "", **sampling.model_dump()}
     return {
         name: getattr(request, name) for name in NAMES if name == "seed" or getattr(request, name) != defaults[name]
     }

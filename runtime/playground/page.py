@@ -23,7 +23,7 @@ import gradio as gr
 from runtime.answers import DEFAULT_MAX_NEW_TOKENS, AnswerSettings
 from runtime.chat import user_message
 from runtime.errors import CancelledError, InputError, LatteFlowError, one_line
-from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_SHIFT, DEFAULT_STEPS, LARGEST_GUIDANCE_SCALE
+from runtime.flow_time import LARGEST_GUIDANCE_SCALE, SamplingDefaults
 from runtime.images import png_bytes
 from runtime.playground.calls import command_line, curl, python_call
 from runtime.playground.following import Frame, Sessions, answer, draw
@@ -115,17 +115,22 @@ def _failure(error: Exception) -> gr.Error:
     return gr.Error(message, duration=None, print_exception=not isinstance(error, LatteFlowError))
 
 
-def _settings() -> tuple[gr.Textbox, gr.Textbox, gr.Slider, gr.Slider, gr.Number]:
+def _settings(sampling: SamplingDefaults) -> tuple[gr.Textbox, gr.Textbox, gr.Component, gr.Slider, gr.Number]:
+    """Returns the fields of a drawing; those that the model has no use for are hidden."""
+    choice = not sampling.guidance_distilled
     prompt = gr.Textbox(label="Prompt", placeholder="a small red circle", lines=2, elem_id="prompt")
-    with gr.Accordion("More", open=False):
+    with gr.Accordion("More", open=False, visible=choice):
         negative = gr.Textbox(label="Negative prompt")
-    steps = gr.Slider(1, 200, DEFAULT_STEPS, step=1, label="Steps")
+    steps: gr.Component = gr.Slider(1, 200, sampling.num_inference_steps, step=1, label="Steps")
+    if sampling.allowed_steps is not None:
+        steps = gr.Radio(list(sampling.allowed_steps), value=sampling.num_inference_steps, label="Steps")
     scale = gr.Slider(
         0,
         LARGEST_GUIDANCE_SCALE / 10,
-        DEFAULT_GUIDANCE_SCALE,
+        sampling.guidance_scale,
         step=0.5,
         label="Guidance scale (1: none)",
+        visible=choice,
     )
     seed = gr.Number(0, label="Seed", precision=0, minimum=0)
     return prompt, negative, steps, scale, seed
@@ -134,7 +139,7 @@ def _settings() -> tuple[gr.Textbox, gr.Textbox, gr.Slider, gr.Slider, gr.Number
 def _draw_tab(service: Service, sessions: Sessions, shown: Shown) -> gr.Gallery:
     with gr.Row():
         with gr.Column():
-            prompt, negative, steps, scale, seed = _settings()
+            prompt, negative, steps, scale, seed = _settings(service.model.sampling)
             count = gr.Slider(1, service.limits.max_images_per_request, 1, step=1, label="Images")
             with gr.Row():
                 button = gr.Button("Draw", variant="primary", elem_id="draw")
@@ -173,14 +178,14 @@ def _draw_tab(service: Service, sessions: Sessions, shown: Shown) -> gr.Gallery:
     def run(
         prompt: str, negative: str, steps: float, scale: float, seed: float, count: float, request: gr.Request
     ) -> Iterator[dict[Any, Any]]:
-        session = _session(request)
+        session, sampling = _session(request), service.model.sampling
         try:
             drawing = _drawing(service, prompt, negative, steps, scale, seed, count, session)
             base = str(request.request.base_url) if request.request is not None else "http://127.0.0.1:8080"
             yield {
-                line: command_line(drawing, shown.bundle),
-                call: python_call(drawing, shown.bundle),
-                http: curl(drawing, base),
+                line: command_line(drawing, sampling, shown.bundle),
+                call: python_call(drawing, sampling, shown.bundle),
+                http: curl(drawing, sampling, base),
                 scrub: gr.update(visible=False),
                 past: gr.update(visible=False),
             }
@@ -263,7 +268,7 @@ def _drawing(
         negative_prompt=(negative or "").strip(),
         num_inference_steps=int(steps),
         guidance_scale=float(scale),
-        shift=DEFAULT_SHIFT,
+        shift=service.model.sampling.shift,
         seed=int(seed or 0),
         num_images=int(count),
         client_id=f"page {session}" if session else "",
@@ -337,7 +342,7 @@ def _compare_tab(service: Service, sessions: Sessions, shown: Shown) -> None:
     if other is None:
         gr.Markdown("Name a second bundle to compare with: `latte-flow playground BUNDLE --compare OTHER`")
         return
-    prompt, negative, steps, scale, seed = _settings()
+    prompt, negative, steps, scale, seed = _settings(service.model.sampling)
     button = gr.Button("Draw with both", variant="primary", elem_id="compare")
     with gr.Row():
         here = gr.Image(label=shown.bundle, height=SIDE, elem_classes="pixels", format="png", buttons=BUTTONS)

@@ -10,7 +10,7 @@ import numpy as np
 
 from runtime.answers import Answer
 from runtime.chat import ChatInputs
-from runtime.flow_time import ExpertSchedule
+from runtime.flow_time import ExpertSchedule, SamplingDefaults
 from runtime.rows import PrefixRow, is_guided
 from runtime.serving.requests import AnswerRequest, AnyRequest, GenerationRequest, Handle
 
@@ -61,13 +61,15 @@ class ImageJob(Job):
     latents: np.ndarray
     """x at `times[index]`, `[C, H, W]` float32."""
     times: list[float]
+    scale: float
+    """With which its rows are combined; with 1 it has a single row."""
     index: int = 0
     """Number of steps that it has finished."""
     encoded: EncodedPrompt | None = None
 
     @property
     def is_guided(self) -> bool:
-        return is_guided(self.request.guidance_scale)
+        return is_guided(self.scale)
 
     @property
     def rows(self) -> int:
@@ -107,13 +109,14 @@ class Stations(Protocol):
     """The work that the scheduler distributes. A batch that raises may be tried again in parts."""
 
     schedule: ExpertSchedule
+    sampling: SamplingDefaults
     latent_shape: tuple[int, int, int]
 
     def max_rows(self, station: Station) -> int | None:
         """Returns how many rows a run of the station can have; None if the engines set no limit."""
 
     def check(self, request: AnyRequest) -> None:
-        """Raises `InputError` for a prompt that cannot be encoded, before the request is queued."""
+        """Raises `InputError` for what the model cannot draw, before the request is queued."""
 
     def encode(self, jobs: Sequence[ImageJob]) -> list[EncodedPrompt]:
         """Returns the encoded prompts of every job."""

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-from runtime.flow_time import ExpertSchedule
+from runtime.flow_time import ExpertSchedule, SamplingDefaults
 from runtime.manifest import Manifest
 from runtime.pipeline import LatteFlowPipeline
 from runtime.serving.requests import AnyRequest, Handle, Limits, Listener
@@ -29,6 +29,8 @@ class ServedModel:
     width: int
     schedule: ExpertSchedule
     """When which expert group works."""
+    sampling: SamplingDefaults
+    """How it is sampled where a request says nothing."""
 
     @property
     def groups(self) -> int:
@@ -39,7 +41,7 @@ class ServedModel:
     def of(cls, manifest: Manifest, name: str) -> Self:
         """Describes a bundle's model."""
         height, width = (side * manifest.geometry.vae_scale_factor for side in manifest.geometry.latent_size)
-        return cls(name, height, width, manifest.schedule)
+        return cls(name, height, width, manifest.schedule, manifest.sampling)
 
 
 class Service(Protocol):

@@ -26,6 +26,7 @@ class PipelineStations:
     def __init__(self, pipeline: LatteFlowPipeline) -> None:
         geometry = pipeline.manifest.geometry
         self.schedule = pipeline.manifest.schedule
+        self.sampling = pipeline.manifest.sampling
         self.latent_shape = (geometry.latent_channels, *geometry.latent_size)
         self._pipeline = pipeline
         self._samplers: OrderedDict[tuple[int, ...], Sampler] = OrderedDict()
@@ -47,9 +48,10 @@ class PipelineStations:
         return self._max_rows[station]
 
     def check(self, request: AnyRequest) -> None:
-        """Raises `InputError` for a prompt that cannot be encoded; questions are checked when they are read."""
+        """Raises `InputError` for what the model cannot draw; questions are checked when they are read."""
         if isinstance(request, AnswerRequest):
             return
+        self.sampling.check(request.num_inference_steps, request.guidance_scale, request.shift, request.negative_prompt)
         for prompt in (request.prompt, request.negative_prompt):
             tokens = len(self._pipeline.chat.prompt_tokens(prompt))
             if self._max_tokens is not None and tokens > self._max_tokens:
@@ -84,7 +86,7 @@ class PipelineStations:
             encoded = [job.encoded for job in jobs if job.encoded is not None]
             conditional = [prompts.prompt for prompts in encoded]
             unconditional = [prompts.negative for prompts in encoded if prompts.negative is not None]
-            scales = [job.request.guidance_scale for job in jobs]
+            scales = [job.scale for job in jobs]
             sampler = self._pipeline.sampler_of(conditional, unconditional, scales)
         self._samplers[key] = sampler
         while len(self._samplers) > REMEMBERED_BATCHES:

@@ -118,7 +118,7 @@ class TritonPythonModel:
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         parameters = json.loads(request.parameters() or "{}")
         try:
-            return read_request(tensors, parameters, request.request_id())
+            return read_request(tensors, parameters, request.request_id(), self.pipeline.manifest.sampling)
         except Exception as error:
             kind: Literal["draw", "ask"] = "draw" if "prompt" in tensors else "ask"
             client = str(parameters.get(CLIENT_HEADER, ""))
@@ -132,7 +132,12 @@ class TritonPythonModel:
             "pending_images": self.scheduler.pending,
             "pending_questions": self.scheduler.pending_questions,
             "seconds_since_heartbeat": round(self.worker.seconds_since_heartbeat, 3),
-            "model": {"height": model.height, "width": model.width, "boundaries": model.schedule.boundaries},
+            "model": {
+                "height": model.height,
+                "width": model.width,
+                "boundaries": model.schedule.boundaries,
+                "sampling": model.sampling.model_dump(),
+            },
             "limits": asdict(self.scheduler.limits),
         }
         return json.dumps(state)

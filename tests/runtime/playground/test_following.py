@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 from runtime.errors import CancelledError
+from runtime.flow_time import SamplingDefaults
 from runtime.pipeline import LatteFlowPipeline
 from runtime.playground.calls import command_line, curl, python_call
 from runtime.playground.following import Sessions, answer, draw
 from runtime.playground.page import difference_of, psnr
 from runtime.serving.requests import AnswerRequest, GenerationRequest
 from runtime.serving.service import LocalService
+
+SAMPLING = SamplingDefaults()
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +69,16 @@ def test_an_answer_grows(bundle: Path, pipe: LatteFlowPipeline) -> None:
 
 def test_the_calls_that_are_shown_draw_the_same(pipe: LatteFlowPipeline, bundle: Path) -> None:
     request = GenerationRequest('it\'s a "star"', num_inference_steps=3, seed=5, num_images=2, negative_prompt="blue")
-    words = shlex.split(command_line(request, "my bundle"))
+    words = shlex.split(command_line(request, SAMPLING, "my bundle"))
     assert words[:4] == ["latte-flow", "generate", "my bundle", 'it\'s a "star"']
     assert words[-2:] == ["--num-images-per-prompt", "2"]
     names: dict[str, object] = {}
-    exec(python_call(request, str(bundle)), names)
+    exec(python_call(request, SAMPLING, str(bundle)), names)
     images: list[object] = names["images"]  # type: ignore[assignment]
     options = {"num_inference_steps": 3, "seed": 5, "num_images_per_prompt": 2, "negative_prompt": "blue"}
     expected = pipe(request.prompt, **options, output_type="np").images  # type: ignore[arg-type]
     assert np.array_equal(np.stack([np.asarray(image) for image in images]), expected)
-    assert '"n": 2' in curl(request, "http://127.0.0.1:1/")
+    assert '"n": 2' in curl(request, SAMPLING, "http://127.0.0.1:1/")
     names["pipe"].close()  # type: ignore[attr-defined]
 
 

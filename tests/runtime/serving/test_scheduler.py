@@ -18,7 +18,7 @@ from runtime.errors import (
     QueueFullError,
     ServiceError,
 )
-from runtime.flow_time import ExpertSchedule, initial_latents
+from runtime.flow_time import ExpertSchedule, SamplingDefaults, initial_latents
 from runtime.pipeline import LatteFlowPipeline
 from runtime.rows import PrefixRow
 from runtime.serving.jobs import EncodedPrompt, ImageJob, Station
@@ -37,6 +37,7 @@ class ScriptedStations:
 
     schedule = ExpertSchedule(boundaries=(0.0, 0.25, 0.5, 0.75, 1.0))
     latent_shape = (1, 1, 1)
+    sampling = SamplingDefaults()
 
     def __init__(self, fixed: float = 0.01, each: float = 0.0) -> None:
         self.now = 100.0
