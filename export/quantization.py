@@ -140,7 +140,8 @@ def record_runs(bundle: Path, calibration: CalibrationSet) -> dict[str, list[Fee
         seeds = [calibration.first_seed + image for image in range(count)]
         noise = initial_latents(seeds, (geometry.latent_channels, *geometry.latent_size))
         prompts = [shortened(prompt, pipe.chat.encode_prompts) for prompt in calibration.prompts]
-        scales = [pipe.manifest.sampling.row_scale(scale) for scale in calibration.guidance_scales]
+        distilled = pipe.manifest.sampling.guidance_distilled
+        scales = [1.0] * count if distilled else calibration.guidance_scales
         sampler = pipe.sampler(prompts, [""] * count, scales)
         images = pipe.decode(sampler.run(noise, calibration.times(pipe.manifest.schedule)))
         pipe.ask(list(images[:2]), [calibration.question] * 2, max_new_tokens=ANSWER_TOKENS)

@@ -454,7 +454,7 @@ class LatteFlow(nn.Module):
         latents: Tensor | None = None,
         solver: str = "euler",
         shift: float | None = None,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_interval: tuple[float, float] | None = None,
         output_type: str = "np",
         callback_on_step_end: Callable[[SampleStep], None] | None = None,
     ) -> np.ndarray:
@@ -469,7 +469,8 @@ class LatteFlow(nn.Module):
             latents: x₀, `[B, C, H, W]` float32; by default noise from `seed`.
             solver: "euler" or "heun".
             shift: time-grid shift, see `time_grid`.
-            guidance_interval: flow times [start, end) with guidance (arXiv 2404.07724); elsewhere the scale is 1.
+            guidance_interval: flow times [start, end) with guidance (arXiv 2404.07724); elsewhere the scale is 1. By
+                default the config's.
             output_type: "np" or "latent".
             callback_on_step_end: called after each step.
 
@@ -507,11 +508,11 @@ class LatteFlow(nn.Module):
         result = self.sample(
             prompts,
             negatives,
-            [self.config.sampling.row_scale(sampling.guidance_scale) for sampling in samplings],
+            [1.0 if self.config.sampling.guidance_distilled else sampling.guidance_scale for sampling in samplings],
             latents,
             time_grid(samplings[0].num_inference_steps, samplings[0].shift),
             solver,
-            guidance_interval,
+            self.config.sampling.guidance_interval if guidance_interval is None else guidance_interval,
             callback_on_step_end,
         )
         on_host = result.float().cpu().numpy()

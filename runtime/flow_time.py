@@ -87,6 +87,9 @@ class SamplingDefaults(BaseModel):
     num_inference_steps: int = Field(default=DEFAULT_STEPS, ge=1)
     guidance_scale: float = Field(default=DEFAULT_GUIDANCE_SCALE, ge=-LARGEST_GUIDANCE_SCALE, le=LARGEST_GUIDANCE_SCALE)
     shift: float = Field(default=DEFAULT_SHIFT, ge=1 / LARGEST_SHIFT, le=LARGEST_SHIFT)
+    guidance_interval: tuple[float, float] = Field(
+        default=(0.0, 1.0), description="flow times [start, end) with guidance (arXiv 2404.07724)"
+    )
     guidance_distilled: bool = Field(
         default=False,
         description="whether the weights have guidance of that scale built in: one row an image",
@@ -139,9 +142,10 @@ class SamplingDefaults(BaseModel):
                 "was distilled from"
             )
 
-    def row_scale(self, guidance_scale: float) -> float:
-        """Returns the scale that combines an image's rows: 1, for a single row, where guidance is built in."""
-        return 1.0 if self.guidance_distilled else guidance_scale
+    def row_scale(self, guidance_scale: float, t: float) -> float:
+        """Returns the scale that combines an image's rows at time t: 1, for a single row, without guidance there."""
+        start, end = self.guidance_interval
+        return guidance_scale if start <= t < end and not self.guidance_distilled else 1.0
 
     def scaled_steps(self, factor: float) -> int:
         """Returns the default number of steps times a factor, or the allowed number nearest to that."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -152,16 +153,17 @@ class LatteFlowPipeline:
             for each, negative in zip(scales, negatives, strict=True)
         ]
         times = time_grid(sampling.num_inference_steps, sampling.shift)
-        scales = [defaults.row_scale(each) for each in scales]
         prompts, negatives, scales = (
             [value for value in values for _ in range(num_images_per_prompt)] for values in (prompts, negatives, scales)
         )
         noise, seeds = self._noise(len(prompts), seed, generator, latents, height, width)
         clock = _Clock()
-        sampler = self.sampler(prompts, negatives, scales)
+        parts = self._parts(prompts, negatives, scales, times)
         clock.lap("prefix")
         on_step = None if callback_on_step_end is None else _adapt(self, callback_on_step_end)
-        final = sampler.run(noise, times, on_step)
+        final: Value = noise
+        for sampler, first, last in parts:
+            final = sampler.run(final, times[first : last + 1], on_step, first)
         on_host = to_host(final)
         check_finite(on_host)
         check_moved(noise, on_host)
@@ -241,13 +243,17 @@ class LatteFlowPipeline:
         Args:
             prompts, negative_prompts, guidance_scales: one of each for each image.
         """
+        return self._sampler(self.encode_prompts(prompts), negative_prompts, guidance_scales)
+
+    def _sampler(
+        self, encoded: Sequence[PrefixRow], negative_prompts: Sequence[str], guidance_scales: Sequence[float]
+    ) -> Sampler:
         for scale in guidance_scales:
             check_guidance_scale(scale)
         guided = [
             negative for negative, scale in zip(negative_prompts, guidance_scales, strict=True) if is_guided(scale)
         ]
-        conditional, unconditional = self.encode_prompts(prompts), self.encode_negative_prompts(guided)
-        return self.sampler_of(conditional, unconditional, guidance_scales)
+        return self.sampler_of(encoded, self.encode_negative_prompts(guided), guidance_scales)
 
     def sampler_of(
         self, conditional: Sequence[PrefixRow], unconditional: Sequence[PrefixRow], guidance_scales: Sequence[float]
@@ -256,6 +262,25 @@ class LatteFlowPipeline:
         limit = most_in_plans(self.manifest, self.backend.name, "expert_0", "prefix") or self.manifest.prompt.max_tokens
         batch = arrange_rows(self.backend, conditional, unconditional, guidance_scales, limit)
         return Sampler(self.engines, self.manifest.schedule, batch)
+
+    def _parts(
+        self,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str],
+        guidance_scales: Sequence[float],
+        times: Sequence[float],
+    ) -> list[tuple[Sampler, int, int]]:
+        """Returns samplers for parts of a time grid, each with its first and last index: guidance ends and begins."""
+        encoded = self.encode_prompts(prompts)
+        scales_at = [tuple(self.manifest.sampling.row_scale(scale, t) for scale in guidance_scales) for t in times[:-1]]
+        samplers = {scales: self._sampler(encoded, negative_prompts, scales) for scales in dict.fromkeys(scales_at)}
+        parts = []
+        first = 0
+        for scales, steps in itertools.groupby(scales_at):
+            last = first + len(list(steps))
+            parts.append((samplers[scales], first, last))
+            first = last
+        return parts
 
     def decode(self, latents: Value) -> np.ndarray:
         """Decodes latents `[B, C, H, W]` float32 to pixels `[B, height, width, 3]` uint8."""

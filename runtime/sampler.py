@@ -59,14 +59,18 @@ class Sampler:
         }
         self._constants = {name: batch.upload(value) for name, value in constants.items()}
 
-    def run(self, latents: np.ndarray, times: Sequence[float], on_step: OnStep | None = None) -> Value:
-        """Integrates from `latents` `[B, C, H, W]` float32 along the time grid; returns the last latents."""
+    def run(self, latents: Value, times: Sequence[float], on_step: OnStep | None = None, first_step: int = 0) -> Value:
+        """Integrates from `latents` `[B, C, H, W]` float32 along the time grid; returns the last latents.
+
+        Args:
+            first_step: number of the first step, for `on_step`, where these times are part of a longer grid.
+        """
         x: Value = latents
         rows: Value = self.rows_of(latents)
         for index, inputs in enumerate(self.step_inputs(times)):
             x, rows = self.step(x, rows, inputs)
             if on_step is not None:
-                replaced = on_step(SamplerStep(index, times[index], inputs.group, x))
+                replaced = on_step(SamplerStep(first_step + index, times[index], inputs.group, x))
                 if replaced is not None:
                     x = replaced
                     rows = self.rows_of(replaced)

@@ -61,20 +61,26 @@ class ImageJob(Job):
     latents: np.ndarray
     """x at `times[index]`, `[C, H, W]` float32."""
     times: list[float]
-    scale: float
-    """With which its rows are combined; with 1 it has a single row."""
+    scales: list[float]
+    """With which its rows are combined in each step; with 1 it has a single row."""
     index: int = 0
     """Number of steps that it has finished."""
     encoded: EncodedPrompt | None = None
 
     @property
-    def is_guided(self) -> bool:
-        return is_guided(self.scale)
+    def scale(self) -> float:
+        """With which its rows are combined in its next step."""
+        return self.scales[min(self.index, len(self.scales) - 1)]
+
+    @property
+    def is_ever_guided(self) -> bool:
+        """Whether any of its steps has two rows."""
+        return any(map(is_guided, self.scales))
 
     @property
     def rows(self) -> int:
         """Number of rows that it has in an expert's batch."""
-        return 2 if self.is_guided else 1
+        return 2 if is_guided(self.scale) else 1
 
     @property
     def t(self) -> float:

@@ -122,10 +122,10 @@ class Scheduler:
         if isinstance(request, AnswerRequest):
             return [AnswerJob(next(self._numbers), handle, expires, now, request)]
         times = time_grid(request.num_inference_steps, request.shift)
-        scale = self._stations.sampling.row_scale(request.guidance_scale)
+        scales = [self._stations.sampling.row_scale(request.guidance_scale, t) for t in times[:-1]]
         noise = initial_latents([request.seed + i for i in range(request.num_images)], self._stations.latent_shape)
         return [
-            ImageJob(next(self._numbers), handle, expires, now, request, i, latents, times, scale, sharers=len(noise))
+            ImageJob(next(self._numbers), handle, expires, now, request, i, latents, times, scales, sharers=len(noise))
             for i, latents in enumerate(noise)
         ]
 

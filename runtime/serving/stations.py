@@ -29,7 +29,7 @@ class PipelineStations:
         self.sampling = pipeline.manifest.sampling
         self.latent_shape = (geometry.latent_channels, *geometry.latent_size)
         self._pipeline = pipeline
-        self._samplers: OrderedDict[tuple[int, ...], Sampler] = OrderedDict()
+        self._samplers: OrderedDict[tuple[tuple[int, int], ...], Sampler] = OrderedDict()
         manifest, provider = pipeline.manifest, pipeline.backend.name
         self._max_rows: dict[Station, int | None] = {
             "encode": most_in_plans(manifest, provider, "vlm", "batch", past=0),
@@ -63,10 +63,10 @@ class PipelineStations:
     def encode(self, jobs: Sequence[ImageJob]) -> list[EncodedPrompt]:
         """Encodes each distinct prompt once; negative prompts are remembered."""
         prompts = self._pipeline.encode_prompts([job.request.prompt for job in jobs])
-        guided = [job.request.negative_prompt for job in jobs if job.is_guided]
+        guided = [job.request.negative_prompt for job in jobs if job.is_ever_guided]
         negatives = iter(self._pipeline.encode_negative_prompts(guided))
         return [
-            EncodedPrompt(prompt, next(negatives) if job.is_guided else None)
+            EncodedPrompt(prompt, next(negatives) if job.is_ever_guided else None)
             for job, prompt in zip(jobs, prompts, strict=True)
         ]
 
@@ -80,12 +80,14 @@ class PipelineStations:
 
     def _sampler(self, jobs: Sequence[ImageJob]) -> Sampler:
         """Returns the sampler for a batch of jobs; their prefixes are arranged again only when the batch changes."""
-        key = tuple(job.number for job in jobs)
+        key = tuple((job.number, job.rows) for job in jobs)
         sampler = self._samplers.pop(key, None)
         if sampler is None:
-            encoded = [job.encoded for job in jobs if job.encoded is not None]
-            conditional = [prompts.prompt for prompts in encoded]
-            unconditional = [prompts.negative for prompts in encoded if prompts.negative is not None]
+            encoded = [(job.encoded, job.rows) for job in jobs if job.encoded is not None]
+            conditional = [prompts.prompt for prompts, _ in encoded]
+            unconditional = [
+                prompts.negative for prompts, rows in encoded if rows == 2 and prompts.negative is not None
+            ]
             scales = [job.scale for job in jobs]
             sampler = self._pipeline.sampler_of(conditional, unconditional, scales)
         self._samplers[key] = sampler

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from latte.model import LatteFlow
 from model_repository.schema import DrawRequest, read_request
 from runtime.errors import InputError
 from runtime.flow_time import SamplingDefaults
@@ -62,6 +63,45 @@ def test_the_service_draws_what_the_pipeline_draws(distilled: LatteFlowPipeline)
             service.submit(GenerationRequest("a red circle"), lambda handle, event: None)
         handles = service.scheduler.submit(request)
         np.testing.assert_array_equal(handles.result(60)[0], expected)
+
+
+@pytest.mark.parametrize("interval", [(0.0, 0.5), (0.3, 0.8)])
+def test_guidance_by_interval(bundle_copy: Path, model: LatteFlow, interval: tuple[float, float]) -> None:
+    """The runtime draws what the reference draws, in the pipeline and in a service that mixes guided and other rows."""
+    sampling = SamplingDefaults(guidance_interval=interval)
+    save_manifest(load_manifest(bundle_copy).model_copy(update={"sampling": sampling}), bundle_copy)
+    prompts, scales = ["a red circle", "a blue star", "a ring"], [3.0, 1.0, 5.0]
+    options = {"num_inference_steps": 8, "seed": [4, 9, 2]}
+    expected = model.generate(
+        prompts,
+        guidance_scale=scales,
+        guidance_interval=interval,
+        output_type="latent",
+        **options,  # type: ignore[arg-type]
+    )
+    rows = []
+    with LatteFlowPipeline.from_pretrained(bundle_copy) as pipe:
+        run = pipe.engines["solver_step"].run
+
+        def count(feed: dict[str, np.ndarray]) -> object:
+            rows.append(feed["velocity"].shape[0])
+            return run(feed)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipe.engines["solver_step"], "run", count)
+            latents = pipe(prompts, guidance_scale=scales, output_type="latent", **options).images  # type: ignore
+        images = pipe(prompts, guidance_scale=scales, output_type="np", **options).images  # type: ignore[arg-type]
+        with LocalService(pipe) as service:
+            handles = [
+                service.scheduler.submit(
+                    GenerationRequest(prompt, num_inference_steps=8, guidance_scale=scale, seed=seed)
+                )
+                for prompt, scale, seed in zip(prompts, scales, [4, 9, 2], strict=True)
+            ]
+            served = [handle.result(60)[0] for handle in handles]
+    assert rows == [5 if interval[0] <= i / 8 < interval[1] else 3 for i in range(8)]
+    assert np.linalg.norm(latents - expected) <= 1e-5 * np.linalg.norm(expected)
+    np.testing.assert_allclose(np.stack(served).astype(int), images.astype(int), atol=1)
 
 
 def test_the_doors_take_the_models_defaults(distilled: LatteFlowPipeline) -> None:
