@@ -2,6 +2,7 @@
 
     experts         the engines of this project: a step runs the M layers of its group
     experts, int8   the same, with every matrix product in INT8
+    distilled       the same engines with guidance built in, one row for an image, in as many steps as there are groups
     dense twin      the same runtime and sizes, all L layers in every step: a flow model without timestep experts
     autoregressive  the same L layers writing image tokens one by one, with a KV cache and guidance (arXiv 2410.13848)
     PyTorch         the reference's expert, eager and compiled
@@ -16,8 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,17 +24,26 @@ import numpy as np
 import onnx
 import torch
 import typer
+from diffusers import AutoencoderDC
 from rich.table import Table
 
-from export.benchmarks.random_models import PAPER, export_random_expert, export_random_language_model, one_group
+from export.benchmarks.generation_report import IMAGE_TOKENS, GenerationReport, plot_generation, report_as_dict
+from export.benchmarks.random_models import (
+    PAPER,
+    export_random_decoder,
+    export_random_expert,
+    export_random_language_model,
+    one_group,
+)
 from export.benchmarks.report import Against, AsJson, ProviderName, Publisher, app
-from export.benchmarks.timing import Turns, take_turns
+from export.benchmarks.timing import take_turns
 from export.commands import staged
 from export.integer_products import weight_bits
 from export.quantization import rewrite_engine
 from latte.checkpoint import load_config, resolve_checkpoint
 from latte.config import LatteFlowConfig
 from latte.model import FlowTransformer
+from latte.paper import vae_config_of
 from runtime.backends import Backend, DeviceTensor, Session, open_backend
 from runtime.console import stdout
 from runtime.language import LanguageModel
@@ -46,9 +54,6 @@ PREFIX_TOKENS = 32
 """Of a prompt in its chat template."""
 IMAGE_VOCABULARY = 16_384
 """Of the autoregressive twin's image tokens, as in Janus."""
-IMAGE_TOKENS = (576, 64)
-"""A 24x24 grid, as Janus writes, and as many as the flow has latents."""
-STEPS = (10, 20, 40)
 IMAGES = (1, 2, 8)
 Size = Literal["shapes", "paper"]
 ROWS_PER_IMAGE = 2
@@ -57,108 +62,10 @@ GEMM_SHAPES = ((128, 1536, 1536), (128, 1536, 8960), (128, 8960, 1536), (512, 15
 """(rows, inner, columns) of the products tried for the machine's peak."""
 
 
-@dataclass
-class GenerationReport:
-    """Everything that one run measured."""
-
-    size: str
-    step: dict[str, dict[int, Turns[object]]] = field(default_factory=dict)
-    """Times of a sampling step with guidance, by side and number of images."""
-    prefix: dict[int, Turns[object]] = field(default_factory=dict)
-    """Times of encoding the prompts, by number of images."""
-    token: dict[int, dict[int, Turns[object]]] = field(default_factory=dict)
-    """Times of one token of the autoregressive twin, by number of images and of tokens before it."""
-    gemm_peak: float = 0.0
-    """Best rate of ONNX Runtime's matrix product, in FLOP/s."""
-    step_flops: int = 0
-    """Multiplications and additions of the matrix products in an expert step of one image."""
-    active: dict[str, int] = field(default_factory=dict)
-    """Parameters of the flow model that a step reads, by side."""
-    notes: list[str] = field(default_factory=list)
-
-    def add_steps(self, images: int, turns: Mapping[str, Turns[object]]) -> None:
-        """Adds the times of a sampling step for a number of images."""
-        for side, times in turns.items():
-            self.step.setdefault(side, {})[images] = times
-
-    @property
-    def rate(self) -> float:
-        """Rate of an expert step with the fewest images, in FLOP/s."""
-        fewest = min(self.step["experts"])
-        return fewest * self.step_flops / self.step["experts"][fewest].median
-
-    @property
-    def efficiency(self) -> float:
-        """Rate of an expert step, relative to the peak."""
-        return self.rate / self.gemm_peak
-
-    def calls(self) -> Iterator[tuple[str, Callable[[int], float], Callable[[int], float]]]:
-        """Yields whole calls: name, seconds by number of images, and seconds of the experts' call to compare with."""
-        for steps in STEPS:
-            experts = partial(self.total, "experts", steps)
-            for side in self.step:
-                yield f"{side}, {steps} steps", partial(self.total, side, steps), experts
-        for tokens in IMAGE_TOKENS:
-            yield (
-                f"autoregressive twin, {tokens} tokens",
-                partial(self.autoregressive, tokens),
-                partial(self.total, "experts", 20),
-            )
-
-    def total(self, side: str, steps: int, images: int) -> float:
-        """Returns the seconds of a call without the autoencoder, which is the same for all flow models."""
-        return self.prefix[images].median + steps * self.step[side][images].median
-
-    def autoregressive(self, tokens: int, images: int) -> float:
-        """Returns the seconds to write image tokens; a token's time is linear in the number of tokens before it."""
-        places = self.token[images]
-        (first, a), (last, b) = ((place, places[place].median) for place in (min(places), max(places)))
-        slope = (b - a) / (last - first)
-        mean_place = (tokens - 1) / 2
-        return self.prefix[images].median + tokens * (a + slope * (mean_place - first))
-
-
-def report_as_dict(report: GenerationReport) -> dict[str, Any]:
-    """Returns all times, and numbers computed from them, for JSON."""
-    images = sorted(report.step["experts"])  # keys are text, as in JSON, so that reports compare before and after
-    return {
-        "size": report.size,
-        "step_seconds": {side: {str(n): t.seconds for n, t in times.items()} for side, times in report.step.items()},
-        "prefix_seconds": {str(n): timing.seconds for n, timing in report.prefix.items()},
-        "token_seconds": {str(n): {str(p): t.seconds for p, t in of.items()} for n, of in report.token.items()},
-        "call_seconds": {name: {str(n): seconds(n) for n in images} for name, seconds, _ in report.calls()},
-        "active_parameters": report.active,
-        "gemm_peak": report.gemm_peak,
-        "efficiency": report.efficiency,
-        "notes": report.notes,
-    }
-
-
-def plot_generation(report: GenerationReport, path: Path) -> None:
-    """Plots whole calls with the fewest images, one dot per call."""
-    from matplotlib.figure import Figure
-
-    fewest = min(report.step["experts"])
-    names, seconds = zip(*((name, of(fewest)) for name, of, _ in report.calls()), strict=True)
-    figure = Figure(figsize=(9, 0.35 * len(names) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    colours = ["#1f77b4" if name.startswith("experts") else "#999999" for name in names]
-    axes.scatter(seconds, range(len(names)), color=colours)
-    axes.set_yticks(range(len(names)), names)
-    for place, value in enumerate(seconds):
-        axes.annotate(f"{value:.3g} s", (value, place), xytext=(7, -4), textcoords="offset points")
-    axes.margins(x=0.12)
-    axes.grid(axis="x", alpha=0.3)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel(f"seconds for {fewest} image{'s' * (fewest > 1)} with guidance, without the decoder, log scale")
-    axes.set_title(f"size {report.size}")
-    figure.savefig(path, dpi=120)
-
-
 def measure_generation(
     size: str,
     config: LatteFlowConfig,
+    vae_config: Mapping[str, Any],
     provider: str,
     rounds: int,
     images: tuple[int, ...],
@@ -169,12 +76,14 @@ def measure_generation(
 
     Args:
         config: sizes of the flow layers; the VLM's layers have the same.
+        vae_config: the config of the `AutoencoderDC`.
         rounds: number of rounds of each measurement; the median counts.
     """
     experts, layers = config.layers_per_group, config.num_hidden_layers
     report = GenerationReport(
         size,
         step_flops=step_flops(config, experts),
+        groups=config.schedule.num_groups,
         active={
             "experts": active_parameters(config, experts),
             "dense twin": active_parameters(config, layers),
@@ -191,8 +100,13 @@ def measure_generation(
             report.gemm_peak = gemm_peak(provider, Path(folder), rounds)
             sides = {"experts": expert, "dense twin": dense} | ({"experts, int8": quantized} if quantized else {})
             for count in images:
-                runs = {name: _step(session, config, count) for name, session in sides.items()}
+                runs = {name: _step(session, config, ROWS_PER_IMAGE * count) for name, session in sides.items()}
                 report.add_steps(count, take_turns(runs, rounds))
+                runs = {name: _step(session, config, count) for name, session in sides.items() if session is not dense}
+                for name, times in take_turns(runs, rounds).items():
+                    report.one_row.setdefault(name, {})[count] = times
+        on_stage("decoder: export and time")
+        _time_decoder(report, Path(folder) / "decoder", provider, config, vae_config, rounds, images)
         on_stage("PyTorch: time")
         _time_reference(report, config, rounds, compile_reference, images)
         on_stage("autoregressive twin: export")
@@ -271,14 +185,34 @@ def _quantized_session(folder: Path, provider: str, entry: EngineEntry) -> Itera
         yield session
 
 
-def _step(session: Session, config: LatteFlowConfig, images: int) -> Callable[[int], object]:
-    feed = _flow_inputs(config, session.entry.input("prefix_kv").shape[0], images)
+def _time_decoder(
+    report: GenerationReport,
+    folder: Path,
+    provider: str,
+    config: LatteFlowConfig,
+    vae_config: Mapping[str, Any],
+    rounds: int,
+    images: tuple[int, ...],
+) -> None:
+    rng = np.random.default_rng(0)
+    with open_backend(provider).load(folder, export_random_decoder(folder, config, vae_config)) as session:
+        for count in images:
+            latents = rng.standard_normal((count, config.latent_channels, *config.latent_size), np.float32)
+            feed = {"latents": latents}
+            report.decoder[count] = take_turns({"decoder": _decoding(session, feed)}, rounds)["decoder"]
+
+
+def _decoding(session: Session, feed: dict[str, np.ndarray]) -> Callable[[int], object]:
+    return lambda _: session.run(feed)["image"].numpy()
+
+
+def _step(session: Session, config: LatteFlowConfig, rows: int) -> Callable[[int], object]:
+    feed = _flow_inputs(config, session.entry.input("prefix_kv").shape[0], rows)
     return lambda _: session.run(feed)["velocity"].numpy()
 
 
-def _flow_inputs(config: LatteFlowConfig, layers: int | str, images: int) -> dict[str, np.ndarray]:
+def _flow_inputs(config: LatteFlowConfig, layers: int | str, rows: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    rows = images * ROWS_PER_IMAGE
     kv = (int(layers), 2, rows, config.num_key_value_heads, PREFIX_TOKENS, config.head_dim)
     return {
         "latents": rng.standard_normal((rows, config.latent_channels, *config.latent_size), np.float32),
@@ -297,7 +231,7 @@ def _time_reference(
         sides["torch.compile"] = torch.compile(flow, dynamic=False)
     with torch.no_grad():
         for count in images:
-            inputs = _flow_inputs(config, config.layers_per_group, count)
+            inputs = _flow_inputs(config, config.layers_per_group, ROWS_PER_IMAGE * count)
             tensors = [torch.from_numpy(inputs[name]) for name in ("latents", "timestep", "prefix_kv", "prefix_mask")]
             runs = {name: _reference_step(side, tensors) for name, side in sides.items()}
             report.add_steps(count, take_turns(runs, max(1, rounds // 2)))
@@ -356,6 +290,11 @@ def _writing(language: LanguageModel, ids: np.ndarray, past: tuple[DeviceTensor,
     return lambda _: language.forward(ids, mask, positions, past=past).logits.numpy()
 
 
+def load_vae_config(checkpoint: str) -> Mapping[str, Any]:
+    """Returns the config of a checkpoint's `AutoencoderDC`."""
+    return dict(AutoencoderDC.load_config(resolve_checkpoint(checkpoint) / "vae"))
+
+
 @app.command(no_args_is_help=False)
 def generation(
     size: Annotated[Size, typer.Option(help="Size of the models; their weights are random.")] = "shapes",
@@ -377,9 +316,10 @@ def generation(
     """
     publisher = Publisher(as_json, against)
     config = PAPER if size == "paper" else load_config(resolve_checkpoint("shapes"))
+    vae_config = vae_config_of(PAPER.latent_channels) if size == "paper" else load_vae_config("shapes")
     counts = tuple(images or IMAGES)
     with staged() as on_stage:
-        report = measure_generation(size, config, provider, rounds, counts, compiled, on_stage)
+        report = measure_generation(size, config, vae_config, provider, rounds, counts, compiled, on_stage)
     if plot is not None:
         plot_generation(report, plot)
 
@@ -394,6 +334,13 @@ def generation(
         for name, seconds, base in report.calls():
             shown = (f"{seconds(n):.2f} s" for n in counts)
             table.add_row(name, *shown, f"{seconds(counts[0]) / base(counts[0]):.2f}x")
+        stdout.print(table)
+        heads = (f"{n} image{'s' * (n > 1)}" for n in counts)
+        table = Table("a call with prefix and decoder", *heads, *(f"to experts, {n}" for n in counts))
+        (_, first), *_ = report.whole_calls()
+        for name, seconds in report.whole_calls():
+            shown = (f"{seconds(n):.3f} s" for n in counts)
+            table.add_row(name, *shown, *(f"{seconds(n) / first(n):.2f}x" for n in counts))
         stdout.print(table)
         stdout.print(
             f"an expert step of one image runs at {report.rate / 1e9:.1f} GFLOP/s, {report.efficiency:.0%} of the "

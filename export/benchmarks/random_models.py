@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from export.components import Component, expert_component
+from export.components import Component, decoder_component, expert_component
 from export.engines import bind, write_engine, write_safetensors
 from export.graph_store import default_store
 from export.graphs import make_graphs
@@ -55,6 +55,15 @@ def export_random_language_model(
         text_config=text_config_of(config, vocabulary), image_token_id=0, tie_word_embeddings=False
     )
     return _export(bundle, "vlm", language_component(config, precision, vlm_config), precision)
+
+
+def export_random_decoder(bundle: Path, config: LatteFlowConfig, vae_config: Mapping[str, Any]) -> EngineEntry:
+    """Writes `vae_decoder` in fp32 with random weights.
+
+    Args:
+        vae_config: the config of the `AutoencoderDC`.
+    """
+    return _export(bundle, "vae_decoder", decoder_component(config, vae_config), "fp32")
 
 
 def _export(

@@ -139,6 +139,7 @@ def test_generation_is_measured_beside_its_twins(
     model: LatteFlow, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run_command: RunCommand
 ) -> None:
     monkeypatch.setattr("export.benchmarks.generation.load_config", lambda _: model.config)
+    monkeypatch.setattr("export.benchmarks.generation.load_vae_config", lambda _: dict(model.vae.config))
     plot = tmp_path / "plot.png"
     options = ("--rounds", 1, "--images", 1, "--images", 2, "--no-compile", "--plot", plot, "--json")
     code, out, error = run_command("bench", "generation", *options)
@@ -150,6 +151,10 @@ def test_generation_is_measured_beside_its_twins(
     assert set(report["call_seconds"]) >= {"experts, 20 steps", "autoregressive twin, 576 tokens"}
     assert all(set(calls) == {"1", "2"} for calls in report["call_seconds"].values())
     assert plot.stat().st_size > 10_000
+    whole = report["whole_call_seconds"]
+    assert next(iter(whole)) == "experts, 20 steps"
+    assert {"experts, distilled, 2 steps", "experts, int8, distilled, 4 steps", "dense twin, 20 steps"} <= set(whole)
+    assert whole["experts, distilled, 2 steps"]["1"] < whole["experts, 20 steps"]["1"]
 
 
 def test_variants_are_trained_within_a_budget_and_go_on(
