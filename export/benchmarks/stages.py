@@ -15,7 +15,6 @@ from export.benchmarks.report import Against, AsJson, ProviderName, Publisher, a
 from export.benchmarks.timing import take_turns
 from runtime.backends import open_backend
 from runtime.console import stdout
-from runtime.flow_time import DEFAULT_STEPS
 from runtime.manifest import load_manifest
 from runtime.pipeline import LatteFlowPipeline
 from runtime.tracing import TimeShare, Tracer
@@ -30,6 +29,7 @@ class StageTimes:
     seconds: float
     """Median of the whole call."""
     stages: list[TimeShare]
+    steps: int
     host_share_of_a_step: float
     """Time between two steps in which no engine runs, relative to the step."""
 
@@ -54,13 +54,14 @@ def measure_stages(bundle: Path, provider: str, images: int, rounds: int, trace:
         turns = take_turns({"call": call}, rounds)["call"]
     if trace is not None:
         tracer.save_trace(trace)
+    steps = pipe.manifest.sampling.num_inference_steps
     calls = [{share.what: share for share in shares} for shares, _ in turns.results]
     stages = [
         TimeShare(what, first.runs, statistics.median(shares[what].seconds for shares in calls))
         for what, first in calls[0].items()
     ]
     whole = statistics.median(sum(share.seconds for share in shares.values()) for shares in calls)
-    return StageTimes(whole, stages, statistics.median(host for _, host in turns.results))
+    return StageTimes(whole, stages, steps, statistics.median(host for _, host in turns.results))
 
 
 @app.command(no_args_is_help=False)
@@ -85,9 +86,7 @@ def stages(
         times = measure_stages(bundle, provider, images, rounds, trace)
 
     def show() -> None:
-        table = Table(
-            "stage", "runs", "ms", "share", title=f"{images} image{'s' * (images > 1)}, {DEFAULT_STEPS} steps"
-        )
+        table = Table("stage", "runs", "ms", "share", title=f"{images} image{'s' * (images > 1)}, {times.steps} steps")
         for stage in times.stages:
             share = f"{stage.seconds / times.seconds:.1%}"
             table.add_row(stage.what, str(stage.runs or ""), f"{1000 * stage.seconds:.2f}", share)

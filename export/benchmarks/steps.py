@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import typer
 from rich.table import Table
 
@@ -18,7 +20,7 @@ from latte.checkpoint import load_checkpoint
 from latte.model import LatteFlow
 from latte.shapes.score import held_out_prompts, score_drawing
 from runtime.console import progress_bar, stdout
-from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, time_grid
+from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, initial_latents, time_grid
 
 STEPS = (4, 8, 12, 20, 40)
 FINE_STEPS = 200
@@ -34,6 +36,10 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "Euler, guidance for t >= 0.25": {"guidance_interval": (0.25, 1.0)},
 }
 SETTINGS = tuple(itertools.product(SAMPLERS, STEPS))
+DISTILLED = "distilled"
+"""The sampler of a distilled checkpoint: Euler with one row for an image, by a uniform time grid."""
+DISTILLED_STEPS = (1, 2, 4, 8)
+"""Numbers of steps of a distilled checkpoint, also those that it is not meant for."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +56,25 @@ class SamplerResult:
     """Against many steps from the same noise, averaged over images."""
 
 
-def measure_steps(model: LatteFlow, prompts: int) -> Iterator[SamplerResult]:
-    """Measures every sampler with every number of steps, on the same prompts and noise."""
+def measure_steps(model: LatteFlow, prompts: int, distilled: LatteFlow | None = None) -> Iterator[SamplerResult]:
+    """Measures every sampler with every number of steps, on the same prompts and noise.
+
+    Args:
+        distilled: a student of the model, to measure beside it.
+    """
     texts = [text for text, _ in held_out_prompts(PSNR_IMAGES, 1, 1)]
     fine = _draw(model, texts, range(PSNR_IMAGES), FINE_STEPS, {})
-    for sampler, steps in SETTINGS:
-        options = SAMPLERS[sampler]
-
-        def draw(texts: Sequence[str], seeds: Sequence[int], steps: int = steps, options: Any = options) -> np.ndarray:
-            return _draw(model, texts, seeds, steps, options)
-
+    sides = [
+        (sampler, steps, partial(_draw, model, steps=steps, options=SAMPLERS[sampler])) for sampler, steps in SETTINGS
+    ]
+    if distilled is not None:
+        sides += [(DISTILLED, steps, partial(_draw_distilled, distilled, steps=steps)) for steps in DISTILLED_STEPS]
+    for sampler, steps, draw in sides:
         right = tuple(score_drawing(draw, prompts, shapes).share() for shapes in (1, 2))
         images = draw(texts, range(PSNR_IMAGES))
         psnr = [psnr_db(image, expected) or 0.0 for image, expected in zip(images, fine, strict=True)]
-        yield SamplerResult(sampler, steps, rows_of(steps, options), (right[0], right[1]), float(np.mean(psnr)))
+        rows = steps if sampler == DISTILLED else rows_of(steps, SAMPLERS[sampler])
+        yield SamplerResult(sampler, steps, rows, (right[0], right[1]), float(np.mean(psnr)))
 
 
 def rows_of(steps: int, options: dict[str, Any]) -> int:
@@ -81,13 +92,21 @@ def _draw(
     )
 
 
+def _draw_distilled(model: LatteFlow, texts: Sequence[str], seeds: Sequence[int], steps: int) -> np.ndarray:
+    shape = (model.config.latent_channels, *model.config.latent_size)
+    noise = torch.from_numpy(initial_latents(list(seeds), shape))
+    final = model.sample(texts, [""] * len(texts), [1.0] * len(texts), noise, time_grid(steps))
+    with torch.no_grad():
+        return model.decode_latents(final).numpy()
+
+
 def plot_steps(results: Sequence[SamplerResult], path: Path) -> None:
     """Plots the share of right images, and PSNR, over the cost."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for sampler in SAMPLERS:
+    for sampler in (*SAMPLERS, DISTILLED):
         ours = [point for point in results if point.sampler == sampler]
         rows = [point.rows for point in ours]
         left.plot(rows, [100 * point.right[1] for point in ours], marker="o", label=sampler)
@@ -104,6 +123,9 @@ def plot_steps(results: Sequence[SamplerResult], path: Path) -> None:
 @app.command(no_args_is_help=False)
 def steps(
     checkpoint: Annotated[str, typer.Argument(help="`shapes`, or a checkpoint trained like it.")] = "shapes",
+    distilled: Annotated[
+        str | None, typer.Option(help="A checkpoint that `latte-flow distill` made of it, to measure beside it.")
+    ] = None,
     prompts: Annotated[int, typer.Option(help="Number of held-out prompts of each kind.", min=1)] = 100,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of score and PSNR over cost to this file.")] = None,
     as_json: AsJson = False,
@@ -114,13 +136,15 @@ def steps(
     Examples:
       latte-flow bench steps
       latte-flow bench steps my-checkpoint --prompts 500 --plot steps.png
+      latte-flow bench steps my-checkpoint --distilled few/checkpoint
     """
     publisher = Publisher(as_json)
     model = load_checkpoint(checkpoint)
+    student = None if distilled is None else load_checkpoint(distilled)
     with progress_bar() as progress:
-        task = progress.add_task("draw", total=len(SETTINGS))
+        task = progress.add_task("draw", total=len(SETTINGS) + len(DISTILLED_STEPS) * (student is not None))
         found = []
-        for point in measure_steps(model, prompts):
+        for point in measure_steps(model, prompts, student):
             found.append(point)
             progress.advance(task)
     if plot is not None:

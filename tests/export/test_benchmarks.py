@@ -178,11 +178,13 @@ def test_steps_are_scored_and_compared_with_many(
     monkeypatch.setattr("export.benchmarks.steps.SETTINGS", settings)
     monkeypatch.setattr("export.benchmarks.steps.PSNR_IMAGES", 4)
     monkeypatch.setattr("export.benchmarks.steps.FINE_STEPS", 60)
-    code, out, error = run_command("bench", "steps", "--prompts", 4, "--plot", tmp_path / "steps.png", "--json")
+    monkeypatch.setattr("export.benchmarks.steps.DISTILLED_STEPS", (2, 8))
+    options = ("--prompts", 4, "--plot", tmp_path / "steps.png", "--distilled", "shapes", "--json")
+    code, out, error = run_command("bench", "steps", *options)
     assert code == 0, error
     points = {(point["sampler"], point["steps"]): point for point in json.loads(out)["points"]}
     assert {setting: point["rows"] for setting, point in points.items()} == dict(
-        zip(settings, (8, 40, 16, 30), strict=True)
+        zip((*settings, ("distilled", 2), ("distilled", 8)), (8, 40, 16, 30, 2, 8), strict=True)
     )
     assert points["Euler", 20]["psnr_db"] > points["Euler", 4]["psnr_db"]
     assert (tmp_path / "steps.png").stat().st_size > 10_000
