@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from runtime.errors import DRAINING, InputError, ServiceError, line_of, one_line
@@ -27,7 +27,7 @@ from runtime.gateway.keys import ApiKey, KeyRing
 from runtime.gateway.metrics import Gauges
 from runtime.gateway.schema import ChatBody, ImagesBody
 from runtime.gateway.store import BoundedStore, key_of, new_name
-from runtime.gateway.streams import cancelled_by_disconnect, events_of
+from runtime.gateway.streams import Pulse, SseEvent, cancelled_by_disconnect, events_of, first_or_late, sse_lines
 from runtime.serving.requests import GenerationRequest
 from runtime.serving.service import Service
 
@@ -69,6 +69,7 @@ class Gateway:
             report: called before metrics are read; updates those in `gauges.registry`.
         """
         self.service = service
+        self.pulse = Pulse(service)
         self.settings = settings or GatewaySettings()
         self.gauges = Gauges()
         self.report = report
@@ -93,7 +94,7 @@ class Gateway:
             return JSONResponse(self._fresh(known, body, request), headers={RESULT_CACHE: "hit"})
         with self.settings.keys.quota(key, "draw", body.n):
             async with cancelled_by_disconnect(request):
-                drawn = await draw(self.service, drawing, body)
+                drawn = await draw(self.pulse, drawing, body)
         items = [{"b64_json": images.base64_text(file)} for file in drawn.files]
         result = images.response_body(body, self.service.model, drawing.seed, items, drawn.usage)
         headers = {}
@@ -128,11 +129,11 @@ class Gateway:
 
     async def _image_events(
         self, body: ImagesBody, drawing: GenerationRequest, key: ApiKey | None
-    ) -> AsyncIterator[tuple[str | None, dict[str, Any]]]:
+    ) -> AsyncGenerator[SseEvent]:
         every = images.preview_every(drawing.num_inference_steps, body.partial_images)
         request = replace(drawing, preview_every=every)
         with self.settings.keys.quota(key, "draw", 1):
-            async for file, index, usage in stream(self.service, request, body, body.partial_images):
+            async for file, index, usage in stream(self.pulse, request, body, body.partial_images):
                 event = images.event_body(body, self.service.model, drawing.seed, file, index, usage)
                 yield event["type"], event
 
@@ -149,9 +150,9 @@ class Gateway:
         asking = chat.answer_request(body, conversation, self._client_id(key, body), request.state.request_id)
         completion = chat.Completion(self.service.model.name, reports_usage=body.stream_options.include_usage)
 
-        async def chunks() -> AsyncIterator[tuple[str | None, dict[str, Any]]]:
+        async def chunks() -> AsyncGenerator[SseEvent]:
             with self.settings.keys.quota(key, "ask", 1):
-                async with events_of(self.service, asking) as events:
+                async with events_of(self.pulse, asking) as events:
                     yield None, completion.chunk({"role": "assistant", "content": ""})
                     async for event in events:
                         if event.kind == "text":
@@ -165,7 +166,7 @@ class Gateway:
             return await self._streamed(request, chunks(), done="[DONE]")
         texts, usage = [], None
         with self.settings.keys.quota(key, "ask", 1):
-            async with cancelled_by_disconnect(request), events_of(self.service, asking) as events:
+            async with cancelled_by_disconnect(request), events_of(self.pulse, asking) as events:
                 async for event in events:
                     texts.append(event.text)
                     usage = event.usage or usage
@@ -184,9 +185,9 @@ class Gateway:
         )
         completion = chat.Completion(self.service.model.name, reports_usage=body.stream_options.include_usage)
 
-        async def chunks() -> AsyncIterator[tuple[str | None, dict[str, Any]]]:
+        async def chunks() -> AsyncGenerator[SseEvent]:
             with self.settings.keys.quota(key, "draw", 1):
-                drawn = await draw(self.service, drawing, body)
+                drawn = await draw(self.pulse, drawing, body)
             message = chat.drawn_message([images.data_uri(file, body.output_format) for file in drawn.files])
             yield None, completion.chunk({"role": "assistant"} | message)
             yield None, completion.chunk({}, "stop")
@@ -197,30 +198,21 @@ class Gateway:
             return await self._streamed(request, chunks(), done="[DONE]")
         with self.settings.keys.quota(key, "draw", 1):
             async with cancelled_by_disconnect(request):
-                drawn = await draw(self.service, drawing, body)
+                drawn = await draw(self.pulse, drawing, body)
         uris = [images.data_uri(file, body.output_format) for file in drawn.files]
         return JSONResponse(completion.body(chat.drawn_message(uris), drawn.usage))
 
-    async def _streamed(
-        self, request: Request, events: AsyncIterator[tuple[str | None, dict[str, Any]]], done: str | None = None
-    ) -> Response:
-        """Returns a stream of events; what fails before the first event is an error with a status of its own."""
-        async with cancelled_by_disconnect(request):
-            first = await anext(events)
+    async def _streamed(self, request: Request, events: AsyncGenerator[SseEvent], done: str | None = None) -> Response:
+        """Returns a stream of events; what fails soon and before the first is an error with a status of its own."""
+        coming = asyncio.ensure_future(anext(events))
+        await first_or_late(request, coming)
+        name = None if done is not None else "error"
 
-        async def lines() -> AsyncIterator[bytes]:
-            yield _sse(*first)
-            try:
-                async for name, data in events:
-                    yield _sse(name, data)
-            except Exception as error:
-                failure = _logged(error)
-                yield _sse("error" if first[0] else None, failure.body)
-                return
-            if done is not None:
-                yield f"data: {done}\n\n".encode()
+        def describe(error: Exception) -> SseEvent:
+            return name, _logged(error).body
 
-        return StreamingResponse(lines(), media_type="text/event-stream", headers=NO_BUFFERING)
+        lines = sse_lines(events, coming, describe, done)
+        return StreamingResponse(lines, media_type="text/event-stream", headers=NO_BUFFERING)
 
     def _check_open(self, model: str | None) -> None:
         """Raises `ApiError` unless new requests are taken, and the model they name is served here."""
@@ -291,7 +283,7 @@ def make_app(
         await asyncio.to_thread(on_shutdown)
 
     settings = gateway.settings
-    app = FastAPI(
+    app = FastAPIOffline(
         title="LaTtE-Flow gateway",
         version="1",
         lifespan=lifespan,
@@ -362,8 +354,3 @@ def _logged(error: Exception) -> ApiError:
     if failure.status == 500:
         _LOG.error("a request failed: %s", one_line(error), exc_info=error)
     return failure
-
-
-def _sse(name: str | None, data: dict[str, Any]) -> bytes:
-    event = f"event: {name}\n" if name else ""
-    return f"{event}data: {json.dumps(data, separators=(',', ':'))}\n\n".encode()

@@ -22,7 +22,7 @@ from runtime.gateway.metrics import Gauges
 
 API_PATH = "/v1"
 """Bodies of the API are JSON; a page that is beside it has uploads."""
-OPEN_PATHS = ("/health", "/ready", "/metrics", "/docs", "/openapi.json", "/v1/images/results/")
+OPEN_PATHS = ("/health", "/ready", "/metrics", "/docs", "/static-offline-docs/", "/openapi.json", "/v1/images/results/")
 """Paths that need no key. The names of results cannot be guessed."""
 REQUEST_ID = "x-request-id"
 _PLAIN_ID = re.compile(r"[\w.:@/+-]{1,128}", re.ASCII)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from runtime.gateway.images import encode
 from runtime.gateway.schema import DrawingOptions
-from runtime.gateway.streams import events_of
+from runtime.gateway.streams import Pulse, events_of
 from runtime.serving.requests import GenerationRequest, Usage
-from runtime.serving.service import Service
 
 
 @dataclass(frozen=True)
@@ -21,11 +20,11 @@ class Drawn:
     usage: Usage
 
 
-async def draw(service: Service, request: GenerationRequest, options: DrawingOptions) -> Drawn:
+async def draw(pulse: Pulse, request: GenerationRequest, options: DrawingOptions) -> Drawn:
     """Draws all images of a request; each is encoded as soon as it is drawn."""
     files: dict[int, asyncio.Task[bytes]] = {}
     usage = Usage(0, 0)
-    async with events_of(service, request) as events:
+    async with events_of(pulse, request) as events:
         async for event in events:
             if event.kind == "image" and event.pixels is not None:
                 files[event.image] = asyncio.create_task(asyncio.to_thread(encode, event.pixels, options))
@@ -34,12 +33,12 @@ async def draw(service: Service, request: GenerationRequest, options: DrawingOpt
 
 
 async def stream(
-    service: Service, request: GenerationRequest, options: DrawingOptions, partial_images: int
-) -> AsyncIterator[tuple[bytes, int | None, Usage | None]]:
+    pulse: Pulse, request: GenerationRequest, options: DrawingOptions, partial_images: int
+) -> AsyncGenerator[tuple[bytes, int | None, Usage | None]]:
     """Yields partial images with their index, then the image with its usage."""
     sent = 0
     final = b""
-    async with events_of(service, request) as events:
+    async with events_of(pulse, request) as events:
         async for event in events:
             if event.kind == "preview" and event.pixels is not None and sent < partial_images:
                 yield await asyncio.to_thread(encode, event.pixels, options), sent, None

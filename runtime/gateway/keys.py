@@ -82,7 +82,8 @@ class KeyRing:
         """Takes so many places of a key's quota, until the block is left.
 
         Raises:
-            QueueFullError: there are not so many.
+            InputError: there are never so many.
+            QueueFullError: there are not so many now.
         """
         if key is None:
             yield
@@ -90,6 +91,8 @@ class KeyRing:
         most = key.max_images if kind == "draw" else key.max_questions
         noun = "images" if kind == "draw" else "questions"
         place = (key.name, kind)
+        if most is not None and count > most:
+            raise InputError(f"the key {key.name!r} may have {most} {noun} open at a time, got {count}; ask for fewer")
         if most is not None and self._open[place] + count > most:
             raise QueueFullError(
                 f"the key {key.name!r} has {self._open[place]} of {most} {noun} open and no room for {count} more; "

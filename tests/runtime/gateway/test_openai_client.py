@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -230,8 +231,17 @@ def test_a_key_is_needed_and_has_its_quota(bundle: Path, tmp_path: Path) -> None
             started.client("wrong").images.generate(prompt="a")
         client = started.client("a-long-key-for-alice")
         assert client.images.generate(prompt="a", n=2, extra_body=STEPS).data
-        with pytest.raises(openai.RateLimitError, match="the key 'alice' has 0 of 2 images open") as caught:
+        with pytest.raises(openai.BadRequestError, match="the key 'alice' may have 2 images open at a time, got 3"):
             client.images.generate(prompt="a", n=3, extra_body=STEPS)
+        slow = threading.Thread(
+            target=client.images.generate, kwargs={"prompt": "a", "n": 2, "extra_body": {"num_inference_steps": 200}}
+        )
+        slow.start()
+        while not service.scheduler.pending:
+            time.sleep(0.01)
+        with pytest.raises(openai.RateLimitError, match="the key 'alice' has 2 of 2 images open") as caught:
+            client.images.generate(prompt="a", extra_body=STEPS)
+        slow.join(60)
         assert caught.value.response.headers["retry-after"] == "1"
         assert httpx2.get(f"{started.url}/health").status_code == 200
         records = list(service.scheduler.statistics.records)
