@@ -68,7 +68,8 @@ def test_a_stream_that_waits_sends_comments(door: Running) -> None:
         text = "".join(response.iter_text())
     assert text.startswith(COMMENT.decode() * 2)
     assert text.count("event: image_generation.completed") == 1
-    with door.client().images.generate(**DRAWING) as events:  # type: ignore[call-overload]
+    extra = {"seed": 3, "num_inference_steps": 4}
+    with door.client().images.generate(prompt="a red star", stream=True, extra_body=extra) as events:
         assert [event.type for event in events] == ["image_generation.completed"]
 
 
