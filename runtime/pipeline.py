@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -32,11 +31,11 @@ from runtime.images import ImageInput
 from runtime.language import LanguageModel
 from runtime.manifest import Manifest, load_manifest
 from runtime.plans import most_in_plans
+from runtime.prefixes import PREFIX_CACHE_BYTES, PrefixCache
 from runtime.rows import PrefixRow, arrange_rows, is_guided
 from runtime.sampler import Sampler, SamplerStep
 
 OutputType = Literal["pil", "np", "latent"]
-CACHED_NEGATIVE_PROMPTS = 16
 Callback = Callable[["LatteFlowPipeline", int, float, Mapping[str, np.ndarray]], Mapping[str, np.ndarray] | None]
 
 
@@ -64,14 +63,23 @@ class LatteFlowPipeline:
         'red'
     """
 
-    def __init__(self, bundle: Path, manifest: Manifest, backend: Backend, *, low_memory: bool = False) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        backend: Backend,
+        *,
+        low_memory: bool = False,
+        prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
+    ) -> None:
         self.bundle = bundle
         self.manifest = manifest
         self.backend = backend
         self.engines = EngineSet(bundle, manifest, backend, low_memory=low_memory)
         self.chat = ChatProcessor(bundle, manifest)
         self._language = LanguageModel(self.engines)
-        self._negative_prefixes: OrderedDict[str, PrefixRow] = OrderedDict()
+        self.prefixes = PrefixCache(prefix_cache_bytes)
+        """The prompts that were encoded last."""
 
     @classmethod
     def from_pretrained(
@@ -81,6 +89,7 @@ class LatteFlowPipeline:
         provider_options: Mapping[str, str] | None = None,
         *,
         low_memory: bool = False,
+        prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
     ) -> Self:
         """Opens a bundle. Engines are loaded when a call needs them.
 
@@ -88,13 +97,16 @@ class LatteFlowPipeline:
             provider: runs the engines; one of `runtime.backends.PROVIDERS`.
             provider_options: options by the names in the provider's own documentation, such as "device_id".
             low_memory: keep only one engine with weights in memory at a time; each call loads them again.
+            prefix_cache_bytes: memory for encoded prompts, so that a prompt that comes again is not encoded again;
+                0 keeps none.
 
         Raises:
             BundleError: the bundle cannot be used.
             InputError: the provider is unknown.
         """
         path = Path(bundle)
-        return cls(path, load_manifest(path), open_backend(provider, provider_options), low_memory=low_memory)
+        manifest, backend = load_manifest(path), open_backend(provider, provider_options)
+        return cls(path, manifest, backend, low_memory=low_memory, prefix_cache_bytes=prefix_cache_bytes)
 
     @property
     def kv_dtype(self) -> np.dtype[Any]:
@@ -253,7 +265,7 @@ class LatteFlowPipeline:
         guided = [
             negative for negative, scale in zip(negative_prompts, guidance_scales, strict=True) if is_guided(scale)
         ]
-        return self.sampler_of(encoded, self.encode_negative_prompts(guided), guidance_scales)
+        return self.sampler_of(encoded, self.encode_prompts(guided), guidance_scales)
 
     def sampler_of(
         self, conditional: Sequence[PrefixRow], unconditional: Sequence[PrefixRow], guidance_scales: Sequence[float]
@@ -291,30 +303,16 @@ class LatteFlowPipeline:
         self.chat.prompt_tokens(prompt)
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[PrefixRow]:
-        """Returns the keys and values of each prompt. Equal prompts go through the VLM once."""
-        distinct = list(dict.fromkeys(prompts))
-        ids, mask = self.chat.encode_prompts(distinct)
-        groups = [kv.numpy() for kv in self._language.forward(ids, mask).kv]
-        lengths = mask.sum(axis=1)
-        rows = {
-            prompt: PrefixRow(tuple(kv[:, :, i, :, : lengths[i]] for kv in groups)) for i, prompt in enumerate(distinct)
-        }
+        """Returns the keys and values of each prompt. Prompts that are not kept go through the VLM once, in one run."""
+        rows = {prompt: row for prompt in prompts if (row := self.prefixes.get(prompt)) is not None}
+        if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in rows]:
+            ids, mask = self.chat.encode_prompts(missing)
+            groups = [kv.numpy() for kv in self._language.forward(ids, mask).kv]
+            for i, (prompt, length) in enumerate(zip(missing, mask.sum(axis=1), strict=True)):
+                # Copies, since a view would keep the whole batch in memory.
+                rows[prompt] = PrefixRow(tuple(kv[:, :, i, :, :length].copy() for kv in groups))
+                self.prefixes.add(prompt, rows[prompt])
         return [rows[prompt] for prompt in prompts]
-
-    def encode_negative_prompts(self, prompts: Sequence[str]) -> list[PrefixRow]:
-        """Returns the keys and values of negative prompts. The latest are remembered, above all the empty one.
-
-        Each is encoded by itself, so that what is remembered does not depend, by rounding, on who asked first.
-        """
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self._negative_prefixes:
-                (self._negative_prefixes[prompt],) = self.encode_prompts([prompt])
-        rows = [self._negative_prefixes[prompt] for prompt in prompts]
-        for prompt in prompts:
-            self._negative_prefixes.move_to_end(prompt)
-        while len(self._negative_prefixes) > CACHED_NEGATIVE_PROMPTS:
-            self._negative_prefixes.popitem(last=False)
-        return rows
 
     def _noise(
         self,

@@ -23,6 +23,10 @@ class PrefixRow:
     def length(self) -> int:
         return int(self.kv[0].shape[3])
 
+    @property
+    def nbytes(self) -> int:
+        return sum(kv.nbytes for kv in self.kv)
+
 
 @dataclass(frozen=True)
 class GuidedBatch:

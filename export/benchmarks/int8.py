@@ -111,7 +111,7 @@ def measure_int8(
     Args:
         prompts: number of held-out prompts with one shape, and with two.
     """
-    pipes = [LatteFlowPipeline.from_pretrained(variant.bundle) for variant in variants]
+    pipes = [LatteFlowPipeline.from_pretrained(variant.bundle, prefix_cache_bytes=0) for variant in variants]
     sides = {(i, count): partial(_draw, pipe, count) for i, pipe in enumerate(pipes) for count in IMAGES}
     turns = take_turns(sides, rounds, on_progress)
     texts = [text for text, _ in held_out_prompts(PSNR_IMAGES, 1, seed=2)]

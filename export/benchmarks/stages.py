@@ -35,9 +35,12 @@ class StageTimes:
 
 
 def measure_stages(bundle: Path, provider: str, images: int, rounds: int, trace: Path | None) -> StageTimes:
-    """Generates images `rounds` times with warm engines; writes the last call's timeline to `trace`."""
+    """Generates images `rounds` times with warm engines; writes the last call's timeline to `trace`.
+
+    The prompt is encoded in every call, as a new prompt is.
+    """
     tracer = Tracer(open_backend(provider))
-    with LatteFlowPipeline(bundle, load_manifest(bundle), tracer) as pipe:
+    with LatteFlowPipeline(bundle, load_manifest(bundle), tracer, prefix_cache_bytes=0) as pipe:
 
         def call(turn: int) -> tuple[list[TimeShare], float]:
             tracer.runs.clear()

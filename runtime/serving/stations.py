@@ -61,10 +61,10 @@ class PipelineStations:
                 )
 
     def encode(self, jobs: Sequence[ImageJob]) -> list[EncodedPrompt]:
-        """Encodes each distinct prompt once; negative prompts are remembered."""
+        """Encodes each distinct prompt once, and none that is remembered."""
         prompts = self._pipeline.encode_prompts([job.request.prompt for job in jobs])
         guided = [job.request.negative_prompt for job in jobs if job.is_ever_guided]
-        negatives = iter(self._pipeline.encode_negative_prompts(guided))
+        negatives = iter(self._pipeline.encode_prompts(guided))
         return [
             EncodedPrompt(prompt, next(negatives) if job.is_ever_guided else None)
             for job, prompt in zip(jobs, prompts, strict=True)

@@ -112,8 +112,8 @@ def test_an_answer_goes_on_while_prompts_are_encoded(native: LatteFlowPipeline, 
     pieces = []
     for piece in native.ask_stream(image_of(1), "what is it?", max_new_tokens=12):
         pieces.append(piece)
-        native.encode_prompts(["a", "b"])
-        native.encode_prompts(["c"])
+        native.encode_prompts([f"a {len(pieces)}", f"b {len(pieces)}"])
+        native.encode_prompts([f"c {len(pieces)}"])
     assert "".join(pieces) == expected
 
 
