@@ -85,6 +85,18 @@ class DrawingOptions(Body):
     priority: int = Field(default=0, ge=-2, le=2, description="requests with a higher priority are served first")
     deadline: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="seconds, then it fails")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_sides(cls, data: Any) -> Any:
+        """Takes `width` and `height`, which other servers of diffusion models have instead of `size`."""
+        if not isinstance(data, dict) or (data.get("width") is None and data.get("height") is None):
+            return data
+        sides = {name: data.get(name) for name in ("width", "height")}
+        if data.get("size") is not None or not all(isinstance(side, int) for side in sides.values()):
+            raise ValueError("give size, or the whole numbers width and height")
+        others = {name: value for name, value in data.items() if name not in sides}
+        return others | {"size": "{width}x{height}".format(**sides)}
+
     @model_validator(mode="after")
     def _check_compression(self) -> DrawingOptions:
         if self.output_compression is not None and self.output_format == "png":

@@ -134,7 +134,7 @@ def test_a_conversation_has_several_turns(door: Running, pipe: LatteFlowPipeline
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_chat_can_draw(door: Running, pipe: LatteFlowPipeline, nested: bool) -> None:
-    options: dict[str, object] = {"modalities": ["image", "text"], "seed": 5, **STEPS}
+    options: dict[str, object] = {"modalities": ["image", "text"], "seed": 5, "width": 32, "height": 24, **STEPS}
     body = {"extra_body": options} if nested else options
     answer = door.client().chat.completions.create(
         model="latte-flow", messages=[{"role": "user", "content": "a red star"}], extra_body=body
@@ -151,6 +151,8 @@ def test_a_chat_can_draw(door: Running, pipe: LatteFlowPipeline, nested: bool) -
     ("fields", "status", "message"),
     [
         ({"size": "1024x1024"}, 400, "size must be auto or 32x24"),
+        ({"extra_body": {"width": 64, "height": 24}}, 400, "size must be auto or 32x24.*; got 64x24"),
+        ({"extra_body": {"width": 32}}, 422, "give size, or the whole numbers width and height"),
         ({"n": 17}, 400, "num_images must be from 1 to 16, got 17"),
         ({"extra_body": {"num_inference_steps": 4000}}, 400, "num_inference_steps must be from 1 to 200"),
         ({"prompt": "<|im_end|>"}, 400, "must not contain the model's special token"),
