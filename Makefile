@@ -11,7 +11,7 @@ TRITON_MODELS := $(wildcard model_repository/*/1/model.py)
 # A kustomization is no resource of a cluster, and has no schema there.
 KUBERNETES_FILES := $(filter-out %/kustomization.yaml,$(wildcard deploy/kubernetes*/*.yaml deploy/training/*.yaml))
 
-.PHONY: demo data-emoji test test-gpu bench-gpu lint check check-extras format clean
+.PHONY: demo data-emoji test test-gpu bench-gpu gpu-day gpu-packages lint check check-extras format clean
 
 demo: $(DEMO_READY)
 	$(BIN)/latte-flow demo --out demo
@@ -34,6 +34,19 @@ test-gpu: $(GPU_READY)
 bench-gpu: $(GPU_READY)
 	.venv-gpu/bin/latte-flow doctor || true
 	.venv-gpu/bin/latte-flow bench provider cuda --out bench-gpu
+
+# A first day on a GPU, on a machine that may have neither a network nor this project's packages: no environment is made.
+gpu-day:
+	$(PYTHON) -m export.benchmarks.gpu_day --out gpu-day.json
+
+# What such a machine may lack beside PyTorch and transformers, to be taken there with the checkout (70 MB).
+GPU_PYTHON ?= 3.12
+BROUGHT := -m pip install --quiet --no-compile --target build/gpu-packages --upgrade --python-version $(GPU_PYTHON) \
+  --only-binary=:all: --constraint constraints.txt
+
+gpu-packages: $(TEST_READY)
+	$(BIN)/python $(BROUGHT) pydantic typer rich pillow jinja2 requests importlib_metadata psutil
+	$(BIN)/python $(BROUGHT) --no-deps diffusers accelerate onnx-ir
 
 $(GPU_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-gpu
@@ -75,4 +88,4 @@ $(TEST_READY): $(DEMO_READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-gpu build dist demo bench-gpu *.egg-info
+	rm -rf $(VENV) .venv-gpu build dist demo bench-gpu gpu-day.json *.egg-info

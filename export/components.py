@@ -21,9 +21,10 @@ from diffusers import AutoencoderDC
 from torch import Tensor, nn
 
 from export.dc_ae import use_linear_attention
-from latte.checkpoint import TORCH_DTYPES, VLM_FROM_FLOW, cast_parameters, quiet_libraries
+from latte.checkpoint import VLM_FROM_FLOW, quiet_libraries
 from latte.config import LatteFlowConfig
 from latte.model import FlowLayer, FlowTransformer, LatteFlow, VelocityHead, pixels_to_uint8
+from latte.precision import TORCH_DTYPES, cast_parameters
 from runtime.flow_time import ExpertSchedule
 from runtime.manifest import DType, EngineRole, Geometry, PromptFormat, TensorSpec, Understanding
 

@@ -7,15 +7,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.manifest import ParityRow, Rung
+from runtime.manifest import ParityRow, Precision, Rung
 
 PSNR_OF_EQUAL_IMAGES = 100.0
 """Reported if no pixel differs."""
 SMALLEST_NORM = 1e-12
 """References of zeros are divided by this."""
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """The largest accepted relative error, ‖a − b‖ / ‖b‖, and the smallest accepted PSNR in dB."""
+
+    engine: float
+    trajectory: float
+    image_psnr_db: float
+
+
+TOLERANCES: dict[Precision, Tolerances] = {
+    "fp32": Tolerances(engine=1e-4, trajectory=1e-3, image_psnr_db=50.0),
+    "fp16": Tolerances(engine=1e-2, trajectory=3e-2, image_psnr_db=35.0),
+    "bf16": Tolerances(engine=5e-2, trajectory=1.5e-1, image_psnr_db=25.0),
+    "int8": Tolerances(engine=1e-1, trajectory=1e-1, image_psnr_db=35.0),
+    "fp8": Tolerances(engine=1e-1, trajectory=1e-1, image_psnr_db=30.0),
+}
 
 
 def relative_error(value: np.ndarray, reference: np.ndarray) -> float:

@@ -18,14 +18,21 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from export.components import geometry_of, prompt_format_of, understanding_of
 from export.engines import load_engine
-from export.parity import bias_row, differences_row, equality_row, psnr_row, relative_row
+from export.parity import (
+    TOLERANCES,
+    Tolerances,
+    bias_row,
+    differences_row,
+    equality_row,
+    psnr_row,
+    relative_row,
+)
 from export.reference import ANSWER_TOKENS, DIALOGUE, SCALES, EngineCase, QuestionCase, Reference
 from export.weight_check import differing_weights, foreign_types, precision_of, quantized_products
 from export.weights import ALWAYS_FP32
@@ -40,23 +47,6 @@ from runtime.manifest import ParityRow, Precision, Quantization, load_manifest
 from runtime.pipeline import LatteFlowPipeline
 from runtime.plans import most_in_plans
 
-
-@dataclass(frozen=True)
-class Tolerances:
-    """The largest accepted relative error, ‖a − b‖ / ‖b‖, and the smallest accepted PSNR in dB."""
-
-    engine: float
-    trajectory: float
-    image_psnr_db: float
-
-
-TOLERANCES: dict[Precision, Tolerances] = {
-    "fp32": Tolerances(engine=1e-4, trajectory=1e-3, image_psnr_db=50.0),
-    "fp16": Tolerances(engine=1e-2, trajectory=3e-2, image_psnr_db=35.0),
-    "bf16": Tolerances(engine=5e-2, trajectory=1.5e-1, image_psnr_db=25.0),
-    "int8": Tolerances(engine=1e-1, trajectory=1e-1, image_psnr_db=35.0),
-    "fp8": Tolerances(engine=1e-1, trajectory=1e-1, image_psnr_db=30.0),
-}
 FP32 = TOLERANCES["fp32"]
 """Solver and autoencoder are fp32 in every precision."""
 BIAS = 0.05

@@ -20,9 +20,9 @@ from export.components import (
     kv_spec,
     layer_kv_spec,
 )
-from latte.checkpoint import TORCH_DTYPES, cast_parameters
 from latte.config import LatteFlowConfig
 from latte.model import rotate
+from latte.precision import TORCH_DTYPES, cast_parameters
 from runtime.manifest import TensorSpec
 
 PER_MODEL = {

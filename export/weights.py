@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from export.components import expert_weight_source
-from latte.checkpoint import TORCH_DTYPES
 from latte.model import LatteFlow
+from latte.precision import TORCH_DTYPES
 from runtime.errors import CheckpointError, one_line
 from runtime.manifest import EngineRole, Precision
 

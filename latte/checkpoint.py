@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -32,14 +32,12 @@ from transformers.utils import logging as transformers_logging
 
 from latte.config import LatteFlowConfig
 from latte.model import FlowTransformer, LatteFlow
+from latte.precision import TORCH_DTYPES, cast_parameters
 from runtime.errors import CheckpointError, InputError, one_line
 from runtime.files import make_writable_folder, permit_like_new, replaced_directory, write_text
 
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
 SHIPPED = {"shapes": Path(__file__).parent / "checkpoints" / "shapes"}
 """Checkpoints in this package, by name. A name is accepted wherever a path is."""
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""The PyTorch dtype of each precision."""
 CLASS_OF_VAE = ("_class_name", "AutoencoderDC")
 """What diffusers writes into the config of the only autoencoder that is supported."""
 
@@ -112,13 +110,6 @@ def load_checkpoint(name_or_path: str | Path, dtype: torch.dtype = torch.float32
     if config.variant == "blend":
         share_with_vlm(flow, vlm)
     return model.eval()
-
-
-def cast_parameters(module: ModuleT, dtype: torch.dtype) -> ModuleT:
-    """Casts a module's parameters but not its buffers: `module.half()` would round the rotary frequencies too."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return module
 
 
 def load_outline(name_or_path: str | Path) -> LatteFlow:

@@ -101,3 +101,8 @@ class LatteFlowConfig(BaseModel):
             "rope_theta": rope["rope_theta"],
             "mrope_section": tuple(rope["mrope_section"]),
         }
+
+
+def one_group(config: LatteFlowConfig, layers: int) -> LatteFlowConfig:
+    """Returns a config with the same sizes and this number of layers, all in one expert group."""
+    return config.model_copy(update={"num_hidden_layers": layers, "schedule": ExpertSchedule.uniform(1)})

@@ -19,14 +19,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderDC
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedTokenizerBase, Qwen2VLForConditionalGeneration
 
 from latte.config import LatteFlowConfig
 from latte.sampling import SampleStep, guided, sample
@@ -39,6 +38,10 @@ from runtime.flow_time import (
     initial_latents,
     time_grid,
 )
+
+if TYPE_CHECKING:  # the flow transformer needs neither, and machines with a GPU may have PyTorch only
+    from diffusers import AutoencoderDC
+    from transformers import PreTrainedTokenizerBase, Qwen2VLForConditionalGeneration
 
 TIME_FREQUENCIES = 256
 """Size of the sinusoidal embedding of time, F: F/2 cosines, then F/2 sines."""

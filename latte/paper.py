@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import Qwen2VLConfig
 
@@ -78,3 +78,26 @@ def text_config_of(config: LatteFlowConfig, vocabulary: int, **more: Any) -> dic
         },
         **more,
     }
+
+
+class Published(NamedTuple):
+    """A row of the authors' table, for ImageNet at 256x256 on a GPU that they do not name."""
+
+    steps: int
+    """Sampling steps, or image tokens."""
+    seconds: float
+    """Of an image."""
+    active_parameters: float
+
+
+PUBLISHED = {
+    "LaTtE-Flow": Published(40, 0.052, 0.5e9),
+    "Vanilla": Published(40, 0.158, 2.0e9),
+    "Janus Pro": Published(576, 0.311, 1.5e9),
+    "Show-o": Published(50, 2.493, 1.3e9),
+    "DiT-XL/2": Published(250, 2.592, 0.675e9),
+    "MaskGIT": Published(8, 0.029, 0.227e9),
+}
+"""Speeds by model. "Vanilla" is the dense model of the same recipe, all layers in every step."""
+COUNTERPARTS = {"LaTtE-Flow": "experts", "Vanilla": "dense twin", "Janus Pro": "autoregressive twin"}
+"""What the benchmarks measure in the place of some of them."""

@@ -105,7 +105,9 @@ from importlib.machinery import PathFinder
 blocked = set(sys.argv.pop(1).split(","))
 find_spec = PathFinder.find_spec
 # As if they were not installed, for those who ask politely (`importlib.util.find_spec`) too.
-PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in blocked else find_spec(name, *rest)
+PathFinder.find_spec = staticmethod(
+    lambda name, *rest: None if name.partition(".")[0] in blocked else find_spec(name, *rest)
+)
 sys.meta_path[:] = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
 from runtime.cli import main
 sys.argv = ["latte-flow", *sys.argv[1:]]

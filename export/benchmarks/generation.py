@@ -28,12 +28,11 @@ from diffusers import AutoencoderDC
 from rich.table import Table
 
 from export.benchmarks.generation_report import IMAGE_TOKENS, GenerationReport, plot_generation, report_as_dict
+from export.benchmarks.limits import PREFIX_TOKENS, ROWS_PER_IMAGE, active_parameters, step_flops
 from export.benchmarks.random_models import (
-    PAPER,
     export_random_decoder,
     export_random_expert,
     export_random_language_model,
-    one_group,
 )
 from export.benchmarks.report import Against, AsJson, ProviderName, Publisher, app
 from export.benchmarks.timing import take_turns
@@ -41,23 +40,19 @@ from export.commands import staged
 from export.integer_products import weight_bits
 from export.quantization import rewrite_engine
 from latte.checkpoint import load_config, resolve_checkpoint
-from latte.config import LatteFlowConfig
+from latte.config import LatteFlowConfig, one_group
 from latte.model import FlowTransformer
-from latte.paper import vae_config_of
+from latte.paper import PAPER, vae_config_of
 from runtime.backends import Backend, DeviceTensor, Session, open_backend
 from runtime.console import stdout
 from runtime.language import LanguageModel
 from runtime.machine import products_saturate
 from runtime.manifest import EngineEntry, TensorSpec, file_entry
 
-PREFIX_TOKENS = 32
-"""Of a prompt in its chat template."""
 IMAGE_VOCABULARY = 16_384
 """Of the autoregressive twin's image tokens, as in Janus."""
 IMAGES = (1, 2, 8)
 Size = Literal["shapes", "paper"]
-ROWS_PER_IMAGE = 2
-"""With guidance."""
 GEMM_SHAPES = ((128, 1536, 1536), (128, 1536, 8960), (128, 8960, 1536), (512, 1536, 8960))
 """(rows, inner, columns) of the products tried for the machine's peak."""
 
@@ -116,21 +111,6 @@ def measure_generation(
         f"image tokens were timed at {', '.join(map(str, next(iter(report.token.values()))))} tokens before them"
     )
     return report
-
-
-def step_flops(config: LatteFlowConfig, layers: int) -> int:
-    """Counts the multiplications and additions of the matrix products in one guided image's step."""
-    tokens = config.latent_size[0] * config.latent_size[1]
-    hidden, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-    projections = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * config.intermediate_size
-    attention = 2 * hidden * (tokens + PREFIX_TOKENS)
-    return 2 * ROWS_PER_IMAGE * tokens * layers * (projections + attention)
-
-
-def active_parameters(config: LatteFlowConfig, layers: int) -> int:
-    """Counts the parameters that a step of a flow model with this number of layers in a group reads."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in FlowTransformer(one_group(config, layers)).parameters())
 
 
 def gemm_peak(provider: str, folder: Path, rounds: int) -> float:

@@ -19,12 +19,13 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from export.benchmarks.random_models import PAPER, one_group
 from export.benchmarks.report import AsJson, Publisher, app
 from export.parity import relative_error
-from latte.checkpoint import TORCH_DTYPES, cast_parameters, load_checkpoint
-from latte.config import LatteFlowConfig
+from latte.checkpoint import load_checkpoint
+from latte.config import LatteFlowConfig, one_group
 from latte.model import FlowTransformer
+from latte.paper import PAPER
+from latte.precision import TORCH_DTYPES, cast_parameters
 from runtime.console import progress_bar, stdout
 from runtime.manifest import Precision
 

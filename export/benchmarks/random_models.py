@@ -28,18 +28,12 @@ from latte.config import LatteFlowConfig
 from latte.model import FlowTransformer
 from latte.paper import DECODER_CHANNELS, PAPER, VISION, VOCABULARY, text_config_of, vae_config_of, vlm_config_of
 from runtime.files import write_text
-from runtime.flow_time import ExpertSchedule
 from runtime.manifest import EngineEntry, Precision
 
 OPSET = 18
 STD = 0.02
 """Standard deviation of random matrices, as in the initialisation of such models."""
 DTYPES = {"FLOAT": torch.float32, "FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16}
-
-
-def one_group(config: LatteFlowConfig, layers: int) -> LatteFlowConfig:
-    """Returns a config with the same sizes and this number of layers, all in one expert group."""
-    return config.model_copy(update={"num_hidden_layers": layers, "schedule": ExpertSchedule.uniform(1)})
 
 
 def export_random_expert(bundle: Path, precision: Precision, config: LatteFlowConfig = PAPER) -> EngineEntry:

@@ -6,10 +6,18 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 KeyT = TypeVar("KeyT")
 ResultT = TypeVar("ResultT")
+
+
+def wall_time(work: Callable[[], ResultT]) -> tuple[float, ResultT]:
+    """Runs some work; returns the seconds on the wall's clock, and its result."""
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,10 @@ class Turns(Generic[ResultT]):
 
 
 def take_turns(
-    sides: Mapping[KeyT, Callable[[int], ResultT]], rounds: int, on_round: Callable[[], object] = lambda: None
+    sides: Mapping[KeyT, Callable[[int], ResultT]],
+    rounds: int,
+    on_round: Callable[[], object] = lambda: None,
+    stopwatch: Callable[[Callable[[], ResultT]], tuple[float, ResultT]] = wall_time,
 ) -> dict[KeyT, Turns[ResultT]]:
     """Runs every side once per round, after a first round that is not counted.
 
@@ -36,13 +47,12 @@ def take_turns(
     Args:
         sides: functions by the name of their side; each gets the number of the turn, 0 being the warm-up.
         on_round: called after each round.
+        stopwatch: runs a side; returns how long it took, and its result.
     """
     turns: dict[KeyT, Turns[ResultT]] = {name: Turns([], []) for name in sides}
     for turn in range(rounds + 1):
         for name, side in sides.items():
-            started = time.perf_counter()
-            result = side(turn)
-            seconds = time.perf_counter() - started
+            seconds, result = stopwatch(partial(side, turn))
             if turn:
                 turns[name].seconds.append(seconds)
                 turns[name].results.append(result)

@@ -11,9 +11,11 @@ import pytest
 
 from export.benchmarks.png_files import thread_counts
 from export.benchmarks.precision import random_flow, study
-from export.benchmarks.random_models import PAPER, one_group, write_random_checkpoint
+from export.benchmarks.random_models import write_random_checkpoint
 from latte.checkpoint import load_checkpoint
+from latte.config import one_group
 from latte.model import FlowTransformer, LatteFlow
+from latte.paper import PAPER
 from runtime.manifest import Precision
 
 RunCommand = Callable[..., tuple[int, str, str]]

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from export.benchmarks.random_models import export_random_expert, one_group
+from export.benchmarks.random_models import export_random_expert
 from export.components import Component, expert_component
 from export.graph_store import GraphStore
 from export.graphs import GraphAssembly, make_graphs, read_graph, trace_parts, write_graph
-from latte.config import LatteFlowConfig
+from latte.config import LatteFlowConfig, one_group
 from latte.model import FlowTransformer, LatteFlow
 from runtime.backends import open_backend
 from runtime.manifest import TensorSpec
