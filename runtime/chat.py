@@ -9,6 +9,7 @@ A message is a dict in the Hugging Face chat format: a role, and content that is
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -98,9 +99,14 @@ class ChatProcessor:
             )
         return ids
 
+    def prompt_head(self) -> list[int]:
+        """Returns the token ids that the chat template puts before every prompt."""
+        pairs = zip(*(self._encode([{"role": "user", "content": prompt}]) for prompt in "ab"), strict=False)
+        return [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Returns prompts as a batch: ids `[B, P]` int64, padded on the right, and their mask `[B, P]` bool."""
-        return self._pad([self.prompt_tokens(prompt) for prompt in prompts])
+        return self.pad([self.prompt_tokens(prompt) for prompt in prompts])
 
     def encode_conversations(self, conversations: Sequence[Sequence[Message]]) -> ChatInputs:
         """Returns conversations as a batch; each ends where the assistant's answer begins.
@@ -123,7 +129,7 @@ class ChatProcessor:
             rows.append(ids)
             positions.append(position)
             grids = grids[len(of_one) :]
-        input_ids, mask = self._pad(rows)
+        input_ids, mask = self.pad(rows)
         position_ids = np.zeros((3, *input_ids.shape), np.int64)
         for i, position in enumerate(positions):
             position_ids[:, i, : position.shape[1]] = position
@@ -199,7 +205,7 @@ class ChatProcessor:
                 following += 1
         return ids, np.concatenate(positions, axis=1)
 
-    def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    def pad(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Returns rows of tokens as one array `[B, T]` int64, padded on the right, and its mask `[B, T]` bool."""
         lengths = np.array([len(row) for row in rows])
         mask = np.arange(lengths.max()) < lengths[:, None]

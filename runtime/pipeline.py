@@ -31,7 +31,7 @@ from runtime.images import ImageInput
 from runtime.language import LanguageModel
 from runtime.manifest import Manifest, load_manifest
 from runtime.plans import most_in_plans
-from runtime.prefixes import PREFIX_CACHE_BYTES, PrefixCache
+from runtime.prefixes import PREFIX_CACHE_BYTES, PromptEncoder
 from runtime.rows import PrefixRow, arrange_rows, is_guided
 from runtime.sampler import Sampler, SamplerStep
 
@@ -78,8 +78,9 @@ class LatteFlowPipeline:
         self.engines = EngineSet(bundle, manifest, backend, low_memory=low_memory)
         self.chat = ChatProcessor(bundle, manifest)
         self._language = LanguageModel(self.engines)
-        self.prefixes = PrefixCache(prefix_cache_bytes)
-        """The prompts that were encoded last."""
+        shares_head = most_in_plans(manifest, backend.name, "vlm", "tokens") is None
+        self.prompts = PromptEncoder(self.chat, self._language, prefix_cache_bytes, shares_head=shares_head)
+        """Encodes prompts, and keeps those that were used last."""
 
     @classmethod
     def from_pretrained(
@@ -303,16 +304,8 @@ class LatteFlowPipeline:
         self.chat.prompt_tokens(prompt)
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[PrefixRow]:
-        """Returns the keys and values of each prompt. Prompts that are not kept go through the VLM once, in one run."""
-        rows = {prompt: row for prompt in prompts if (row := self.prefixes.get(prompt)) is not None}
-        if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in rows]:
-            ids, mask = self.chat.encode_prompts(missing)
-            groups = [kv.numpy() for kv in self._language.forward(ids, mask).kv]
-            for i, (prompt, length) in enumerate(zip(missing, mask.sum(axis=1), strict=True)):
-                # Copies, since a view would keep the whole batch in memory.
-                rows[prompt] = PrefixRow(tuple(kv[:, :, i, :, :length].copy() for kv in groups))
-                self.prefixes.add(prompt, rows[prompt])
-        return [rows[prompt] for prompt in prompts]
+        """Returns the keys and values of each prompt."""
+        return self.prompts(prompts)
 
     def _noise(
         self,

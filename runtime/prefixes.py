@@ -1,17 +1,27 @@
-"""Encoded prompts that are kept, so that a prompt that comes again costs no run of the VLM."""
+"""Prompts to keys and values, without computing twice what prompts have in common."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cached_property
 
-from runtime.rows import PrefixRow
+import numpy as np
+
+from runtime.backends import to_host
+from runtime.chat import ChatProcessor
+from runtime.language import LanguageModel
+from runtime.rows import PrefixRow, row_of
 
 PREFIX_CACHE_BYTES = 256 * 2**20
 """About 200 prompts of a model of the paper's size, and 1,000 of the shipped one."""
 
 
+Tokens = tuple[int, ...]
+
+
 class PrefixCache:
-    """The prompts that were used last, by their text.
+    """The prompts that were used last, by their tokens in the chat template, which may have today's date.
 
     Args:
         limit: bytes of all keys and values together; 0 keeps nothing.
@@ -19,7 +29,7 @@ class PrefixCache:
 
     def __init__(self, limit: int = PREFIX_CACHE_BYTES) -> None:
         self._limit = limit
-        self._rows: OrderedDict[str, PrefixRow] = OrderedDict()
+        self._rows: OrderedDict[Tokens, PrefixRow] = OrderedDict()
         self.nbytes = 0
         """Bytes in use."""
 
@@ -31,14 +41,14 @@ class PrefixCache:
         self._rows.clear()
         self.nbytes = 0
 
-    def get(self, prompt: str) -> PrefixRow | None:
+    def get(self, prompt: Tokens) -> PrefixRow | None:
         """Returns a prompt's keys and values, or None if they are not kept."""
         row = self._rows.get(prompt)
         if row is not None:
             self._rows.move_to_end(prompt)
         return row
 
-    def add(self, prompt: str, row: PrefixRow) -> None:
+    def add(self, prompt: Tokens, row: PrefixRow) -> None:
         """Keeps a prompt, and drops those whose last use is the longest ago until all fit."""
         if prompt in self._rows:
             self.nbytes -= self._rows.pop(prompt).nbytes
@@ -46,3 +56,52 @@ class PrefixCache:
         self.nbytes += row.nbytes
         while self.nbytes > self._limit:
             self.nbytes -= self._rows.popitem(last=False)[1].nbytes
+
+
+class PromptEncoder:
+    """Runs the VLM over prompts. Those that were used last are kept, and so is what the chat template begins with.
+
+    Args:
+        cache_bytes: memory for encoded prompts; 0 keeps none.
+        shares_head: whether the engine takes several new tokens after a past, which plans of TensorRT do not.
+    """
+
+    def __init__(self, chat: ChatProcessor, language: LanguageModel, cache_bytes: int, *, shares_head: bool) -> None:
+        self.cache = PrefixCache(cache_bytes)
+        self._chat = chat
+        self._language = language
+        self._shares_head = shares_head
+
+    def __call__(self, prompts: Sequence[str]) -> list[PrefixRow]:
+        """Returns the keys and values of each prompt. Those that are not kept go through the VLM in one run.
+
+        Raises:
+            InputError: a prompt cannot be encoded.
+        """
+        tokens = [tuple(self._chat.prompt_tokens(prompt)) for prompt in prompts]
+        rows = {ids: row for ids in tokens if (row := self.cache.get(ids)) is not None}
+        missing = [ids for ids in dict.fromkeys(tokens) if ids not in rows]
+        for ids, row in zip(missing, self._encode(missing) if missing else (), strict=True):
+            rows[ids] = row
+            self.cache.add(ids, row)
+        return [rows[ids] for ids in tokens]
+
+    def _encode(self, tokens: Sequence[Tokens]) -> list[PrefixRow]:
+        ids, mask = self._chat.pad(tokens)
+        head, head_kv = self._head
+        first = len(head)
+        if first and all(row[:first] == head for row in tokens):
+            past = tuple(np.repeat(kv, len(ids), axis=2) for kv in head_kv)
+            positions = np.broadcast_to(np.arange(first, ids.shape[1]), (3, len(ids), ids.shape[1] - first))
+            kv = self._language.forward(ids[:, first:], mask, positions, past=past).kv
+        else:
+            kv = self._language.forward(ids, mask).kv
+        groups = [to_host(group) for group in kv]
+        return [row_of(groups, i, of_row) for i, of_row in enumerate(mask)]
+
+    @cached_property
+    def _head(self) -> tuple[Tokens, tuple[np.ndarray, ...]]:
+        """The tokens before a prompt in the chat template, and their keys and values, `[M, 2, 1, Hkv, T, D]`."""
+        head = self._chat.prompt_head() if self._shares_head else []
+        kv = self._language.forward(*self._chat.pad([head])).kv if head else ()
+        return tuple(head), tuple(to_host(group) for group in kv)

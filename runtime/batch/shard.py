@@ -167,7 +167,7 @@ def start_shard(
     """
     model = ServedModel.of(pipeline.manifest, options.model_name)
     bundle_hash = pipeline.manifest.bundle_hash()
-    pipeline.prefixes.clear()  # a prompt encoded beside others differs by rounding: nothing goes from shard to shard
+    pipeline.prompts.cache.clear()  # a prompt that was encoded beside others differs by rounding
     scheduler = Scheduler(PipelineStations(pipeline), time.monotonic, options.limits, InOrder(), readers=AtOnce())
     all_pending = [PendingResult(row) for row in rows]
     urls = [url for pending in all_pending for url in _open_row(pending)]
