@@ -18,6 +18,7 @@ PREFIX_CACHE_BYTES = 256 * 2**20
 
 
 Tokens = tuple[int, ...]
+NO_HEAD: tuple[Tokens, tuple[np.ndarray, ...]] = ((), ())
 
 
 class PrefixCache:
@@ -73,7 +74,7 @@ class PromptEncoder:
         self._shares_head = shares_head
 
     def __call__(self, prompts: Sequence[str]) -> list[PrefixRow]:
-        """Returns the keys and values of each prompt. Those that are not kept go through the VLM in one run.
+        """Returns the keys and values of each prompt. Those that are not kept go through the VLM together.
 
         Raises:
             InputError: a prompt cannot be encoded.
@@ -81,22 +82,25 @@ class PromptEncoder:
         tokens = [tuple(self._chat.prompt_tokens(prompt)) for prompt in prompts]
         rows = {ids: row for ids in tokens if (row := self.cache.get(ids)) is not None}
         missing = [ids for ids in dict.fromkeys(tokens) if ids not in rows]
-        for ids, row in zip(missing, self._encode(missing) if missing else (), strict=True):
-            rows[ids] = row
-            self.cache.add(ids, row)
+        # Apart, so that how a prompt is encoded does not depend on the others.
+        with_head = [ids for ids in missing if self._begins_with_head(ids)]
+        whole = [ids for ids in missing if not self._begins_with_head(ids)]
+        for part, head in ((with_head, self._head), (whole, NO_HEAD)):
+            for ids, row in zip(part, self._encode(part, *head) if part else (), strict=True):
+                rows[ids] = row
+                self.cache.add(ids, row)
         return [rows[ids] for ids in tokens]
 
-    def _encode(self, tokens: Sequence[Tokens]) -> list[PrefixRow]:
+    def _begins_with_head(self, ids: Tokens) -> bool:
+        head, _ = self._head
+        return bool(head) and ids[: len(head)] == head
+
+    def _encode(self, tokens: Sequence[Tokens], head: Tokens, head_kv: tuple[np.ndarray, ...]) -> list[PrefixRow]:
         ids, mask = self._chat.pad(tokens)
-        head, head_kv = self._head
-        first = len(head)
-        if first and all(row[:first] == head for row in tokens):
-            past = tuple(np.repeat(kv, len(ids), axis=2) for kv in head_kv)
-            positions = np.broadcast_to(np.arange(first, ids.shape[1]), (3, len(ids), ids.shape[1] - first))
-            kv = self._language.forward(ids[:, first:], mask, positions, past=past).kv
-        else:
-            kv = self._language.forward(ids, mask).kv
-        groups = [to_host(group) for group in kv]
+        new = ids[:, len(head) :]
+        positions = np.broadcast_to(np.arange(len(head), ids.shape[1]), (3, *new.shape))
+        past = tuple(np.repeat(kv, len(ids), axis=2) for kv in head_kv) or None
+        groups = [to_host(kv) for kv in self._language.forward(new, mask, positions, past=past).kv]
         return [row_of(groups, i, of_row) for i, of_row in enumerate(mask)]
 
     @cached_property
