@@ -170,14 +170,14 @@ def expert_component(config: LatteFlowConfig, precision: str) -> Component:
     hidden = TensorSpec(name="hidden", dtype="float32", shape=("rows", "tokens", size))
     shared = (
         TensorSpec(name="time", dtype=narrow, shape=("rows", size)),
-        TensorSpec(name="modulation", dtype=narrow, shape=("rows", 6, size)),
+        TensorSpec(name="modulation", dtype=narrow, shape=("rows", 4, size)),
         TensorSpec(name="cos", dtype="float32", shape=("rows", 1, "tokens", head_dim)),
         TensorSpec(name="sin", dtype="float32", shape=("rows", 1, "tokens", head_dim)),
     )
     prefix = layer_kv_spec("prefix", "rows", "prefix", config, precision)
     mask = TensorSpec(name="mask", dtype="bool", shape=("rows", 1, 1, "total"))
     queries = "tokens" if heads == kv_heads else "queries"
-    scores = TensorSpec(name="scores", dtype=narrow, shape=("rows", kv_heads, queries, "total"))
+    scores = TensorSpec(name="scores", dtype="float32", shape=("rows", kv_heads, queries, "tokens"))
     velocity = latents_spec("velocity", "rows", config)
     image = {"rows": 3, "prefix": 5, "latent_height": 8, "latent_width": 6, "tokens": 48}
     tokens = {"rows": 3, "prefix": 5, "tokens": 7, "total": 12, "queries": 7 * heads // kv_heads}

@@ -30,7 +30,7 @@ from transformers import GenerationConfig, Qwen2Tokenizer, Qwen2VLConfig, Qwen2V
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
-from latte.config import LatteFlowConfig
+from latte.config import FORMAT_VERSION, LatteFlowConfig
 from latte.model import FlowTransformer, LatteFlow
 from latte.precision import TORCH_DTYPES, cast_parameters
 from runtime.errors import CheckpointError, InputError, one_line
@@ -79,8 +79,18 @@ def load_config(path: Path) -> LatteFlowConfig:
     Raises:
         CheckpointError: the config is not valid.
     """
+    content = (path / "config.json").read_text(encoding="utf-8")
     try:
-        return LatteFlowConfig.model_validate_json((path / "config.json").read_text(encoding="utf-8"))
+        found = json.loads(content).get("format_version", 1)
+    except (ValueError, AttributeError):
+        found = FORMAT_VERSION  # the error of the validation is the one to show
+    if found != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} is a checkpoint of format {found}, expected format {FORMAT_VERSION}, whose flow layers differ; "
+            "train it again, or use the version of latte-flow that wrote it"
+        )
+    try:
+        return LatteFlowConfig.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"

@@ -10,6 +10,8 @@ from runtime.flow_time import ExpertSchedule, SamplingDefaults
 
 _Section = Annotated[int, Field(ge=0)]
 _Side = Annotated[int, Field(ge=1)]
+FORMAT_VERSION: Literal[2] = 2
+"""Version of the checkpoint's format. Format 1 had other norms and another modulation in its flow layers."""
 
 
 class LatteFlowConfig(BaseModel):
@@ -26,6 +28,7 @@ class LatteFlowConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model_type: Literal["latte_flow"] = "latte_flow"
+    format_version: Literal[2] = FORMAT_VERSION
     variant: Literal["couple", "blend"] = "couple"
     schedule: ExpertSchedule
 

@@ -77,32 +77,43 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(hidden.dtype)
 
 
-def residual_attention_scores(query: Tensor, key: Tensor, previous: Tensor | None, gate: Tensor | None) -> Tensor:
-    """Returns the scores of timestep-conditioned residual attention, S_l = Q·Kᵀ/√D + g_l(t) ⊙ S_{l−1}.
+def residual_attention_scores(
+    query: Tensor, prefix_key: Tensor, key: Tensor, previous: Tensor | None, gate: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Returns the scores of timestep-conditioned residual attention.
 
-    The paper's abstract passes attention from layer to layer, conditioned on the timestep, without a formula. This
-    implementation passes the scores before the softmax, within one expert group. It has one gate per head,
-    g_l = tanh(W_l·silu(emb(t))), with W_l = 0 at initialisation, so that an untrained gate is neutral.
+    The scores of latents with latents are S_l = Q·Kᵀ/√D + g_l(t) ⊙ S_{l−1}; those of latents with the prompt are
+    Q·Kᵀ/√D. The authors' figure hands the map of latents with latents from layer to layer, with a gate per head that
+    depends on the timestep. Our reading: the map is that before the softmax, it is handed on inside an expert group,
+    and the gate is g_l = tanh(W_l·silu(emb(t))), with W_l = 0 at initialisation, so that an untrained gate is neutral.
+
+    Scores are fp32, since products of keys as large as a pretrained VLM's are beyond fp16.
 
     Args:
         query: Q, `[R, Hkv, G*N, D]`; the G query heads of a key-value head are consecutive.
-        key: K, `[R, Hkv, T, D]`.
-        previous: S_{l−1}, `[R, Hkv, G*N, T]`; None in the first layer of a group.
+        prefix_key: keys of the prompt, `[R, Hkv, P, D]`.
+        key: keys of the latents, `[R, Hkv, N, D]`.
+        previous: S_{l−1}, `[R, Hkv, G*N, N]` float32; None in the first layer of a group.
         gate: g_l, `[R, Hkv, G*N, 1]`; None in the first layer of a group.
 
     Returns:
-        S_l, `[R, Hkv, G*N, T]`, before the softmax.
+        all scores before the softmax, `[R, Hkv, G*N, T]` float32, and S_l, `[R, Hkv, G*N, N]` float32.
     """
-    scores = torch.matmul(query, key.transpose(-1, -2)) * query.shape[-1] ** -0.5  # [R, Hkv, G*N, T]
+    query = query.float() * query.shape[-1] ** -0.5
+    context = torch.matmul(query, prefix_key.float().transpose(-1, -2))  # [R, Hkv, G*N, P]
+    scores = torch.matmul(query, key.float().transpose(-1, -2))  # [R, Hkv, G*N, N]
     if previous is not None and gate is not None:
-        scores = scores + gate * previous
-    return scores
+        scores = scores + gate.float() * previous
+    return torch.cat([scores, context], dim=-1), scores
 
 
 class FlowLayer(nn.Module):
-    """A Qwen2-VL text layer on latent tokens, modulated by the timestep with adaLN-single (arXiv 2310.00426).
+    """A Qwen2-VL text layer on latent tokens, with the norms and the modulation of the authors' figure.
 
-    Weight names are Qwen2-VL's without `self_attn.` and `mlp.`.
+    Each half has a norm before and a norm after. Time gives four vectors: a scale after attention, a scale and a shift
+    before the feed-forward, and a scale after it. They are computed as in adaLN-single (arXiv 2310.00426); scales are
+    1 + s, so that a table of zeros is neutral (our reading). Weight names are Qwen2-VL's without `self_attn.` and
+    `mlp.`.
     """
 
     def __init__(self, config: LatteFlowConfig, first_of_group: bool) -> None:
@@ -118,11 +129,13 @@ class FlowLayer(nn.Module):
         self.k_proj = nn.Linear(hidden, kv_size)
         self.v_proj = nn.Linear(hidden, kv_size)
         self.o_proj = nn.Linear(hidden, hidden, bias=False)
+        self.attention_norm = RMSNorm(hidden, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(hidden, config.rms_norm_eps)
         self.gate_proj = nn.Linear(hidden, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, hidden, bias=False)
-        self.scale_shift_table = nn.Parameter(torch.zeros(6, hidden))
+        self.feed_forward_norm = RMSNorm(hidden, config.rms_norm_eps)
+        self.scale_shift_table = nn.Parameter(torch.zeros(4, hidden))
         self.attention_gate = None if first_of_group else nn.Linear(hidden, config.num_attention_heads, bias=False)
 
     def forward(
@@ -140,25 +153,25 @@ class FlowLayer(nn.Module):
         Args:
             hidden: the residual stream, `[R, N, hidden]`; float32, whatever the dtype of the weights.
             time: silu of the timestep embedding, `[R, hidden]` in the dtype of the weights.
-            modulation: the part of adaLN-single that all layers share, `[R, 6, hidden]`.
+            modulation: the part of adaLN-single that all layers share, `[R, 4, hidden]`.
             rotary: cosines and sines of the latents' positions, each `[R, 1, N, D]` float32.
             prefix: the rotated keys and the values of the VLM's layer, `[2, R, Hkv, P, D]`.
             mask: True for visible keys, `[R, 1, 1, T]` bool.
-            previous_scores: S_{l−1}, `[R, Hkv, G*N, T]`; None in the first layer of a group.
+            previous_scores: S_{l−1}, `[R, Hkv, G*N, N]` float32; None in the first layer of a group.
 
         Returns:
-            the new residual stream, `[R, N, hidden]` float32, and S_l, `[R, Hkv, G*N, T]`.
+            the new residual stream, `[R, N, hidden]` float32, and S_l, `[R, Hkv, G*N, N]` float32.
         """
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (
+        attention_scale, shift, scale, feed_forward_scale = (
             (modulation.float() + self.scale_shift_table).unsqueeze(2).unbind(1)
         )  # each [R, 1, hidden]
         narrow = self.q_proj.weight.dtype
-        normed = self.input_layernorm(hidden) * (1 + scale_1) + shift_1  # [R, N, hidden]
-        attended, scores = self._attend(normed.to(narrow), time, rotary, prefix, mask, previous_scores)
-        hidden = hidden + (1 + gate_1) * attended
-        normed = (self.post_attention_layernorm(hidden) * (1 + scale_2) + shift_2).to(narrow)
-        mlp = self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))  # [R, N, hidden]
-        return hidden + (1 + gate_2) * mlp, scores
+        normed = self.input_layernorm(hidden).to(narrow)  # [R, N, hidden]
+        attended, scores = self._attend(normed, time, rotary, prefix, mask, previous_scores)
+        hidden = hidden + (1 + attention_scale) * self.attention_norm(attended.float())
+        normed = (self.post_attention_layernorm(hidden) * (1 + scale) + shift).to(narrow)
+        fed = self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))  # [R, N, hidden]
+        return hidden + (1 + feed_forward_scale) * self.feed_forward_norm(fed.float()), scores
 
     def _attend(
         self,
@@ -177,16 +190,17 @@ class FlowLayer(nn.Module):
         value = self.v_proj(hidden).view(rows, tokens, self.num_kv_heads, self.head_dim).transpose(1, 2)
         # Grouped queries, [R, Hkv, G*N, D], so that keys and values need not be repeated for each query head.
         query = rotate(query, rotary).reshape(rows, self.num_kv_heads, heads_per_kv * tokens, self.head_dim)
+        key = rotate(key, rotary)  # [R, Hkv, N, D]
         # The prefix comes last, so that its padding is at the end, where it does not even change how sums are rounded.
-        key = torch.cat([rotate(key, rotary), prefix[0]], dim=2)  # [R, Hkv, T, D]
         value = torch.cat([value, prefix[1]], dim=2)  # [R, Hkv, T, D]
         gate = None
         if self.attention_gate is not None:
             # [R, Hq] -> [R, Hkv, G, 1, 1] -> [R, Hkv, G*N, 1]
             gate = torch.tanh(self.attention_gate(time)).view(rows, self.num_kv_heads, heads_per_kv, 1, 1)
             gate = gate.expand(-1, -1, -1, tokens, -1).reshape(rows, self.num_kv_heads, heads_per_kv * tokens, 1)
-        scores = residual_attention_scores(query, key, previous_scores, gate)  # [R, Hkv, G*N, T]
-        weights = scores.float().masked_fill(~mask, torch.finfo(torch.float32).min).softmax(dim=-1).to(value.dtype)
+        # [R, Hkv, G*N, T] and [R, Hkv, G*N, N]
+        logits, scores = residual_attention_scores(query, prefix[0], key, previous_scores, gate)
+        weights = logits.float().masked_fill(~mask, torch.finfo(torch.float32).min).softmax(dim=-1).to(value.dtype)
         # [R, Hkv, G*N, D] -> [R, Hq, N, D]
         attended = torch.matmul(weights, value).view(rows, self.num_heads, tokens, self.head_dim)
         # [R, Hq, N, D] -> [R, N, hidden]
@@ -232,7 +246,7 @@ class FlowTransformer(nn.Module):
         """Whether the backward pass computes activations again instead of keeping them."""
         self.latent_embed = nn.Linear(config.latent_channels, config.hidden_size)
         self.time_embed = TimestepEmbedding(config.hidden_size)
-        self.time_modulation = nn.Linear(config.hidden_size, 6 * config.hidden_size)
+        self.time_modulation = nn.Linear(config.hidden_size, 4 * config.hidden_size)
         groups = range(config.schedule.num_groups)
         firsts = {config.layers_of(group)[0] for group in groups}
         self.layers = nn.ModuleList(FlowLayer(config, layer in firsts) for layer in range(config.num_hidden_layers))
@@ -290,7 +304,7 @@ class FlowTransformer(nn.Module):
         column = columns_of.expand(height, width).reshape(-1)  # [N]
         hidden = embedding.float() + self._position_embedding(row, column)
         time = F.silu(self.time_embed(timestep))  # [R, hidden]
-        modulation = self.time_modulation(time).view(rows, 6, -1)  # [R, 6, hidden]
+        modulation = self.time_modulation(time).view(rows, 4, -1)  # [R, 4, hidden]
         rotary = self._rotary(prefix_mask, row, column)  # each [R, 1, N, D]
         # [R, T] -> [R, 1, 1, T]
         mask = torch.cat([prefix_mask.new_ones(rows, height * width), prefix_mask], dim=1)[:, None, None]

@@ -43,13 +43,12 @@ INSPECTOR_FIELDS = ("DataType", "Datatype", "Format/Datatype")
 """Where the inspector writes a tensor's type: TensorRT 11 has a field for it, 10 one for type and format together."""
 
 
-def wrong_layers(network: Any, trt: Any, precision: Precision, *, any_scores: bool = False) -> list[str]:
+def wrong_layers(network: Any, trt: Any, precision: Precision) -> list[str]:
     """Describes each layer that does not have the right type, one line per layer.
 
     Args:
         network: a strongly typed `INetworkDefinition`.
         trt: its module, `tensorrt` or `tensorrt_rtx`.
-        any_scores: accept scores of attention in half precision too.
     """
     wrong = []
     scores = score_layers(network)
@@ -57,8 +56,6 @@ def wrong_layers(network: Any, trt: Any, precision: Precision, *, any_scores: bo
         layer = network.get_layer(index)
         kind = layer.type.name
         types = {tensor.dtype.name for tensor in (*_inputs(layer), *_outputs(layer))} & FLOATING
-        if any_scores and layer.name in scores:
-            continue
         expected = _expected(layer, kind, trt, precision, scores)
         if expected is not None and types and types != {expected}:
             wrong.append(f"{kind} {layer.name} is {'/'.join(sorted(types))}, not {expected}")

@@ -68,9 +68,7 @@ def build(job: BuildJob) -> None:
     started = time.monotonic()
     builder, network, parser = network_from_onnx_path(str(job.graph), strongly_typed=_must_ask_for_types(trt))
     _fix_static_shapes(network, job.profiles)
-    # The flow layers compute their scores in half precision still.
-    is_expert = job.graph.parent.name.startswith("expert_")
-    wrong = wrong_layers(network, trt, job.precision, any_scores=is_expert)
+    wrong = wrong_layers(network, trt, job.precision)
     if (found := float8_products(network)) != job.float8_products:
         wrong.append(f"of {job.float8_products} products in FP8, {found} are")
     if wrong:

@@ -57,15 +57,26 @@ def test_a_group_depends_on_no_other_groups_weights(latents: torch.Tensor) -> No
     assert not torch.allclose(velocity(model, latents, prefix, 1), before[1])
 
 
-def test_an_untrained_gate_is_neutral() -> None:
+def test_an_untrained_gate_is_neutral_and_the_prompts_scores_are_not_handed_on() -> None:
     generator = torch.Generator().manual_seed(0)
-    query, key = torch.randn((1, 2, 6, 8), generator=generator), torch.randn((1, 2, 5, 8), generator=generator)
-    previous = torch.randn((1, 2, 6, 5), generator=generator)
-    plain = residual_attention_scores(query, key, None, None)
-    assert torch.equal(residual_attention_scores(query, key, previous, torch.zeros(1, 2, 6, 1)), plain)
-    torch.testing.assert_close(
-        residual_attention_scores(query, key, previous, torch.ones(1, 2, 6, 1)), plain + previous
-    )
+    query, prefix, key = (torch.randn((1, 2, size, 8), generator=generator) for size in (6, 4, 3))
+    previous = torch.randn((1, 2, 6, 3), generator=generator)
+    plain, latent = residual_attention_scores(query, prefix, key, None, None)
+    assert torch.equal(plain[..., :3], latent)
+    neutral, _ = residual_attention_scores(query, prefix, key, previous, torch.zeros(1, 2, 6, 1))
+    assert torch.equal(neutral, plain)
+    handed_on, _ = residual_attention_scores(query, prefix, key, previous, torch.ones(1, 2, 6, 1))
+    assert torch.equal(handed_on[..., 3:], plain[..., 3:])
+    torch.testing.assert_close(handed_on[..., :3], latent + previous)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_as_large_as_a_pretrained_models_stay_finite(dtype: torch.dtype) -> None:
+    """Keys of Qwen2 reach some hundreds, so that products of keys and queries are beyond fp16."""
+    query, prefix, key = (torch.full((1, 1, 2, 128), size, dtype=dtype) for size in (40.0, 300.0, 300.0))
+    scores, _ = residual_attention_scores(query, prefix, key, None, None)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, torch.full_like(scores, 40.0 * 300.0 * 128**0.5), rtol=0.005, atol=0.0)
 
 
 def test_a_fresh_model_predicts_zero_and_has_zero_gates(model: LatteFlow, latents: torch.Tensor) -> None:
