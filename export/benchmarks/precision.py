@@ -3,6 +3,9 @@
 The expert runs in PyTorch as it is exported: weights and matrix products in half precision, the rest in fp32. Then
 one more part at a time is rounded to half precision at every operation, and the velocity is compared with that of
 the same expert in fp32.
+
+Keys and values of the prefix have the size of a trained VLM's: those of `shapes` are of real prompts, and those of the
+models with random weights have a part that all tokens share, so that products with the queries reach 67,614.
 """
 
 from __future__ import annotations
@@ -31,8 +34,13 @@ from runtime.manifest import Precision
 
 aten = torch.ops.aten
 ROWS, PREFIX = 2, 32
+VECTORS = 6
+"""Most vectors that adaLN makes for a layer; there are more latent tokens."""
 MASSIVE = 6.5e4
 """A residual channel near fp16's largest number; trained language models have such channels (arXiv 2402.17762)."""
+LARGEST_SCORE = 67_614
+"""Largest product of a query and a key of a pretrained Qwen2-VL, before it is scaled."""
+PROMPTS = ("a large red circle", "a small blue star above a small green ring")
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class Part:
 
 
 def _is_hidden(out: Tensor, config: LatteFlowConfig) -> bool:
-    return out.ndim == 3 and out.shape[-1] == config.hidden_size and out.shape[1] > 6
+    return out.ndim == 3 and out.shape[-1] == config.hidden_size and out.shape[1] > VECTORS
 
 
 PARTS = (
@@ -58,8 +66,11 @@ PARTS = (
         lambda out, config: out.ndim == 3,
     ),
     Part(
-        "adaLN", (aten.mul.Tensor, aten.add.Tensor), lambda out, config: out.ndim in (3, 4) and out.shape[1] in (1, 6)
+        "adaLN",
+        (aten.mul.Tensor, aten.add.Tensor),
+        lambda out, config: out.ndim in (3, 4) and out.shape[1] <= VECTORS and out.shape[-1] == config.hidden_size,
     ),
+    Part("scores of attention", (aten.bmm.default,), lambda out, config: True, rounds_inputs=True),
     Part("softmax", (aten._softmax.default,), lambda out, config: True, rounds_inputs=True),
     Part("rotary angles", (aten.cos.default, aten.sin.default), lambda out, config: out.ndim == 4, rounds_inputs=True),
     Part(
@@ -108,16 +119,25 @@ class Deviation:
     """Relative to fp32; None if it is not finite."""
 
 
-def study(name: str, flow: FlowTransformer, precisions: Sequence[Precision] = ("fp16", "bf16")) -> Iterator[Deviation]:
+@dataclass(frozen=True)
+class Subject:
+    """An expert to study, with a prefix for it."""
+
+    flow: FlowTransformer
+    kv: Tensor
+    """The prefix KV cache of the last expert group, `[M, 2, ROWS, Hkv, P, D]` float32."""
+    mask: Tensor
+    """`[ROWS, P]` bool."""
+
+
+def study(name: str, subject: Subject, precisions: Sequence[Precision] = ("fp16", "bf16")) -> Iterator[Deviation]:
     """Measures a model's last expert group with one more part in half precision at a time."""
+    flow, kv, mask = subject.flow, subject.kv, subject.mask
     config = flow.config
     group = config.schedule.num_groups - 1
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn((ROWS, config.latent_channels, *config.latent_size), generator=generator)
     t = torch.tensor([0.78, 0.97])
-    kv_shape = (config.layers_per_group, 2, ROWS, config.num_key_value_heads, PREFIX, config.head_dim)
-    kv = torch.randn(kv_shape, generator=generator)
-    mask = torch.ones((ROWS, PREFIX), dtype=torch.bool)
     with torch.no_grad():
         reference = flow(latents, t, kv, mask, group).numpy()
         for precision in precisions:
@@ -138,8 +158,29 @@ def study(name: str, flow: FlowTransformer, precisions: Sequence[Precision] = ("
             yield Deviation(name, precision, "all of them", error(PARTS))
 
 
+def shipped_subject() -> Subject:
+    """Returns `shapes` with the prefix of two prompts."""
+    model = load_checkpoint("shapes")
+    prefix = model.encode_prompts(PROMPTS)
+    return Subject(model.flow, prefix.kv[-1], prefix.mask)
+
+
+def random_subject(config: LatteFlowConfig, *, massive: bool = False) -> Subject:
+    """Returns random flow layers with a random prefix; with `massive`, their largest values are a trained model's."""
+    generator = torch.Generator().manual_seed(0)
+    kv_shape = (config.layers_per_group, 2, ROWS, config.num_key_value_heads, PREFIX, config.head_dim)
+    kv = torch.randn(kv_shape, generator=generator)
+    if massive:
+        # Queries and keys share one direction in the two dimensions of the lowest rotary frequency.
+        kv[:, 0, ..., config.head_dim // 2 - 1] += LARGEST_SCORE**0.5
+    return Subject(random_flow(config, massive=massive), kv, torch.ones((ROWS, PREFIX), dtype=torch.bool))
+
+
 def random_flow(config: LatteFlowConfig, *, massive: bool = False, seed: int = 0) -> FlowTransformer:
-    """Returns random flow layers; with `massive`, one residual channel is as large as in trained models."""
+    """Returns random flow layers; with `massive`, some values are as large as in trained models.
+
+    Those are one residual channel, and one dimension of every head's queries and keys.
+    """
     torch.manual_seed(seed)
     flow = FlowTransformer(config)
     with torch.no_grad():
@@ -149,7 +190,10 @@ def random_flow(config: LatteFlowConfig, *, massive: bool = False, seed: int = 0
         if massive:
             flow.latent_embed.bias[7] = MASSIVE
             for layer in flow.layers:
-                layer.get_parameter("scale_shift_table")[5, 7] = MASSIVE  # what the MLP adds to it
+                layer.get_parameter("scale_shift_table")[-1, 7] = MASSIVE  # what the MLP adds to it
+                for name in ("q_proj", "k_proj"):
+                    bias = layer.get_parameter(f"{name}.bias")
+                    bias[config.head_dim // 2 - 1 :: config.head_dim] = LARGEST_SCORE**0.5
     return flow.eval()
 
 
@@ -166,9 +210,9 @@ def precision(
     publisher = Publisher(as_json)
     expert = one_group(PAPER, PAPER.layers_per_group)
     models = {
-        "shapes": lambda: load_checkpoint("shapes").flow,
-        "hidden 1536, random": lambda: random_flow(expert),
-        "hidden 1536, massive channel": lambda: random_flow(expert, massive=True),
+        "shapes": shipped_subject,
+        "hidden 1536, random": lambda: random_subject(expert),
+        "hidden 1536, massive": lambda: random_subject(expert, massive=True),
     }
     errors: list[Deviation] = []
     with progress_bar() as progress:

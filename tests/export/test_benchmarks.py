@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from export.benchmarks.png_files import thread_counts
-from export.benchmarks.precision import random_flow, study
+from export.benchmarks.precision import PROMPTS, Subject, random_subject, study
 from export.benchmarks.random_models import write_random_checkpoint
 from latte.checkpoint import load_checkpoint
 from latte.config import one_group
-from latte.model import FlowTransformer, LatteFlow
+from latte.model import LatteFlow
 from latte.paper import PAPER
 from runtime.manifest import Precision
 
@@ -123,16 +123,17 @@ def test_a_provider_that_is_not_here_is_said_before_any_work(tmp_path: Path, run
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_is_studied_part_by_part(precision: Precision, model: LatteFlow) -> None:
-    def errors(flow: FlowTransformer) -> dict[str, float | None]:
-        return {error.part: error.error for error in study("tiny", flow, [precision])}
+    def errors(subject: Subject) -> dict[str, float | None]:
+        return {error.part: error.error for error in study("tiny", subject, [precision])}
 
-    found = errors(model.flow)
+    prefix = model.encode_prompts(PROMPTS)
+    found = errors(Subject(model.flow, prefix.kv[-1], prefix.mask))
     recipe = found.pop("nothing: the recipe")
     assert recipe is not None
     assert 0 < recipe < 2e-2
     assert all(error is not None and error > 0 for error in found.values())
     assert found["all of them"] > recipe  # type: ignore[operator]
-    massive = errors(random_flow(model.config, massive=True))
+    massive = errors(random_subject(model.config, massive=True))
     assert massive["nothing: the recipe"] is not None
     assert (massive["normalisation"] > 0.5) == (precision == "fp16")  # type: ignore[operator]
 
