@@ -84,7 +84,7 @@ def test_a_wrong_weight_is_traced_to_its_engine_and_group(
     scale_weight(bundle_copy, "expert_1", "heads", 1.02)
     code, _, error = run_command("verify", bundle_copy, checkpoint)
     assert code == 1
-    assert "first at rung weights: 42 weights of expert_1, group 1: differences: flow.heads.0." in error
+    assert "first at rung weights: 46 weights of expert_1, group 1: differences: flow.heads.0." in error
 
 
 def test_a_checkpoint_of_another_form_is_said_so(bundle: Path) -> None:
