@@ -45,18 +45,25 @@ class Shapes:
     name = "shapes"
     num_rows = None
     settings: ClassVar[Mapping[StageName, TrainSettings]] = {
-        "autoencoder": TrainSettings(max_train_steps=6000, train_batch_size=32, learning_rate=2e-3, ema_decay=0.995),
-        "vision": TrainSettings(max_train_steps=4800, train_batch_size=64, learning_rate=1.5e-3),
+        "autoencoder": TrainSettings(max_train_steps=6000, train_batch_size=32, learning_rate=1e-3, ema_decay=0.995),
+        "vision": TrainSettings(max_train_steps=800, train_batch_size=64, learning_rate=1.5e-3, optimizer="muon"),
         "vlm": TrainSettings(
-            max_train_steps=8000,
+            max_train_steps=5000,
             train_batch_size=32,
             learning_rate=1.2e-3,
+            optimizer="muon",
+            muon_learning_rate=2.4e-3,
             lr_warmup_steps=150,
             adam_weight_decay=0.05,
             ema_decay=0.995,
         ),
         "flow": TrainSettings(
-            max_train_steps=56000, train_batch_size=64, learning_rate=1.5e-3, lr_warmup_steps=400, ema_decay=0.999
+            max_train_steps=20000,
+            train_batch_size=64,
+            learning_rate=1.5e-3,
+            optimizer="muon",
+            lr_warmup_steps=400,
+            ema_decay=0.999,
         ),
     }
 
