@@ -186,6 +186,23 @@ _BETWEEN = {
         "{second} , and to the right of it {first}", "{first} on the right . {second} is left of it",
     ),
 }  # fmt: skip
+_COMMON_ENGLISH = """
+    about after again air all also always am an any anyone anything are art as ask away be because been being best
+    better book both but by call came can car case change city come could day did do does done each else even ever
+    every eye fact family feel few find for friend from game get girl give go good got group had hand has have he
+    health help her here him his home hope hour house how i idea if into is it its job just keep kid know last law
+    learn let life like live long look lot made make man many may maybe me mean might minute moment money month more
+    morning most mother much music must my name need new night now of often old once only or other our own party
+    people perhaps person play problem put question quite read real really reason room said same say school see seem
+    she should since so some someone something sometimes soon still story student such sure take talk team tell than
+    thank that their them then these they thing think this those though thought time to today together told too try
+    turn us use used very walk want war was water way we week well went were what when where whether which while who
+    whole whose why will wish with within word work world would write year yes yet you your
+"""
+_COMMON_WORDS = _COMMON_ENGLISH.split()
+"""Words that say nothing about a scene."""
+COMMON_WORDS_SHARE = 0.4
+"""Share of rephrased captions with common words anywhere in their sentences."""
 FILLER_SHARE = 0.3
 """Share of rephrased captions with a filler word, at each end."""
 LEAD_SHARE = 0.5
@@ -219,7 +236,18 @@ def rephrase(scene: Scene, rng: np.random.Generator, *, full: bool = False) -> t
         text = f"{choose(rng, _FILLERS)} {choose(rng, (',', '.', '', ''))} {text}"
     if rng.random() < FILLER_SHARE:
         text = f"{text} {choose(rng, (',', '.', '', ''))} {choose(rng, _FILLERS)}"
+    if rng.random() < COMMON_WORDS_SHARE:
+        text = _with_common_words(text, rng)
     return _spaced(text + choose(rng, ("", "", " .", " !"))), stated
+
+
+def _with_common_words(text: str, rng: np.random.Generator) -> str:
+    """Puts one to four common words at one to three places, so that words which say nothing are learned to be that."""
+    words = text.split()
+    for _ in range(rng.integers(1, 4)):
+        place = rng.integers(len(words) + 1)
+        words[place:place] = rng.choice(_COMMON_WORDS, rng.integers(1, 5))
+    return " ".join(words)
 
 
 def _named(shape: Shape, rng: np.random.Generator) -> str:
