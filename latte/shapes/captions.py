@@ -201,10 +201,12 @@ _COMMON_ENGLISH = """
 """
 _COMMON_WORDS = _COMMON_ENGLISH.split()
 """Words that say nothing about a scene."""
-COMMON_WORDS_SHARE = 0.4
+COMMON_WORDS_SHARE = 0.5
 """Share of rephrased captions with common words anywhere in their sentences."""
 FILLER_SHARE = 0.3
 """Share of rephrased captions with a filler word, at each end."""
+PLAIN_SHARE = 0.3
+"""Share of training's captions that are plain."""
 LEAD_SHARE = 0.5
 """Share of rephrased captions that begin as a request or as the title of an image."""
 
@@ -302,8 +304,8 @@ _UNSEEN_TWO_SHAPES = (
 
 
 def training_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, Scene]:
-    """Returns a caption to train on, and the scene as stated: plain or rephrased, as often."""
-    return caption(scene, rng) if rng.random() < 0.5 else rephrase(scene, rng)
+    """Returns a caption to train on, plain or rephrased, and the scene as stated."""
+    return caption(scene, rng) if rng.random() < PLAIN_SHARE else rephrase(scene, rng)
 
 
 def unseen_phrasing(scene: Scene, rng: np.random.Generator) -> tuple[str, Scene]:

@@ -58,7 +58,7 @@ class Shapes:
             ema_decay=0.995,
         ),
         "flow": TrainSettings(
-            max_train_steps=20000,
+            max_train_steps=23000,
             train_batch_size=64,
             learning_rate=1.5e-3,
             optimizer="muon",
