@@ -40,7 +40,7 @@ def test_a_fused_bundle_verifies_and_its_corruptions_are_found(
     corruptions = {
         "graph": (
             next(mutation for mutation in MUTATIONS if mutation.name == "the VLM takes columns for rows"),
-            Mutation("an epsilon is 1e-3", rewired("expert_0", "SkipSimplifiedLayerNormalization", 0, larger_epsilon)),
+            Mutation("an epsilon is 1e-3", rewired("expert_0", "SimplifiedLayerNormalization", 1, larger_epsilon)),
         ),
         "weights": (Mutation("a norm is 0.1 % off", weight("vlm", "layers.2.input_layernorm", scaled(1.001))),),
         "input": (Mutation("bf16", on_input("expert_1", "timestep", [("Cast", BF16), ("Cast", None)])),),
