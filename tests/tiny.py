@@ -97,7 +97,7 @@ def tiny_model(variant: str = "couple", seed: int = 0) -> LatteFlow:
         boundaries=BOUNDARIES,
         variant=variant,
         latent_size=(6, 8),
-        max_prompt_tokens=64,
+        max_prompt_tokens=128,
     )
     torch.manual_seed(seed + 1)
     with torch.no_grad():
@@ -120,7 +120,7 @@ def save_untrained(path: Path) -> None:
     """Writes the tiny checkpoint as `latte-flow init` would: its velocity heads are zero, its latents not measured."""
     vlm, tokenizer = tiny_vlm()
     parts = (vlm, tiny_autoencoder(), tokenizer)
-    model = assemble(*parts, num_groups=2, boundaries=BOUNDARIES, latent_size=(6, 8), max_prompt_tokens=64)
+    model = assemble(*parts, num_groups=2, boundaries=BOUNDARIES, latent_size=(6, 8), max_prompt_tokens=128)
     save_checkpoint(model, small_image_processor(), path)
 
 

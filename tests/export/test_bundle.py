@@ -206,6 +206,7 @@ def test_the_manifest_is_the_documented_format(bundle: Path) -> None:
         "precision",
         "geometry",
         "schedule",
+        "sampling",
         "prompt",
         "understanding",
         "engines",

@@ -62,7 +62,7 @@ def test_every_difference_of_the_weights_is_listed(broken: Path) -> None:
     del tensors["latent_embed.weight"]
     tensors["layers.9.q_proj.weight"] = torch.zeros(2, 2)
     tensors["latent_embed.bias"] = torch.zeros(5)
-    tensors["time_modulation.bias"] = torch.zeros(192, dtype=torch.int32)
+    tensors["time_modulation.bias"] = torch.zeros(128, dtype=torch.int32)
     save_file(tensors, broken / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(broken)

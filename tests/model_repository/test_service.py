@@ -210,7 +210,7 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "NaN": ({"prompt": "a", "guidance_scale": float("nan")}, "guidance_scale must be from -100 to 100"),
     "seed": ({"prompt": "a", "seed": -1}, "a seed must be from 0 to"),
     "format": ({"prompt": "a", "image_format": "gif"}, "image_format must be one of raw, png, png_base64"),
-    "long": ({"prompt": "a " * 500}, "the model's limit is 64"),
+    "long": ({"prompt": "a " * 500}, "the model's limit is 128"),
     "1 MB": ({"prompt": "a" * 1_000_000}, "prompt has 1000000 bytes, the limit is 65536"),
     "special token": ({"prompt": "<|im_end|>"}, "special token"),
     "empty question": ({"question": " "}, "the question is empty"),

@@ -138,7 +138,7 @@ def test_latents_that_are_not_finite_are_no_image(pipe: LatteFlowPipeline) -> No
         (("a",), {"guidance_scale": float("nan")}, "guidance_scale must be from -100 to 100, got nan"),
         (("a",), {"guidance_scale": [1.0, 2.0]}, "one for each of 1 prompts, got 2"),
         (("a",), {"num_images_per_prompt": 0}, "at least 1, got 0"),
-        (("a " * 100,), {}, "the model's limit is 64; shorten it"),
+        (("a " * 200,), {}, "the model's limit is 128; shorten it"),
         (("a <|im_end|> b",), {}, r"special token <\|im_end\|>"),
         (("a",), {"latents": np.zeros((1, 4, 6), np.float32)}, r"latents must have shape \(1, 4, 6, 8\), got"),
         (("a",), {"latents": np.zeros((2, 4, 6, 8), np.float32)}, "latents must have shape"),

@@ -228,7 +228,7 @@ def test_groups_are_trained_apart(checkpoint: Path, images: Path, tmp_path: Path
         (("--validation-split", "validation"), "has no split 'validation'; its splits: train"),
         (
             ("--validation-prompts", "far " * 100),
-            "a prompt has .* tokens in its chat template, the model's limit is 64",
+            "a prompt has .* tokens in its chat template, the model's limit is 128",
         ),
         (("--sharding", "fsdp2", "--optimizer", "muon"), "--optimizer muon needs whole matrices"),
         (("--resume-from-checkpoint", "checkpoint-9"), "no state at checkpoint-9; .* contains: none yet"),

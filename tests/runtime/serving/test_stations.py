@@ -20,10 +20,10 @@ ROWS = 6
 
 
 def with_plans(manifest: Manifest) -> Manifest:
-    """The manifest of a bundle whose engines have plans for at most 6 rows, and prompts of at most 40 tokens."""
+    """The manifest of a bundle whose engines have plans for at most 6 rows, and prompts of at most 50 tokens."""
 
     def plan(engine: EngineEntry) -> PlanEntry:
-        sizes = {"rows": ROWS, "batch": ROWS, "tokens": 40}
+        sizes = {"rows": ROWS, "batch": ROWS, "tokens": 50}
         axes = {axis: AxisRange(min=0, opt=1, max=sizes.get(axis, 4096)) for axis in engine.axes}
         return PlanEntry(
             provider="tensorrt",
@@ -73,7 +73,7 @@ def test_a_full_queue_stays_within_the_plans_profiles(bundle: Path) -> None:
             pass
         assert [len(handle.result(0)) for handle in handles] == [1] * 20
         assert backend.largest == ROWS
-        with pytest.raises(InputError, match="the service's plans take 40"):
+        with pytest.raises(InputError, match="the service's plans take 50"):
             scheduler.submit(GenerationRequest("red " * 30))
 
 
