@@ -367,7 +367,7 @@ def axes_of_profiles(manifest: Manifest, engine: str, **choices: AxisChoices) ->
 def test_profiles_follow_from_the_manifest(bundle: Path) -> None:
     manifest = load_manifest(bundle)
     (expert,) = axes_of_profiles(manifest, "expert_0")
-    assert expert == {"latent_height": (6,) * 3, "latent_width": (8,) * 3, "prefix": (1, 64, 128), "rows": (1, 2, 32)}
+    assert expert == {"latent_height": (6,) * 3, "latent_width": (8,) * 3, "prefix": (1, 32, 128), "rows": (1, 2, 32)}
     assert expert["rows"][2] == Limits().max_rows_per_tick
     prompts, prefill, decode = axes_of_profiles(manifest, "vlm")
     assert prompts["past"] == prefill["past"] == (0, 0, 0)
