@@ -34,6 +34,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 SETTINGS = {
     "max_train_steps": 6,
     "ema_decay": 0.5,
+    "optimizer": "adamw",
     "learning_rate": 1e-3,
     "lr_warmup_steps": 2,
     "cpu": True,
