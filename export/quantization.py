@@ -139,7 +139,7 @@ def record_runs(bundle: Path, calibration: CalibrationSet) -> dict[str, list[Fee
         geometry = pipe.manifest.geometry
         seeds = [calibration.first_seed + image for image in range(count)]
         noise = initial_latents(seeds, (geometry.latent_channels, *geometry.latent_size))
-        prompts = [shortened(prompt, pipe.chat.encode_prompts) for prompt in calibration.prompts]
+        prompts = [shortened(prompt, pipe.chat.prompt_tokens) for prompt in calibration.prompts]
         distilled = pipe.manifest.sampling.guidance_distilled
         scales = [1.0] * count if distilled else calibration.guidance_scales
         sampler = pipe.sampler(prompts, [""] * count, scales)

@@ -143,7 +143,7 @@ class Reference:
     @cached_property
     def prompts(self) -> list[str]:
         """`PROMPTS`, short enough for the model."""
-        return [shortened(prompt, self.model.tokenize) for prompt in PROMPTS]
+        return [shortened(prompt, lambda text: self.model.tokenize([text])) for prompt in PROMPTS]
 
     @cached_property
     def prompt_tokens(self) -> list[list[int]]:
@@ -297,16 +297,16 @@ class Reference:
         return text
 
 
-def shortened(prompt: str, tokenize: Callable[[list[str]], object]) -> str:
+def shortened(prompt: str, tokenize: Callable[[str], object]) -> str:
     """Returns a prompt without the last words that are too many.
 
     Args:
-        tokenize: raises `InputError` for prompts that are too long.
+        tokenize: raises `InputError` for a prompt that is too long.
     """
     words = prompt.split()
     while words:
         try:
-            tokenize([" ".join(words)])
+            tokenize(" ".join(words))
         except InputError:
             words.pop()
         else:

@@ -200,7 +200,7 @@ class FlowLayer(nn.Module):
             gate = gate.expand(-1, -1, -1, tokens, -1).reshape(rows, self.num_kv_heads, heads_per_kv * tokens, 1)
         # [R, Hkv, G*N, T] and [R, Hkv, G*N, N]
         logits, scores = residual_attention_scores(query, prefix[0], key, previous_scores, gate)
-        weights = logits.float().masked_fill(~mask, torch.finfo(torch.float32).min).softmax(dim=-1).to(value.dtype)
+        weights = logits.masked_fill(~mask, torch.finfo(torch.float32).min).softmax(dim=-1).to(value.dtype)
         # [R, Hkv, G*N, D] -> [R, Hq, N, D]
         attended = torch.matmul(weights, value).view(rows, self.num_heads, tokens, self.head_dim)
         # [R, Hq, N, D] -> [R, N, hidden]

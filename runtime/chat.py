@@ -104,10 +104,6 @@ class ChatProcessor:
         pairs = zip(*(self._encode([{"role": "user", "content": prompt}]) for prompt in "ab"), strict=False)
         return [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
-    def encode_prompts(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns prompts as a batch: ids `[B, P]` int64, padded on the right, and their mask `[B, P]` bool."""
-        return self.pad([self.prompt_tokens(prompt) for prompt in prompts])
-
     def encode_conversations(self, conversations: Sequence[Sequence[Message]]) -> ChatInputs:
         """Returns conversations as a batch; each ends where the assistant's answer begins.
 

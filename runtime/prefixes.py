@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
@@ -79,17 +80,17 @@ class PromptEncoder:
         Raises:
             InputError: a prompt cannot be encoded.
         """
-        tokens = [tuple(self._chat.prompt_tokens(prompt)) for prompt in prompts]
-        rows = {ids: row for ids in tokens if (row := self.cache.get(ids)) is not None}
-        missing = [ids for ids in dict.fromkeys(tokens) if ids not in rows]
-        # Apart, so that how a prompt is encoded does not depend on the others.
-        with_head = [ids for ids in missing if self._begins_with_head(ids)]
-        whole = [ids for ids in missing if not self._begins_with_head(ids)]
-        for part, head in ((with_head, self._head), (whole, NO_HEAD)):
-            for ids, row in zip(part, self._encode(part, *head) if part else (), strict=True):
+        tokens = {prompt: tuple(self._chat.prompt_tokens(prompt)) for prompt in dict.fromkeys(prompts)}
+        rows = {ids: row for ids in tokens.values() if (row := self.cache.get(ids)) is not None}
+        missing = [ids for ids in dict.fromkeys(tokens.values()) if ids not in rows]
+        # Apart by whether they begin with the head, so that how a prompt is encoded does not depend on the others.
+        begins = self._begins_with_head
+        for has_head, group in itertools.groupby(sorted(missing, key=begins), begins):
+            part = list(group)
+            for ids, row in zip(part, self._encode(part, *(self._head if has_head else NO_HEAD)), strict=True):
                 rows[ids] = row
                 self.cache.add(ids, row)
-        return [rows[ids] for ids in tokens]
+        return [rows[tokens[prompt]] for prompt in prompts]
 
     def _begins_with_head(self, ids: Tokens) -> bool:
         head, _ = self._head

@@ -41,9 +41,6 @@ Scheduler = Literal["cosine", "linear", "constant"]
 Sharding = Literal["none", "fsdp2"]
 FRESH = "new"
 """The checkpoint to name for a model that is trained from nothing."""
-OF_MODEL = "Model and data"
-OF_OPTIMISATION = "Optimisation"
-OF_RUN = "Run"
 
 
 def train(

@@ -129,19 +129,19 @@ class DistillationStage(FlowStage):
 
     def _step_starts(self, group: int) -> list[float]:
         """Returns the times at which the student's steps start in a group's interval, for each number of steps."""
-        start, end = self.model.config.schedule.interval(group)
-        counts = [steps // self.model.config.schedule.num_groups for steps in self.how.steps]
-        return [start + (end - start) * i / count for count in counts for i in range(count)]
+        return [time for steps in self.how.steps for time in self._grid(group, steps)[:-1]]
 
     def _student_steps(self, group: int, time: float) -> list[tuple[float, float]]:
         """Returns the fewest steps of the student from the start of a group's interval to a time in it."""
-        start, end = self.model.config.schedule.interval(group)
         for steps in sorted(self.how.steps):
-            count = steps // self.model.config.schedule.num_groups
-            grid = [start + (end - start) * i / count for i in range(count)]
-            if time in grid:
+            grid = self._grid(group, steps)
+            if time in grid[:-1]:
                 return list(itertools.pairwise(grid[: grid.index(time) + 1]))
         raise ValueError(f"no step of {self.how.steps} starts at {time}")
+
+    def _grid(self, group: int, steps: int) -> list[float]:
+        """Returns the times of a group's interval when all groups together make this number of steps of the student."""
+        return equal_parts(self.model.config.schedule.interval(group), steps // self.model.config.schedule.num_groups)
 
     def _starts(self, module: nn.Module, prepared: DistillationBatch, group: int, noise: Tensor) -> Tensor:
         """Returns where each row starts in a group's interval, `[B, C, H, W]`."""
@@ -171,11 +171,17 @@ class DistillationStage(FlowStage):
         rows = range(len(x))
         scales = x.new_full((len(x),), self.how.guidance_scale)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False):
-            for i in range(count):
-                t = x.new_full((len(x),), start + (end - start) * i / count)
+            for time in equal_parts((start, end), count)[:-1]:
+                t = x.new_full((len(x),), time)
                 conditional, unconditional = (
                     self.teacher(x, t, prefix.kv[group], prefix.mask, group).float()
                     for prefix in (prepared.prefix, prepared.empty)
                 )
                 x = x + (end - start) / count * guided(conditional, unconditional, rows, scales)
         return x
+
+
+def equal_parts(interval: tuple[float, float], count: int) -> list[float]:
+    """Returns the `count + 1` times that divide an interval of flow time into equal parts."""
+    start, end = interval
+    return [start + (end - start) * i / count for i in range(count + 1)]
