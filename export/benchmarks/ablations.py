@@ -26,7 +26,7 @@ from latte.shapes.captions import training_caption
 from latte.shapes.flow import ShapesFlowStage
 from latte.shapes.recipe import Shapes
 from latte.shapes.scenes import draw, sample_scene
-from latte.training.commands import MixedPrecision
+from latte.training.arguments import MixedPrecision
 from latte.training.log import LOG
 from latte.training.loop import train
 from latte.training.settings import TrainSettings

@@ -6,9 +6,10 @@ All functions raise `InputError` for an argument that cannot be used.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import typer
 from pydantic import ValidationError
 
 from latte.checkpoint import save_checkpoint
@@ -26,6 +27,22 @@ from runtime.errors import InputError
 Precision = Literal["fp32", "fp16", "bf16"]
 MixedPrecision = Literal["no", "bf16"]
 Optimizer = Literal["adamw", "muon"]
+OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; a run that was stopped continues.")]
+BatchSize = Annotated[int | None, typer.Option(help="Rows of a process in a forward pass.")]
+LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate.")]
+MuonLearningRate = Annotated[float | None, typer.Option(help="Peak learning rate of Muon.")]
+WarmupSteps = Annotated[int | None, typer.Option(help="Steps of linear warm-up.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
+Mixed = Annotated[MixedPrecision, typer.Option(help="bf16: autocast, with weights in fp32.")]
+OnCpu = Annotated[bool, typer.Option("--cpu", help="Train on the CPU even where there is a GPU.")]
+ResumeFrom = Annotated[str, typer.Option(help="`latest`, or the folder of a state in --out.")]
+ValidationPrompts = Annotated[
+    list[str] | None,
+    typer.Option(help="What to draw on the way: a prompt, or a file with one on each line; may be repeated."),
+]
+ReportTo = Annotated[
+    list[str] | None, typer.Option(help="tensorboard or wandb, besides the log in --out; may be repeated.")
+]
 TRACKERS = ("tensorboard", "wandb", "jsonl")
 """Where a run can report to; the log in JSON lines is always written."""
 
@@ -71,8 +88,9 @@ def trackers_of(names: list[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name != "jsonl")
 
 
-def changed(settings: TrainSettings, changes: dict[str, Any]) -> TrainSettings:
-    """Returns settings with what the arguments say instead."""
+def changed(settings: TrainSettings, given: dict[str, Any]) -> TrainSettings:
+    """Returns settings with what the arguments say instead; an argument that is None says nothing."""
+    changes = {name: value for name, value in given.items() if value is not None}
     try:
         return TrainSettings.model_validate(settings.model_dump() | changes)
     except ValidationError as error:

@@ -16,9 +16,19 @@ from latte.data.images import CropName
 from latte.data.source import open_data_set
 from latte.data.streams import SHUFFLE_BUFFER
 from latte.training.arguments import (
-    MixedPrecision,
+    BatchSize,
+    LearningRate,
+    Mixed,
+    MuonLearningRate,
+    OnCpu,
     Optimizer,
+    OutFolder,
     Precision,
+    ReportTo,
+    ResumeFrom,
+    Seed,
+    ValidationPrompts,
+    WarmupSteps,
     changed,
     drawn_world,
     numbers_of,
@@ -48,7 +58,7 @@ def train(
         str,
         typer.Argument(help="A checkpoint folder, `shapes`, or `new`: an untrained model for the data."),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; a run that was stopped continues.")],
+    out: OutFolder,
     data: Annotated[
         str,
         typer.Option(
@@ -90,24 +100,24 @@ def train(
     num_train_epochs: Annotated[
         int | None, typer.Option(help="Instead of steps: how often each image is used.", min=1)
     ] = None,
-    train_batch_size: Annotated[int | None, typer.Option(help="Rows of a process in a forward pass.")] = None,
+    train_batch_size: BatchSize = None,
     gradient_accumulation_steps: Annotated[
         int | None, typer.Option(help="Forward passes whose gradients are averaged.")
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    learning_rate: LearningRate = None,
     optimizer: Annotated[
         Optimizer | None, typer.Option(help="muon: of the matrices inside layers, which needs fewer steps.")
     ] = None,
-    muon_learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate of Muon.")] = None,
+    muon_learning_rate: MuonLearningRate = None,
     lr_scheduler: Annotated[Scheduler | None, typer.Option(help="Decay after the warm-up.")] = None,
-    lr_warmup_steps: Annotated[int | None, typer.Option(help="Steps of linear warm-up.")] = None,
+    lr_warmup_steps: WarmupSteps = None,
     adam_beta1: Annotated[float | None, typer.Option(help="AdamW's β₁.")] = None,
     adam_beta2: Annotated[float | None, typer.Option(help="AdamW's β₂.")] = None,
     adam_weight_decay: Annotated[float | None, typer.Option(help="Of matrices; norms and biases are spared.")] = None,
     max_grad_norm: Annotated[float | None, typer.Option(help="Clip the gradient to this norm.")] = None,
     ema_decay: Annotated[float | None, typer.Option(help="Of the weights' moving average; 0 disables it.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0)] = 0,
-    mixed_precision: Annotated[MixedPrecision, typer.Option(help="bf16: autocast, with weights in fp32.")] = "no",
+    seed: Seed = 0,
+    mixed_precision: Mixed = "no",
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Compute activations again instead of keeping them.")
     ] = False,
@@ -116,13 +126,11 @@ def train(
         typer.Option("--compile", help="torch.compile for the layers of VLM and flow; takes a minute first."),
     ] = False,
     sharding: Annotated[Sharding, typer.Option(help="fsdp2: split the flow layers' weights over processes.")] = "none",
-    cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU even where there is a GPU.")] = False,
+    cpu: OnCpu = False,
     dataloader_num_workers: Annotated[int | None, typer.Option(help="Processes that prepare batches.")] = None,
     checkpointing_steps: Annotated[int | None, typer.Option(help="Save a state every so many steps.")] = None,
     checkpoints_total_limit: Annotated[int | None, typer.Option(help="Number of states to keep.")] = None,
-    resume_from_checkpoint: Annotated[
-        str, typer.Option(help="`latest`, or the folder of a state in --out.")
-    ] = "latest",
+    resume_from_checkpoint: ResumeFrom = "latest",
     groups: Annotated[
         str | None, typer.Option(help="Expert groups to train, such as 2 or 0,1; all by default.")
     ] = None,
@@ -133,10 +141,7 @@ def train(
         int | None, typer.Option(help="Train an adapter of this rank instead of the flow layers (LoRA).", min=1)
     ] = None,
     timestep_sampling: Annotated[TimestepSampling, typer.Option(help="Distribution of flow times.")] = "uniform",
-    validation_prompts: Annotated[
-        list[str] | None,
-        typer.Option(help="What to draw on the way: a prompt, or a file with one on each line; may be repeated."),
-    ] = None,
+    validation_prompts: ValidationPrompts = None,
     validation_steps: Annotated[
         int | None, typer.Option(help="Validate every so many steps; 500 where prompts or a split are given.", min=1)
     ] = None,
@@ -146,9 +151,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print parameters, memory, FLOPs and time, and train nothing.")
     ] = False,
-    report_to: Annotated[
-        list[str] | None, typer.Option(help="tensorboard or wandb, besides the log in --out; may be repeated.")
-    ] = None,
+    report_to: ReportTo = None,
 ) -> None:
     """Train a stage of a checkpoint on images and captions; by default its flow layers.
 
@@ -189,7 +192,6 @@ def train(
         "checkpointing_steps": checkpointing_steps,
         "checkpoints_total_limit": checkpoints_total_limit,
     }
-    changes = {name: value for name, value in given.items() if value is not None}
     if max_train_steps is not None and num_train_epochs is not None:
         raise InputError("--max-train-steps and --num-train-epochs exclude each other; give one")
     world: World
@@ -218,10 +220,10 @@ def train(
     if dry_run:
         if lora_rank is not None:
             raise InputError("--dry-run counts a training of whole layers; leave out --lora-rank")
-        _dry_run(checkpoint, world, changed(settings_of(world, "flow"), changes), chosen, num_train_epochs)
+        _dry_run(checkpoint, world, changed(settings_of(world, "flow"), given), chosen, num_train_epochs)
         return
     stages = STAGES if stage == "all" else (stage,)
-    settings = {name: changed(settings_of(world, name), changes) for name in stages}
+    settings = {name: changed(settings_of(world, name), given) for name in stages}
     options = RunOptions(
         groups=None if chosen is None else tuple(chosen),
         freeze_embeddings=freeze_embeddings,

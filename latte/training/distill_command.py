@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,9 +9,19 @@ import typer
 from latte.checkpoint import resolve_checkpoint
 from latte.data.source import open_data_set
 from latte.training.arguments import (
-    MixedPrecision,
+    BatchSize,
+    LearningRate,
+    Mixed,
+    MuonLearningRate,
+    OnCpu,
     Optimizer,
+    OutFolder,
     Precision,
+    ReportTo,
+    ResumeFrom,
+    Seed,
+    ValidationPrompts,
+    WarmupSteps,
     changed,
     drawn_world,
     numbers_of,
@@ -33,7 +42,7 @@ SETTINGS = TrainSettings(
 
 def distill(
     checkpoint: Annotated[str, typer.Argument(help="The teacher: `shapes`, or a checkpoint folder.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; a run that was stopped continues.")],
+    out: OutFolder,
     data: Annotated[
         str, typer.Option(help="What the teacher was trained on: see `latte-flow train --help`.")
     ] = "shapes",
@@ -48,30 +57,23 @@ def distill(
     ] = None,
     precision: Annotated[Precision, typer.Option(help="Precision of the weights on disk.")] = "fp16",
     max_train_steps: Annotated[int | None, typer.Option(help="Number of training steps.")] = None,
-    train_batch_size: Annotated[int | None, typer.Option(help="Rows of a process in a forward pass.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    train_batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
     optimizer: Annotated[Optimizer | None, typer.Option(help="muon: of the matrices inside layers.")] = None,
-    muon_learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate of Muon.")] = None,
-    lr_warmup_steps: Annotated[int | None, typer.Option(help="Steps of linear warm-up.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0)] = 0,
-    mixed_precision: Annotated[MixedPrecision, typer.Option(help="bf16: autocast, with weights in fp32.")] = "no",
+    muon_learning_rate: MuonLearningRate = None,
+    lr_warmup_steps: WarmupSteps = None,
+    seed: Seed = 0,
+    mixed_precision: Mixed = "no",
     compile: Annotated[
         bool, typer.Option("--compile", help="torch.compile for the layers; takes a minute first.")
     ] = False,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU even where there is a GPU.")] = False,
-    resume_from_checkpoint: Annotated[
-        str, typer.Option(help="`latest`, or the folder of a state in --out.")
-    ] = "latest",
-    validation_prompts: Annotated[
-        list[str] | None,
-        typer.Option(help="What to draw on the way: a prompt, or a file with one on each line; may be repeated."),
-    ] = None,
+    cpu: OnCpu = False,
+    resume_from_checkpoint: ResumeFrom = "latest",
+    validation_prompts: ValidationPrompts = None,
     validation_steps: Annotated[
         int | None, typer.Option(help="Validate every so many training steps; 500 where prompts are given.", min=1)
     ] = None,
-    report_to: Annotated[
-        list[str] | None, typer.Option(help="tensorboard or wandb, besides the log in --out; may be repeated.")
-    ] = None,
+    report_to: ReportTo = None,
 ) -> None:
     """Distil a checkpoint into one that draws in few steps of one row each.
 
@@ -96,7 +98,7 @@ def distill(
         "cpu": cpu,
     }
     world = drawn_world(data, seed) or DataSetWorld(open_data_set(data), DataOptions(), seed)
-    settings = changed(SETTINGS, {name: value for name, value in given.items() if value is not None})
+    settings = changed(SETTINGS, given)
     options = RunOptions(
         groups=None if groups is None else tuple(numbers_of(groups, "--groups")),
         report_to=trackers_of(report_to or []),
