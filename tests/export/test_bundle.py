@@ -213,7 +213,7 @@ def test_the_manifest_is_the_documented_format(bundle: Path) -> None:
         "tokenizer_files",
         "parity",
     ]
-    assert content["schema_version"] == 6
+    assert content["schema_version"] == 7
     assert list(content["engines"][1]) == [
         "name",
         "role",
