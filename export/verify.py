@@ -18,9 +18,11 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 
 from export.components import geometry_of, prompt_format_of, understanding_of
 from export.engines import load_engine
@@ -57,6 +59,8 @@ FLOATING = {"float32", "float16", "bfloat16"}
 QUANTIZED: tuple[Precision, ...] = ("int8", "fp8")
 
 
+Graphs = Mapping[str, ir.Model]
+"""The graphs of a bundle's engines by name; their weights stay in their files."""
 Rung = Callable[[LatteFlowPipeline, Reference, Tolerances], Iterator[ParityRow]]
 
 
@@ -95,7 +99,10 @@ def verified_rows(
     tolerances = TOLERANCES[manifest.precision]
     watch = FiniteWatch(open_backend(provider, provider_options))
     with LatteFlowPipeline(bundle, manifest, watch) as pipeline:
-        rungs: list[Rung] = [_input_rows, _weight_rows, _graph_rows]
+        graphs = {entry.name: load_engine(bundle / entry.name) for entry in manifest.engines}
+        rungs: list[Rung] = [partial(_input_rows, graphs), partial(_weight_rows, graphs)]
+        if any(is_widened_by(graphs[entry.name], entry) for entry in manifest.engines):
+            rungs.append(_graph_rows)
         if runs_on(manifest.precision, provider):
             rungs += [_engine_rows, _sampling_rows, _answer_rows]
         weights_are_right = True
@@ -108,7 +115,9 @@ def verified_rows(
                 watch.reset()
 
 
-def _input_rows(pipeline: LatteFlowPipeline, reference: Reference, _: Tolerances) -> Iterator[ParityRow]:
+def _input_rows(
+    graphs: Graphs, pipeline: LatteFlowPipeline, reference: Reference, _: Tolerances
+) -> Iterator[ParityRow]:
     """Compares what the engines get."""
     manifest, model = pipeline.manifest, reference.model
     expected = understanding_of(model).model_copy(update={"eos_token_ids": tuple(reference.eos_token_ids)})
@@ -117,7 +126,6 @@ def _input_rows(pipeline: LatteFlowPipeline, reference: Reference, _: Tolerances
         ("understanding", manifest.understanding, expected),
     ):
         yield equality_row("input", f"manifest, {name}", part.model_dump(), of_checkpoint.model_dump())
-    graphs = {entry.name: load_engine(pipeline.bundle / entry.name) for entry in manifest.engines}
     right: dict[str, Precision] = {
         entry.name: "fp32" if entry.role in ALWAYS_FP32 else manifest.precision for entry in manifest.engines
     }
@@ -159,18 +167,18 @@ def _products_of(quantization: Quantization | None) -> dict[str, list[str]] | No
     return {"quantized": sorted(quantization.quantized), "kept": sorted(quantization.kept)}
 
 
-def _weight_rows(pipeline: LatteFlowPipeline, reference: Reference, _: Tolerances) -> Iterator[ParityRow]:
+def _weight_rows(
+    graphs: Graphs, pipeline: LatteFlowPipeline, reference: Reference, _: Tolerances
+) -> Iterator[ParityRow]:
     """Compares weights with the checkpoint's, rounded to the engine's precision."""
     for entry in pipeline.manifest.engines:
-        differing, count = differing_weights(pipeline.bundle, entry, reference.model)
+        differing, count = differing_weights(graphs[entry.name], entry, reference.model)
         if count or differing:
             yield differences_row("weights", f"{count} weights of {entry.name}", differing, group=entry.group)
 
 
 def _graph_rows(pipeline: LatteFlowPipeline, reference: Reference, _: Tolerances) -> Iterator[ParityRow]:
     """Compares the graphs in fp32, which run on the CPU whatever the provider and the precision."""
-    if not any(is_widened_by(load_engine(pipeline.bundle / entry.name), entry) for entry in pipeline.manifest.engines):
-        return
     beside = pipeline.bundle.parent  # temporary folders are often small
     where = beside if os.access(beside, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".latte-flow-", dir=where) as folder:

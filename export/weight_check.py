@@ -5,14 +5,11 @@ Comparing outputs cannot show a small error of a weight: in INT8 it disappears i
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.traversal import RecursiveGraphIterator
 
-from export.engines import load_engine
 from export.float8_products import FLOAT8, float8_of, scales_of
 from export.float8_products import ZERO_POINT as FLOAT8_ZERO_POINT
 from export.graphs import CONSTANT
@@ -43,13 +40,12 @@ UNQUANTIZED: dict[Precision, Precision] = {"int8": "fp32", "fp8": "fp16"}
 """What is not quantised in an engine of 8 bits."""
 
 
-def differing_weights(bundle: Path, entry: EngineEntry, model: LatteFlow) -> tuple[list[str], int]:
+def differing_weights(graph: ir.Model, entry: EngineEntry, model: LatteFlow) -> tuple[list[str], int]:
     """Compares an engine's weights with the checkpoint's, rounded to the engine's precision.
 
     Returns:
         the names of those that differ, and the number of those compared.
     """
-    graph = load_engine(bundle / entry.name)
     initializers = graph.graph.initializers
     precision = UNQUANTIZED.get(entry.precision, entry.precision)
     weight = weights_of(entry.role, model, LoadedWeights(model), precision, entry.group)
