@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Images of containers often forbid it; then every process of the tests compiles torch anew, for half a minute.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := -m pip install --quiet --no-compile --constraint constraints.txt --editable
 DEMO_READY := $(VENV)/.demo
 TEST_READY := $(VENV)/.test

@@ -164,7 +164,7 @@ def test_variants_are_trained_within_a_budget_and_go_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run_command: RunCommand
 ) -> None:
     """A second call finds the finished runs, and gives the same numbers."""
-    monkeypatch.setattr("export.benchmarks.ablations.HELD_OUT_IMAGES", 64)
+    monkeypatch.setattr("export.benchmarks.ablations.HELD_OUT_IMAGES", 32)
     command = ("bench", "ablations", "--out", tmp_path, "--steps", 20, "--batch-size", 2, "--json")
     first, second = (json.loads(run_command(*command)[1]) for _ in range(2))
     assert [variant["layers"] for variant in first["variants"]] == [8, 4, 2, 2, 1]
