@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from export.plans.profiles import AxisChoices, profiles_of
-from runtime.manifest import PlanEntry, PlanProvider, file_entry, load_manifest, save_manifest
+from runtime.manifest import EngineEntry, PlanEntry, PlanProfile, PlanProvider, file_entry, load_manifest, save_manifest
 from runtime.plans import TENSORRT
 
 PLAN_VERSION = "11.4.0.106"
@@ -23,21 +23,28 @@ def add_plans(bundle: Path, provider: PlanProvider, **sizes: tuple[Sizes, Sizes,
     """
     manifest = load_manifest(bundle)
     choices = {axis: AxisChoices(*bounds) for axis, bounds in sizes.items()}
-    engines = []
-    for engine in manifest.engines:
-        path = f"{engine.name}/{TENSORRT[provider].plan_file}"
-        (bundle / path).write_text(f"{provider}: a plan of {engine.name} in {bundle}")
-        plan = PlanEntry(
-            provider=provider,
-            file=file_entry(bundle, path),
-            version=PLAN_VERSION,
-            version_compatible=False,
-            architectures=(ARCHITECTURE,),
-            profiles=profiles_of(manifest, engine, choices),
-            ingredients={},
-            inspected=False,
-            build_seconds=0,
-            build_peak_bytes=0,
-        )
-        engines.append(engine.model_copy(update={"plans": (plan,)}))
+    engines = [
+        plan_file(bundle, engine, provider, profiles_of(manifest, engine, choices)) for engine in manifest.engines
+    ]
     save_manifest(manifest.model_copy(update={"engines": tuple(engines)}), bundle)
+
+
+def plan_file(
+    bundle: Path, engine: EngineEntry, provider: PlanProvider, profiles: tuple[PlanProfile, ...]
+) -> EngineEntry:
+    """Writes a plan of an engine; returns the engine's entry with it."""
+    path = f"{engine.name}/{TENSORRT[provider].plan_file}"
+    (bundle / path).write_text(f"{provider}: a plan of {engine.name} in {bundle}")
+    plan = PlanEntry(
+        provider=provider,
+        file=file_entry(bundle, path),
+        version=PLAN_VERSION,
+        version_compatible=False,
+        architectures=(ARCHITECTURE,),
+        profiles=profiles,
+        ingredients={},
+        inspected=False,
+        build_seconds=0,
+        build_peak_bytes=0,
+    )
+    return engine.model_copy(update={"plans": (plan,)})

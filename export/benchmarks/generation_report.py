@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from export.benchmarks.limits import Limits, Work
 from export.benchmarks.timing import Turns
+from latte.paper import COUNTERPARTS, PUBLISHED
 
 IMAGE_TOKENS = (576, 64)
 """A 24x24 grid, as Janus writes, and as many as the flow has latents."""
@@ -22,6 +24,7 @@ class GenerationReport:
     """Everything that one run measured."""
 
     size: str
+    precision: str
     step: dict[str, dict[int, Turns[object]]] = field(default_factory=dict)
     """Times of a sampling step with guidance, by side and number of images."""
     one_row: dict[str, dict[int, Turns[object]]] = field(default_factory=dict)
@@ -34,10 +37,10 @@ class GenerationReport:
     """Times of encoding the prompts, by number of images."""
     token: dict[int, dict[int, Turns[object]]] = field(default_factory=dict)
     """Times of one token of the autoregressive twin, by number of images and of tokens before it."""
-    gemm_peak: float = 0.0
-    """Best rate of ONNX Runtime's matrix product, in FLOP/s."""
-    step_flops: int = 0
-    """Multiplications and additions of the matrix products in an expert step of one image."""
+    limits: list[Limits] = field(default_factory=list)
+    """Rates of the device, measured or of its data sheet."""
+    work: dict[str, dict[int, Work]] = field(default_factory=dict)
+    """What a step, or a token, does at least, by side and number of images."""
     active: dict[str, int] = field(default_factory=dict)
     """Parameters of the flow model that a step reads, by side."""
     notes: list[str] = field(default_factory=list)
@@ -47,16 +50,32 @@ class GenerationReport:
         for side, times in turns.items():
             self.step.setdefault(side, {})[images] = times
 
-    @property
-    def rate(self) -> float:
-        """Rate of an expert step with the fewest images, in FLOP/s."""
-        fewest = min(self.step["experts"])
-        return fewest * self.step_flops / self.step["experts"][fewest].median
+    def of_limits(self, limits: Limits) -> dict[str, dict[int, float]]:
+        """Returns the shortest time that a device's rates allow, relative to the measured one, by side and images."""
+        last = {count: times[max(times)] for count, times in self.token.items()}
+        measured = {side: self.step.get(side, last) for side in self.work}
+        return {
+            side: {count: work.seconds(limits) / measured[side][count].median for count, work in of_side.items()}
+            for side, of_side in self.work.items()
+        }
 
-    @property
-    def efficiency(self) -> float:
-        """Rate of an expert step, relative to the peak."""
-        return self.rate / self.gemm_peak
+    def beside_the_paper(self) -> Iterator[dict[str, Any]]:
+        """Yields what was measured beside the authors' own models: seconds of an image with the fewest in a call."""
+        fewest = min(self.step["experts"])
+        tokens = partial(self.autoregressive, max(IMAGE_TOKENS))
+        base = PUBLISHED["LaTtE-Flow"]
+        experts = self.total("experts", base.steps, fewest)
+        for model, side in COUNTERPARTS.items():
+            paper = PUBLISHED[model]
+            seconds = self.total(side, paper.steps, fewest) if side in self.step else tokens(fewest)
+            yield {
+                "side": side,
+                "seconds": seconds / fewest,
+                "to_experts": seconds / experts,
+                "model": model,
+                "paper_seconds": paper.seconds,
+                "paper_to_experts": paper.seconds / base.seconds,
+            }
 
     def calls(self) -> Iterator[tuple[str, Callable[[int], float], Callable[[int], float]]]:
         """Yields whole calls: name, seconds by number of images, and seconds of the experts' call to compare with."""
@@ -121,8 +140,8 @@ def report_as_dict(report: GenerationReport) -> dict[str, Any]:
         "call_seconds": {name: {str(n): seconds(n) for n in images} for name, seconds, _ in report.calls()},
         "whole_call_seconds": {name: {str(n): seconds(n) for n in images} for name, seconds in report.whole_calls()},
         "active_parameters": report.active,
-        "gemm_peak": report.gemm_peak,
-        "efficiency": report.efficiency,
+        "beside_the_paper": list(report.beside_the_paper()),
+        "limits": [asdict(each) | {"share": report.of_limits(each)} for each in report.limits],
         "notes": report.notes,
     }
 

@@ -179,7 +179,8 @@ def _sections(settings: Settings) -> Iterator[tuple[str, Callable[[Settings, Rep
         yield f"twins, {precision}", _twins(precision, compiled=False)
     for precision in PRECISIONS if settings.compile else ():
         yield f"compiled twins, {precision}", _twins(precision, compiled=True)
-    yield "ONNX Runtime", onnxruntime
+    for precision in PRECISIONS if settings.device == "cuda" else ("fp16",):
+        yield f"ONNX Runtime, {precision}", _onnxruntime(precision)
 
 
 def limits(settings: Settings, report: Report) -> None:
@@ -341,23 +342,22 @@ def _calls(settings: Settings, steps: list[dict[str, Any]]) -> list[dict[str, An
     return calls
 
 
-def onnxruntime(settings: Settings, report: Report) -> None:
-    """Measures the engines on ONNX Runtime, as `latte-flow bench generation` does."""
-    import onnxruntime as ort
+def _onnxruntime(precision: Any) -> Callable[[Settings, Report], None]:
+    def section(settings: Settings, report: Report) -> None:
+        import onnxruntime as ort
 
-    provider = settings.device
-    if "CUDAExecutionProvider" not in ort.get_available_providers() and provider == "cuda":
-        raise LeftOutError("this ONNX Runtime has no CUDA")
-    from export.benchmarks.generation import measure_generation
-    from export.benchmarks.generation_report import report_as_dict
+        if settings.device == "cuda" and "CUDAExecutionProvider" not in ort.get_available_providers():
+            raise LeftOutError("this ONNX Runtime has no CUDA")
+        from export.benchmarks.generation import GenerationSettings, measure_generation
+        from export.benchmarks.generation_report import report_as_dict
 
-    channels = DECODER_CHANNELS if settings.size == "paper" else (32, 32, 32)
-    vae = vae_config_of(settings.config.latent_channels, channels)
-    counts, rounds = settings.images, settings.rounds
-    measured = measure_generation(
-        settings.size, settings.config, vae, provider, rounds, counts, False, lambda stage: None
-    )
-    report(report_as_dict(measured))
+        channels = DECODER_CHANNELS if settings.size == "paper" else (32, 32, 32)
+        vae = vae_config_of(settings.config.latent_channels, channels)
+        rounds, images = settings.rounds, settings.images
+        how = GenerationSettings(settings.size, settings.device, precision, rounds, images)
+        report(report_as_dict(measure_generation(how, settings.config, vae, lambda stage: None)))
+
+    return section
 
 
 # ---- processes ---------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def export_random_language_model(
 ) -> EngineEntry:
     """Writes `vlm` with random weights: text layers of the flow layers' sizes, and an output layer of its own."""
     vlm_config = Qwen2VLConfig(
-        text_config=text_config_of(config, vocabulary), image_token_id=0, tie_word_embeddings=False
+        text_config=text_config_of(config, vocabulary), image_token_id=vocabulary - 1, tie_word_embeddings=False
     )
     return _export(bundle, "vlm", language_component(config, precision, vlm_config), precision)
 

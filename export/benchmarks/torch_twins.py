@@ -6,7 +6,7 @@ the velocity, guidance and Euler's update. Only PyTorch is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -161,7 +161,7 @@ def prompt_inputs(twin: TokenTwin, images: int, capacity: int) -> tuple[Tensor, 
     return tokens, torch.arange(PREFIX_TOKENS, device=weight.device), weight.new_zeros(kv_shape)
 
 
-def prepared(modules: list[nn.Module], inputs: list[tuple[Tensor, ...]], mode: Mode) -> Run:
+def prepared(modules: Sequence[nn.Module], inputs: Sequence[tuple[Any, ...]], mode: Mode) -> Run:
     """Returns a function that runs all modules one after another, each on its inputs."""
     steps: list[Any] = [torch.compile(module, dynamic=False) if "compiled" in mode else module for module in modules]
 

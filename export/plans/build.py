@@ -153,6 +153,24 @@ def build_plans(
     return BuildReport(tuple(decisions), manifest)
 
 
+def with_plan(
+    bundle: Path, engine: EngineEntry, options: BuildOptions, profiles: tuple[PlanProfile, ...]
+) -> EngineEntry:
+    """Builds the plan of an engine that no manifest names; returns its entry with the plan.
+
+    Raises:
+        see `build_plans`.
+    """
+    options.check()
+    machine = _describe(options.provider)
+    architectures = _architectures(options, machine["architecture"])
+    ingredients = _ingredients(engine, options, profiles, machine["version"], architectures)
+    with TemporaryDirectory(prefix="latte-flow-timing-") as folder:
+        cache = options.timing_cache or Path(folder) / "timing.cache"
+        plan = _build(bundle, engine, options, cache, profiles, ingredients, architectures, lambda *_: None)
+    return engine.model_copy(update={"plans": (plan,)})
+
+
 def _check_float8(architectures: Sequence[str]) -> None:
     """Raises `InputError` for GPUs that have no products in FP8."""
     old = [name for name in architectures if int(name.removeprefix("sm_").rstrip("+")) < OLDEST_WITH_FLOAT8]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from time import perf_counter
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 
 from runtime.backends.values import DeviceTensor, GrowingKeyValues, KeyValues, Value
 from runtime.errors import EngineError
 from runtime.manifest import EngineEntry, FileEntry, TensorSpec
+
+ResultT = TypeVar("ResultT")
 
 
 class Session(ABC):
@@ -86,6 +89,12 @@ class Backend(ABC):
     def padded(self, length: int, limit: int) -> int:
         """Returns the length to pad tokens to, at most `limit` if `length` is: a backend may prefer few lengths."""
         return length
+
+    def timed(self, work: Callable[[], ResultT]) -> tuple[float, ResultT]:
+        """Runs some work; returns the seconds that the device took for it, and its result."""
+        started = perf_counter()
+        result = work()
+        return perf_counter() - started, result
 
     def close(self) -> None:  # noqa: B027 - most backends have nothing to free
         """Frees what the sessions share, and the sessions that are open. Nothing of the backend can be used then."""

@@ -10,7 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from heapq import heappop, heappush
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from runtime.backends.values import DeviceTensor
 from runtime.errors import EngineError
 
 ALIGNMENT = 256
+ResultT = TypeVar("ResultT")
 
 
 class Cuda:
@@ -137,6 +138,18 @@ class Cuda:
     def synchronize(self) -> None:
         """Waits until all work in the stream is done."""
         self.call("cudaStreamSynchronize", self.stream)
+
+    def timed(self, work: Callable[[], ResultT]) -> tuple[float, ResultT]:
+        """Runs some work; returns the seconds between two events in the stream, before and after it, and its result."""
+        before, after = (self.call("cudaEventCreate") for _ in range(2))
+        self.call("cudaEventRecord", before, self.stream)
+        result = work()
+        self.call("cudaEventRecord", after, self.stream)
+        self.call("cudaEventSynchronize", after)
+        milliseconds = self.call("cudaEventElapsedTime", before, after)
+        for event in (before, after):
+            self.call("cudaEventDestroy", event)
+        return milliseconds / 1000, result
 
     def capture(self, work: Callable[[], None]) -> Any:
         """Captures what `work()` enqueues as a graph that is ready to launch; returns None if it cannot be captured."""

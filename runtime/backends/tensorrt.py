@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime.backends.base import Backend, Session
+from runtime.backends.base import Backend, ResultT, Session
 from runtime.backends.cuda import Cuda, CudaTensor
 from runtime.backends.cuda_key_values import CudaKeyValues, padded
 from runtime.backends.values import DeviceTensor, KeyValues, Value, to_host
@@ -87,6 +87,10 @@ class TrtBackend(Backend):
 
     def padded(self, length: int, limit: int) -> int:
         return padded(length, PADDED_TO, limit) if self.graphs else length
+
+    def timed(self, work: Callable[[], ResultT]) -> tuple[float, ResultT]:
+        with self.cuda.exclusive():
+            return self.cuda.timed(work)
 
     def scratch(self, size: int) -> tuple[int, int]:
         """Returns address and size of the scratch memory that all engines share; it has at least `size` bytes."""

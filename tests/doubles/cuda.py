@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -100,6 +101,17 @@ class Stream:
 
 
 @dataclass(eq=False)
+class EventDouble:
+    """A place in a stream's work."""
+
+    device: int
+    time: float | None = None
+    """When the work before it was done."""
+    stream: Stream | None = None
+    destroyed: bool = False
+
+
+@dataclass(eq=False)
 class Graph:
     """A captured graph, or one that can be launched."""
 
@@ -127,6 +139,7 @@ class CudaDouble:
         self.blocks: dict[int, Block] = {}
         self.streams: dict[int, Stream] = {}
         self.graphs: list[Graph] = []
+        self.events: list[EventDouble] = []
         self.launches = 0
         self.copies: list[tuple[str, int]] = []
         """Kind and bytes of every copy, in order."""
@@ -284,6 +297,38 @@ class CudaDouble:
         for forget in graph.on_destroy:
             forget()
 
+    def cudaEventCreate(self) -> EventDouble:
+        event = EventDouble(self.device)
+        self.events.append(event)
+        return event
+
+    def cudaEventRecord(self, event: EventDouble, stream: Stream) -> None:
+        self._check_stream(stream)
+        self._require(not event.destroyed, "an event is used after it was destroyed")
+        self._require(event.device == stream.device, "an event is recorded on another device")
+        event.stream, event.time = stream, None
+
+        def happen() -> None:
+            event.time = time.perf_counter()
+
+        self.enqueue(stream, Work("event", [], [], happen))
+
+    def cudaEventSynchronize(self, event: EventDouble) -> None:
+        self._require(event.stream is not None, "an event is awaited that was not recorded")
+        assert event.stream is not None
+        self.synchronisations += 1
+        self._drain(event.stream)
+
+    def cudaEventElapsedTime(self, before: EventDouble, after: EventDouble) -> float:
+        self._require(before.time is not None and after.time is not None, "time between events that did not happen")
+        assert before.time is not None
+        assert after.time is not None
+        return 1000 * (after.time - before.time)
+
+    def cudaEventDestroy(self, event: EventDouble) -> None:
+        self._require(not event.destroyed, "an event is destroyed twice")
+        event.destroyed = True
+
     def cudaGraphLaunch(self, graph: Graph, stream: Stream) -> None:
         self._check_stream(stream)
         self._require(not graph.destroyed, "a graph is launched after it was destroyed")
@@ -342,6 +387,7 @@ class CudaDouble:
             "blocks": sum(not block.freed for block in self.blocks.values()),
             "streams": sum(not stream.destroyed for stream in self.streams.values()),
             "graphs": sum(not graph.destroyed for graph in self.graphs),
+            "events": sum(not event.destroyed for event in self.events),
         }
 
     def _drain(self, stream: Stream) -> None:

@@ -55,8 +55,12 @@ class TensorRTDouble:
     def show(self, bundle: Path) -> None:
         """Makes the plans of a bundle readable."""
         for entry in load_manifest(bundle).engines:
-            for plan in entry.plans:
-                self._plans[plan.file.sha256] = (bundle, entry, plan)
+            self.show_engine(bundle, entry)
+
+    def show_engine(self, bundle: Path, entry: EngineEntry) -> None:
+        """Makes the plans of an engine readable."""
+        for plan in entry.plans:
+            self._plans[plan.file.sha256] = (bundle, entry, plan)
 
     def Runtime(self, logger: Logger) -> Any:
         return SimpleNamespace(deserialize_cuda_engine=self._deserialize)

@@ -151,7 +151,10 @@ def test_generation_is_measured_beside_its_twins(
     report = json.loads(out)
     assert set(report["step_seconds"]) == {"experts", "dense twin", "experts, int8", "PyTorch eager"}
     assert all(min(times) > 0 for by_images in report["step_seconds"].values() for times in by_images.values())
-    assert report["efficiency"] > 0
+    (limits,) = report["limits"]
+    assert set(limits["share"]) == {"experts", "dense twin", "autoregressive twin, a token"}
+    assert all(0 < share["1"] < 1 for share in limits["share"].values())
+    assert [row["model"] for row in report["beside_the_paper"]] == ["LaTtE-Flow", "Vanilla", "Janus Pro"]
     assert set(report["call_seconds"]) >= {"experts, 20 steps", "autoregressive twin, 576 tokens"}
     assert all(set(calls) == {"1", "2"} for calls in report["call_seconds"].values())
     assert plot.stat().st_size > 10_000

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,18 @@ import pytest
 import torch
 
 from export.benchmarks import gpu_day
+from export.benchmarks.generation import Bench, GenerationSettings
+from export.benchmarks.generation_report import GenerationReport
 from export.benchmarks.gpu_day import Settings, main
 from export.benchmarks.limits import Limits, Work, limits_of, step_work, token_work
 from export.benchmarks.torch_twins import TokenTwin, prompt_inputs, random_token_twin
+from latte.model import LatteFlow
 from latte.paper import PAPER, PUBLISHED
+from runtime.backends import open_backend
+from runtime.errors import InputError
+from runtime.manifest import EngineEntry, PlanProfile
+from tests.doubles import GpuDouble
+from tests.plan_files import plan_file
 from tests.test_imports import ROOT, WITHOUT_MODULES
 
 ON_THE_CPU = ("--device", "cpu", "--size", "tiny", "--rounds", "1", "--images", "1", "--no-compile")
@@ -98,7 +107,7 @@ def test_it_needs_little_and_says_what_it_leaves_out(tmp_path: Path) -> None:
     assert {name: entry["state"] for name, entry in sections.items()} == {
         "limits": "ok",
         "images": "left out",
-        "ONNX Runtime": "left out",
+        "ONNX Runtime, fp16": "left out",
     }
     assert "diffusers" in sections["images"]["reason"] or "accelerate" in sections["images"]["reason"]
 
@@ -125,6 +134,35 @@ def test_the_autoregressive_twin_goes_on_where_its_prompt_ended() -> None:
             one_by_one = twin(tokens[:, place : place + 1], places[place : place + 1], later)
     assert torch.equal(together, one_by_one)
     torch.testing.assert_close(kv, later)
+
+
+def test_engines_on_a_gpu_are_timed_by_events_in_its_stream(
+    model: LatteFlow, gpu: GpuDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On doubles: random engines get plans, run within their profiles, and are timed on the device."""
+
+    def planned(bundle: Path, entry: EngineEntry, _: object, profiles: tuple[PlanProfile, ...]) -> EngineEntry:
+        with_plan = plan_file(bundle, entry, "tensorrt", profiles)
+        gpu.trt.show_engine(bundle, with_plan)
+        return with_plan
+
+    monkeypatch.setattr("export.benchmarks.generation.with_plan", planned)
+    settings = GenerationSettings("tiny", "tensorrt", "fp32", rounds=3, images=(1, 2))
+    report = GenerationReport("tiny", "fp32")
+    with closing(open_backend("tensorrt")) as backend:
+        bench = Bench(settings, model.config, report, backend, lambda stage: None)
+        bench.time_flow_models(tmp_path)
+        bench.time_decoder(tmp_path / "decoder", dict(model.vae.config))
+    assert set(report.step) == set(report.work) == {"experts", "dense twin"}
+    assert min(report.step["experts"][2].seconds + report.decoder[2].seconds) > 0
+    assert gpu.cuda.launches > 0
+    assert len(gpu.cuda.events) == 2 * (settings.rounds + 1) * (2 * 2 + 2 + 2)
+    assert set(gpu.cuda.alive().values()) == {0}
+
+
+def test_a_precision_that_the_provider_lacks_is_refused_at_once() -> None:
+    with pytest.raises(InputError, match="cpu does not run bf16"):
+        GenerationSettings("tiny", "cpu", "bf16")
 
 
 def test_the_least_work_is_that_of_the_formulas() -> None:

@@ -22,7 +22,7 @@ from tests.doubles import GpuDouble, install
 from tests.doubles.cuda import CudaDouble
 from tests.plan_files import add_plans
 
-NOTHING = {"blocks": 0, "streams": 0, "graphs": 0}
+NOTHING = {"blocks": 0, "streams": 0, "graphs": 0, "events": 0}
 
 
 def backend_of(pipeline: LatteFlowPipeline) -> TrtBackend:
