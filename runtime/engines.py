@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from runtime.backends import Backend, Session
+from runtime.errors import InputError
 from runtime.manifest import EngineEntry, Manifest, check_file
 
 
@@ -23,6 +24,8 @@ class EngineSet(Mapping[str, Session]):
         self._low_memory = low_memory
         self._loaded: dict[str, Session] = {}
         self._checked: set[str] = set()
+        self._weights = {entry.name: entry.files for entry in manifest.engines}
+        """The files that each engine's weights are from."""
 
     def __getitem__(self, name: str) -> Session:
         if name not in self._loaded:
@@ -49,6 +52,24 @@ class EngineSet(Mapping[str, Session]):
     def loaded(self) -> list[str]:
         """Names of the engines in memory."""
         return list(self._loaded)
+
+    def refit(self, bundle: Path, manifest: Manifest) -> None:
+        """Gives the engines whose weights are others in another bundle the weights of that bundle.
+
+        Raises:
+            InputError: only one engine is in memory at a time, so that the weights would be lost.
+            BundleError: a file of the other bundle was altered.
+            EngineError: the provider cannot do it, or the graphs differ.
+        """
+        if self._low_memory:
+            raise InputError("with low memory each call loads the engines again; open the other bundle instead")
+        changed = [entry for entry in manifest.engines if entry.files != self._weights[entry.name]]
+        for entry in changed:
+            for file in entry.files:
+                check_file(bundle, file)
+        for entry in changed:
+            self[entry.name].refit(bundle, entry)
+            self._weights[entry.name] = entry.files
 
     def close(self) -> None:
         """Frees all engines."""

@@ -299,6 +299,26 @@ class LatteFlowPipeline:
         """Decodes latents `[B, C, H, W]` float32 to pixels `[B, height, width, 3]` uint8."""
         return self.engines["vae_decoder"].run({"latents": latents})["image"].numpy()
 
+    def refit(self, bundle: str | Path) -> None:
+        """Takes the weights of another bundle with the same graphs, such as one with a LoRA merged, or back.
+
+        Only TensorRT does this, with plans of `latte-flow build --refit`. The other bundle needs no plans. Nothing may
+        be drawn or answered meanwhile.
+
+        Raises:
+            InputError: the bundles differ in more than weights.
+            BundleError: the other bundle cannot be used.
+            EngineError: the provider, or a plan, cannot do it.
+        """
+        manifest = load_manifest(Path(bundle))
+        if _form(manifest) != _form(self.manifest):
+            raise InputError(f"{bundle} differs from this bundle in more than weights; open it instead")
+        self.engines.refit(Path(bundle), manifest)
+        plans = {engine.name: engine.plans for engine in self.manifest.engines}
+        engines = tuple(engine.model_copy(update={"plans": plans[engine.name]}) for engine in manifest.engines)
+        self.manifest = manifest.model_copy(update={"engines": engines})
+        self.prefixes.clear()
+
     def check_prompt(self, prompt: str) -> None:
         """Raises `InputError` for a prompt that cannot be encoded."""
         self.chat.prompt_tokens(prompt)
@@ -356,6 +376,12 @@ class LatteFlowPipeline:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _form(manifest: Manifest) -> tuple[Any, ...]:
+    """Returns what two bundles have in common that differ in weights only."""
+    engines = [(e.name, e.precision, e.quantization, e.inputs, e.outputs) for e in manifest.engines]
+    return manifest.geometry, manifest.schedule, manifest.prompt, manifest.understanding, engines
 
 
 def _adapt(pipeline: LatteFlowPipeline, callback: Callback) -> Callable[[SamplerStep], np.ndarray | None]:

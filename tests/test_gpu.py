@@ -106,6 +106,9 @@ USED_OF_TENSORRT = {
         "create_runtime_config",
         "get_device_memory_size_for_profile_v2",
         "create_engine_inspector",
+        "refittable",
+        "create_serialization_config",
+        "serialize_with_config",
     ),
     "IExecutionContext": (
         "set_optimization_profile_async",
@@ -118,6 +121,9 @@ USED_OF_TENSORRT = {
     "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
     "IRuntimeConfig": ("set_execution_context_allocation_strategy", "dynamic_shapes_kernel_specialization_strategy"),
     "DynamicShapesKernelSpecializationStrategy": ("EAGER",),
+    "Refitter": ("refit_cuda_engine",),
+    "OnnxParserRefitter": ("refit_from_file",),
+    "SerializationFlag": ("EXCLUDE_WEIGHTS", "INCLUDE_REFIT"),
     "EngineInspector": ("get_engine_information", "execution_context"),
     "LayerInformationFormat": ("JSON",),
 }

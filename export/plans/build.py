@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import onnx
 from pydantic import BaseModel, ConfigDict, Field
 
 from export.plans.profiles import AxisChoices, profiles_of
@@ -42,6 +43,8 @@ RTX_ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 """GPUs that run a plan of TensorRT for RTX, unless it was built for others."""
 RTX_WITH_FLOAT8 = ("8.9", "12.0")
 """Compute capabilities for which it builds plans in FP8, unless others are named."""
+WEIGHT_TYPES = {getattr(onnx.TensorProto, name) for name in ("FLOAT", "FLOAT16", "BFLOAT16", "FLOAT8E4M3FN")}
+"""Types of values that may differ between engines of which one is refitted from the other."""
 HardwareCompatibility = Literal["none", "ampere-plus", "same-compute-capability"]
 
 
@@ -57,6 +60,8 @@ class BuildOptions(BaseModel):
     version_compatible: bool = False
     hardware_compatibility: HardwareCompatibility = "none"
     compute_capabilities: tuple[str, ...] = ()
+    refit: bool = False
+    """Whether the weights of plans can be replaced. Of engines with equal graphs one is built, and refitted."""
 
     def check(self) -> None:
         """Raises `InputError` for options that the provider does not have."""
@@ -137,7 +142,11 @@ def build_plans(
     architectures = _architectures(options, machine["architecture"])
     if any(engine.precision == "fp8" for engine in chosen):
         _check_float8(architectures)
+    if options.refit and machine["architecture"] is None:
+        raise InputError("plans whose weights can be replaced are built on a machine with a GPU; leave out --refit")
     decisions = []
+    like: dict[str, Path] = {}
+    """Plans of this build, by what engines that can be refitted from them have in common."""
     with TemporaryDirectory(prefix="latte-flow-timing-") as folder:
         # Experts have equal graphs: what TensorRT measures for the first one serves the others.
         cache = options.timing_cache or Path(folder) / "timing.cache"
@@ -147,7 +156,13 @@ def build_plans(
             decision = _decide(bundle, engine, options.provider, ingredients)
             decisions.append(decision)
             if decision.build and not dry_run:
-                plan = _build(bundle, engine, options, cache, profiles, ingredients, architectures, on_progress)
+                job = _job(bundle, engine, options, cache, profiles)
+                if options.refit:
+                    form = graph_form(job.graph) + job.model_dump_json(include={"precision", "profiles"})
+                    job.refit_from = like.get(form)
+                plan = _build(bundle, engine, job, profiles, ingredients, architectures, on_progress)
+                if options.refit:
+                    like.setdefault(form, (bundle / plan.file.path).absolute())
                 manifest = _with_plan(manifest, engine.name, plan)
                 save_manifest(manifest, bundle)
     return BuildReport(tuple(decisions), manifest)
@@ -167,7 +182,8 @@ def with_plan(
     ingredients = _ingredients(engine, options, profiles, machine["version"], architectures)
     with TemporaryDirectory(prefix="latte-flow-timing-") as folder:
         cache = options.timing_cache or Path(folder) / "timing.cache"
-        plan = _build(bundle, engine, options, cache, profiles, ingredients, architectures, lambda *_: None)
+        job = _job(bundle, engine, options, cache, profiles)
+        plan = _build(bundle, engine, job, profiles, ingredients, architectures, lambda *_: None)
     return engine.model_copy(update={"plans": (plan,)})
 
 
@@ -237,21 +253,22 @@ def _is_whole(bundle: Path, entry: FileEntry) -> bool:
     return path.is_file() and path.stat().st_size == entry.size and sha256_of(path) == entry.sha256
 
 
-def _build(
-    bundle: Path,
-    engine: EngineEntry,
-    options: BuildOptions,
-    timing_cache: Path,
-    profiles: tuple[PlanProfile, ...],
-    ingredients: dict[str, str],
-    architectures: tuple[str, ...],
-    on_progress: OnProgress,
-) -> PlanEntry:
-    for file in engine.files:
-        check_file(bundle, file)
+def graph_form(graph: Path) -> str:
+    """Returns a hash of a graph without the values of its weights: engines with the same one are refitted."""
+    model = onnx.load(graph, load_external_data=False)
+    for tensor in model.graph.initializer:
+        if tensor.data_type in WEIGHT_TYPES:
+            for field in ("external_data", "raw_data", "float_data", "int32_data"):
+                tensor.ClearField(field)
+    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+
+
+def _job(
+    bundle: Path, engine: EngineEntry, options: BuildOptions, timing_cache: Path, profiles: tuple[PlanProfile, ...]
+) -> BuildJob:
     target = bundle / engine.name / TENSORRT[options.provider].plan_file
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    job = BuildJob(
+    return BuildJob(
         provider=options.provider,
         graph=(bundle / engine.files[0].path).absolute(),
         plan=temporary.absolute(),
@@ -264,19 +281,34 @@ def _build(
         version_compatible=options.version_compatible,
         hardware_compatibility=options.hardware_compatibility,
         compute_capabilities=list(options.compute_capabilities),
+        refit=options.refit,
     )
+
+
+def _build(
+    bundle: Path,
+    engine: EngineEntry,
+    job: BuildJob,
+    profiles: tuple[PlanProfile, ...],
+    ingredients: dict[str, str],
+    architectures: tuple[str, ...],
+    on_progress: OnProgress,
+) -> PlanEntry:
+    for file in engine.files:
+        check_file(bundle, file)
+    target = bundle / engine.name / TENSORRT[job.provider].plan_file
     started = time.monotonic()
     try:
         built = _run(engine.name, job, on_progress)
-        os.replace(temporary, target)
+        os.replace(job.plan, target)
     finally:
-        temporary.unlink(missing_ok=True)
+        job.plan.unlink(missing_ok=True)
     path = target.relative_to(bundle).as_posix()
     return PlanEntry(
-        provider=options.provider,
+        provider=job.provider,
         file=FileEntry(path=path, sha256=sha256_of(target), size=target.stat().st_size),
         version=ingredients["TensorRT"],
-        version_compatible=options.version_compatible,
+        version_compatible=job.version_compatible,
         architectures=architectures,
         profiles=profiles,
         ingredients=ingredients,

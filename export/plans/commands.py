@@ -36,6 +36,9 @@ def build(
     compute_capability: Annotated[
         list[str] | None, typer.Option(help="GPU to build for with tensorrt-rtx: 8.9, …, or current; may be repeated.")
     ] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Build plans whose weights can be replaced; experts are built once.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be built, and why.")] = False,
     backend: Annotated[PlanProvider | None, typer.Option(hidden=True)] = None,
     engines: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
@@ -63,6 +66,7 @@ def build(
         version_compatible=version_compatible,
         hardware_compatibility=hardware_compatibility,
         compute_capabilities=tuple(compute_capability or ()),
+        refit=refit,
     )
     manifest = load_manifest(bundle)
     chosen = [manifest.engine(name) for name in engine or ()] or manifest.engines

@@ -44,6 +44,10 @@ class BuildJob(BaseModel):
     hardware_compatibility: str
     compute_capabilities: list[str]
     """For TensorRT for RTX: "8.9", or "current"."""
+    refit: bool = False
+    """Whether the plan's weights can be replaced."""
+    refit_from: Path | None = None
+    """A plan of an engine with the same graph: it gets the weights of this one, and nothing is built."""
 
 
 def send(event: str, **content: Any) -> None:
@@ -85,6 +89,26 @@ def build(job: BuildJob) -> None:
         return
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     send("built", seconds=time.monotonic() - started, peak_bytes=peak, inspected=inspected is not None)
+
+
+def refit(job: BuildJob) -> None:
+    """Makes a plan of another one, which has the same graph and other weights."""
+    trt = _module(job.provider)
+    from runtime.backends.tensorrt import refit as give_weights
+
+    assert job.refit_from is not None
+    started = time.monotonic()
+    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    engine = runtime.deserialize_cuda_engine(job.refit_from.read_bytes())
+    if engine is None or not give_weights(trt, engine, job.graph):
+        raise RuntimeError(f"Error: {job.refit_from.name} takes no weights of {job.graph}")
+    config = engine.create_serialization_config()
+    config.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
+    config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
+    job.plan.write_bytes(memoryview(engine.serialize_with_config(config)))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Its layers are those of the plan that it is made of, which was inspected when it was built.
+    send("built", seconds=time.monotonic() - started, peak_bytes=peak, inspected=True)
 
 
 def _module(provider: PlanProvider) -> Any:
@@ -130,6 +154,7 @@ def _config(trt: Any, job: BuildJob, monitor: Any) -> Any:
         "builder_optimization_level": job.optimization_level,
         "version_compatible": job.version_compatible,
         "progress_monitor": monitor,
+        "refittable": job.refit,
         "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
     }
     if job.timing_cache.is_file():
@@ -200,4 +225,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "--describe":
         describe(sys.argv[2])  # type: ignore[arg-type]
     else:
-        build(BuildJob.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8")))
+        given = BuildJob.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
+        build(given) if given.refit_from is None else refit(given)

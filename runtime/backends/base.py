@@ -38,6 +38,14 @@ class Session(ABC):
     def _execute(self, feed: Mapping[str, Value]) -> dict[str, DeviceTensor]:
         """Runs the engine on a feed that was checked."""
 
+    def refit(self, bundle: Path, entry: EngineEntry) -> None:
+        """Replaces the weights by those of another engine with the same graph, whose files were checked.
+
+        Raises:
+            EngineError: the provider, or this engine, cannot do that.
+        """
+        raise EngineError(f"engine {self.entry.name}: this provider replaces no weights; open the other bundle instead")
+
     @abstractmethod
     def close(self) -> None:
         """Frees the engine."""

@@ -306,6 +306,17 @@ class TrtSession(Session):
             self._cuda.synchronize()  # it may be running
             self._cuda.destroy(binding.graph)
 
+    def refit(self, bundle: Path, entry: EngineEntry) -> None:
+        graph = bundle / entry.files[0].path
+        with self._cuda.exclusive():
+            if not self._engine.refittable:
+                raise EngineError(f"engine {self.entry.name}: its plan has fixed weights; build it with --refit")
+            self._cuda.synchronize()  # no run may be under way
+            self.forget_graphs()  # they may have weights in them
+            self._seen.clear()
+            if not refit(self._backend.trt, self._engine, graph):
+                raise EngineError(f"engine {self.entry.name} takes no weights of {graph}; open the bundle again")
+
     def close(self) -> None:
         if self._cuda.closed or self._engine is None:
             return
@@ -317,6 +328,14 @@ class TrtSession(Session):
             for buffer in self._staged.values():
                 buffer.close()
             self._backend.drop(self)
+
+
+def refit(trt: Any, engine: Any, graph: Path) -> bool:
+    """Gives an engine the weights of a graph like its own; returns whether all of them fit."""
+    logger = trt.Logger(trt.Logger.ERROR)
+    refitter = trt.Refitter(engine, logger)
+    parser = trt.OnnxParserRefitter(refitter, logger)
+    return bool(parser.refit_from_file(str(graph)) and refitter.refit_cuda_engine())
 
 
 class _Buffer:

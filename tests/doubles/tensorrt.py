@@ -31,6 +31,7 @@ SCRATCH = 4096
 class TensorRTDouble:
     """Stands for the module `tensorrt`. It knows the plans of the bundles that were shown to it."""
 
+    SerializationFlag = SimpleNamespace(EXCLUDE_WEIGHTS="EXCLUDE_WEIGHTS", INCLUDE_REFIT="INCLUDE_REFIT")
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="USER_MANAGED")
 
     class Logger:
@@ -46,6 +47,8 @@ class TensorRTDouble:
         self.__version__ = version
         self.capturable = True
         """Whether engines can be captured at all."""
+        self.refittable = True
+        """Whether the weights of engines can be replaced."""
         self.contexts: list[ContextDouble] = []
         self.enqueued: list[str] = []
         """Names of the engines that ran outside a graph, in order."""
@@ -70,13 +73,22 @@ class TensorRTDouble:
         if known is None:
             return None
         bundle, entry, plan = known
-        path = bundle / entry.files[0].path
+        return EngineDouble(self, entry, plan, self.session_of(bundle / entry.files[0].path))
+
+    def Refitter(self, engine: EngineDouble, logger: Logger) -> RefitterDouble:
+        return RefitterDouble(engine)
+
+    def OnnxParserRefitter(self, refitter: RefitterDouble, logger: Logger) -> Any:
+        return SimpleNamespace(refit_from_file=refitter.take)
+
+    def session_of(self, path: Path) -> Any:
+        """Returns the session that computes a graph."""
         if path not in self._sessions:
             options = ort.SessionOptions()
             options.intra_op_num_threads = 1
             options.log_severity_level = 3
             self._sessions[path] = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        return EngineDouble(self, entry, plan, self._sessions[path])
+        return self._sessions[path]
 
 
 class EngineDouble:
@@ -87,8 +99,12 @@ class EngineDouble:
         self.entry = entry
         self.plan = plan
         self.device = trt.cuda.device
-        self._session = session
+        self.session = session
         self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+
+    @property
+    def refittable(self) -> bool:
+        return self.trt.refittable
 
     @property
     def device_memory_size_v2(self) -> int:
@@ -117,7 +133,7 @@ class EngineDouble:
     def compute(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Runs the engine's graph."""
         names = [spec.name for spec in self.entry.outputs]
-        return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+        return dict(zip(names, self.session.run(names, dict(inputs)), strict=True))
 
     def output_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of the outputs for those of the inputs, from a run on zeros."""
@@ -126,6 +142,37 @@ class EngineDouble:
             zeros = {spec.name: np.zeros(shapes[spec.name], spec.dtype) for spec in self.entry.inputs}
             self._shapes[key] = {name: value.shape for name, value in self.compute(zeros).items()}
         return self._shapes[key]
+
+
+class RefitterDouble:
+    """Stands for an `IRefitter`, and for the parser that gives it the weights of a graph."""
+
+    def __init__(self, engine: EngineDouble) -> None:
+        self._engine = engine
+        self._session: Any = None
+
+    def take(self, path: str) -> bool:
+        session = self._engine.trt.session_of(Path(path))
+        fits = _signature(session) == _signature(self._engine.session)
+        self._session = session if fits else None
+        return fits
+
+    def refit_cuda_engine(self) -> bool:
+        engine = self._engine
+        engine.check_device()
+        if not engine.refittable:
+            return False
+        streams = engine.trt.cuda.streams.values()
+        if any(work.name == engine.entry.name for stream in streams for work in stream.queue):
+            raise BrokenRule("weights are replaced while runs of the engine are queued")
+        if any(context.is_in_graph for context in engine.trt.contexts if context.engine is engine):
+            raise BrokenRule("weights are replaced that a graph may have in it")
+        engine.session = self._session
+        return True
+
+
+def _signature(session: Any) -> list[tuple[str, list[Any], str]]:
+    return [(value.name, value.shape, value.type) for value in (*session.get_inputs(), *session.get_outputs())]
 
 
 class RuntimeConfigDouble:
@@ -156,6 +203,11 @@ class ContextDouble:
         """How often it was captured."""
         self._graphs = 0
         """Number of graphs that it is in."""
+
+    @property
+    def is_in_graph(self) -> bool:
+        """Whether a graph has it."""
+        return bool(self._graphs)
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.engine.check_device()

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from export.benchmarks.random_models import PAPER, export_random_expert
 from export.bundle import export_bundle
-from export.plans.build import BuildOptions, build_plans
+from export.plans.build import BuildOptions, _job, build_plans
 from export.plans.precision import score_layers, wrong_built_layers, wrong_layers
 from export.plans.profiles import AxisChoices, parse_choices, profiles_of
-from export.plans.worker import BuildJob, _module, _must_ask_for_types
+from export.plans.worker import BuildJob, _module, _must_ask_for_types, refit
 from latte.checkpoint import save_checkpoint
 from latte.shapes.vlm import small_image_processor
 from runtime.errors import BundleError, EngineError, InputError
@@ -33,6 +33,8 @@ from runtime.manifest import (
 )
 from runtime.plans import most_in_plans, usable_plan
 from runtime.serving.requests import Limits
+from tests.doubles import GpuDouble
+from tests.doubles.tensorrt import EngineDouble
 from tests.tiny import scale_weight, tiny_model
 
 RTX = BuildOptions(provider="tensorrt-rtx")
@@ -305,6 +307,55 @@ def test_engines_of_a_build_share_what_tensorrt_measures(plan_bundle: Path, monk
     assert len(jobs) == len(load_manifest(plan_bundle).engines)
     (cache,) = {job.timing_cache for job in jobs}
     assert not cache.parent.exists()
+
+
+def test_experts_are_built_once_and_refitted(plan_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their graphs differ in nothing but the place and values of weights."""
+    jobs: dict[str, BuildJob] = {}
+
+    def run(name: str, job: BuildJob, on_progress: object) -> dict[str, object]:
+        jobs[name] = job
+        job.plan.write_bytes(b"a plan")
+        return {"inspected": False, "peak_bytes": 1}
+
+    monkeypatch.setattr("export.plans.build._run", run)
+    monkeypatch.setattr("export.plans.build._describe", lambda _: {"version": "11.4", "architecture": "sm_90"})
+    options = BuildOptions(provider="tensorrt", refit=True)
+    assert all(built(plan_bundle, options).values())
+    assert all(job.refit for job in jobs.values())
+    made_of = {name: job.refit_from for name, job in jobs.items() if job.refit_from is not None}
+    assert made_of == {"expert_1": plan_bundle / "expert_0" / "model.plan"}
+    assert not any(built(plan_bundle, options).values())
+
+
+def test_a_plan_is_refitted_and_keeps_what_refits_it(
+    plan_bundle: Path, gpu: GpuDouble, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written: list[tuple[str, str]] = []
+
+    def config(engine: EngineDouble) -> SimpleNamespace:
+        return SimpleNamespace(
+            clear_flag=lambda flag: written.append(("without", flag)),
+            set_flag=lambda flag: written.append(("with", flag)),
+        )
+
+    monkeypatch.setattr(EngineDouble, "create_serialization_config", config, raising=False)
+    monkeypatch.setattr(EngineDouble, "serialize_with_config", lambda engine, _: b"another plan", raising=False)
+    monkeypatch.setattr("export.plans.worker._module", lambda _: gpu.trt)
+    job = _job(
+        plan_bundle, load_manifest(plan_bundle).engine("expert_1"), BuildOptions(provider="tensorrt"), Path(), ()
+    )
+    refit(job.model_copy(update={"refit_from": plan_bundle / "expert_0" / "model.plan"}))
+    assert job.plan.read_bytes() == b"another plan"
+    assert written == [("without", "EXCLUDE_WEIGHTS"), ("with", "INCLUDE_REFIT")]
+    assert json.loads(capsys.readouterr().out)["event"] == "built"
+    with pytest.raises(RuntimeError, match="takes no weights"):
+        refit(job.model_copy(update={"refit_from": plan_bundle / "solver_step" / "model.plan"}))
+
+
+def test_plans_to_refit_need_a_gpu(plans: Path) -> None:
+    with pytest.raises(InputError, match="are built on a machine with a GPU; leave out --refit"):
+        build_plans(plans, RTX.model_copy(update={"refit": True}))
 
 
 def test_changing_one_expert_rebuilds_one_engine(plans: Path) -> None:

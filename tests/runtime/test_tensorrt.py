@@ -5,6 +5,7 @@ The doubles raise where a real GPU would compute wrong numbers. That the numbers
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +18,12 @@ import pytest
 from runtime.backends import open_backend
 from runtime.backends.tensorrt import TrtBackend
 from runtime.errors import BundleError, EngineError, InputError
+from runtime.manifest import load_manifest, save_manifest
 from runtime.pipeline import LatteFlowPipeline
 from tests.doubles import GpuDouble, install
-from tests.doubles.cuda import CudaDouble
+from tests.doubles.cuda import BrokenRule, CudaDouble
 from tests.plan_files import add_plans
+from tests.tiny import scale_weight
 
 NOTHING = {"blocks": 0, "streams": 0, "graphs": 0, "events": 0}
 
@@ -300,3 +303,79 @@ def test_a_larger_profile_gets_more_scratch_memory_and_new_graphs(
             assert images_differ_by(draw(native, *["a ring"] * count), draw(pipe, *["a ring"] * count)) <= 1
         assert backend_of(native).graph_launches > 0
     assert gpu.cuda.alive() == NOTHING
+
+
+# ---- other weights -----------------------------------------------------------------------------------
+
+
+def other_weights(bundle: Path, to: Path) -> Path:
+    """A bundle like this one, with other weights in one expert, and without plans."""
+    shutil.copytree(bundle, to)
+    scale_weight(to, "expert_1", "q_proj", 1.5)
+    return to
+
+
+def test_weights_are_replaced_and_taken_back(
+    bundle: Path, native: LatteFlowPipeline, pipe: LatteFlowPipeline, gpu: GpuDouble, tmp_path: Path
+) -> None:
+    other = other_weights(bundle, tmp_path / "other")
+    with LatteFlowPipeline.from_pretrained(other) as expected:
+        for _ in range(4):
+            draw(native)
+        assert backend_of(native).graph_launches > 0
+        for source, like in ((other, expected), (bundle, pipe), (other, expected)):
+            native.refit(source)
+            assert native.manifest.engine("expert_1").plans
+            for _ in range(4):
+                assert images_differ_by(draw(native), draw(like)) <= 1
+        assert images_differ_by(draw(expected), draw(pipe)) > 1
+    native.close()
+    assert gpu.cuda.alive() == NOTHING
+
+
+def test_fixed_weights_stay_and_say_what_to_build(
+    bundle: Path, native: LatteFlowPipeline, gpu: GpuDouble, tmp_path: Path
+) -> None:
+    gpu.trt.refittable = False
+    other = other_weights(bundle, tmp_path / "other")
+    with pytest.raises(EngineError, match="expert_1: its plan has fixed weights; build it with --refit"):
+        native.refit(other)
+
+
+def test_providers_that_replace_no_weights_say_so(bundle: Path, tmp_path: Path) -> None:
+    other = other_weights(bundle, tmp_path / "other")
+    with LatteFlowPipeline.from_pretrained(bundle) as pipeline:
+        with pytest.raises(EngineError, match="this provider replaces no weights"):
+            pipeline.refit(other)
+        pipeline.refit(bundle)  # the same weights
+
+
+def test_another_model_is_not_a_refit(native: LatteFlowPipeline, bundle: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(bundle, tmp_path / "other"))
+    manifest = load_manifest(other)
+    prompt = manifest.prompt.model_copy(update={"max_tokens": 9})
+    save_manifest(manifest.model_copy(update={"prompt": prompt}), other)
+    with pytest.raises(InputError, match="differs from this bundle in more than weights"):
+        native.refit(other)
+
+
+def test_weights_are_not_replaced_under_a_run(native: LatteFlowPipeline, gpu: GpuDouble) -> None:
+    """The double refuses it, so that the tests above prove that the backend waits."""
+    session = native.engines["expert_1"]
+    draw(native)
+    latents = np.zeros((1, *(4, 6, 8)), np.float32)
+    spec = session.entry.input("prefix_kv")
+    sizes = {"rows": 1, "prefix": 3}
+    kv = np.zeros([sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape], spec.dtype)
+    feed = {
+        "latents": latents,
+        "timestep": np.ones(1, np.float32),
+        "prefix_kv": kv,
+        "prefix_mask": np.ones((1, 3), bool),
+    }
+    kept = session.run(feed)
+    engine = session._engine  # type: ignore[attr-defined]
+    refitter = gpu.trt.Refitter(engine, gpu.trt.Logger(2))
+    with pytest.raises(BrokenRule, match="while runs of the engine are queued"):
+        refitter.refit_cuda_engine()
+    assert kept["velocity"].numpy().shape == latents.shape
