@@ -317,7 +317,7 @@ class LatteFlowPipeline:
         plans = {engine.name: engine.plans for engine in self.manifest.engines}
         engines = tuple(engine.model_copy(update={"plans": plans[engine.name]}) for engine in manifest.engines)
         self.manifest = manifest.model_copy(update={"engines": engines})
-        self.prefixes.clear()
+        self.prompts.forget()
 
     def check_prompt(self, prompt: str) -> None:
         """Raises `InputError` for a prompt that cannot be encoded."""

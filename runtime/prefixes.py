@@ -92,6 +92,11 @@ class PromptEncoder:
                 self.cache.add(ids, row)
         return [rows[tokens[prompt]] for prompt in prompts]
 
+    def forget(self) -> None:
+        """Drops everything that is kept: the VLM has other weights."""
+        self.cache.clear()
+        self.__dict__.pop("_head", None)
+
     def _begins_with_head(self, ids: Tokens) -> bool:
         head, _ = self._head
         return bool(head) and ids[: len(head)] == head
