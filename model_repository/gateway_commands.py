@@ -40,6 +40,7 @@ from runtime.manifest import load_manifest
 from runtime.pipeline import LatteFlowPipeline
 from runtime.serving.log import log_request, set_up_logging
 from runtime.serving.metrics import Metrics
+from runtime.serving.replicas import ReplicatedService
 from runtime.serving.requests import Limits
 from runtime.serving.service import LocalService, Service, warm_up
 
@@ -80,6 +81,9 @@ def gateway(
     provider: Provider = "cpu",
     provider_option: ProviderOption = None,
     device: Device = None,
+    devices: Annotated[
+        str | None, typer.Option(metavar="NUMBER,…", help="GPUs, each with all engines; requests are shared out.")
+    ] = None,
     limit: Limit = None,
 ) -> None:
     """Serve OpenAI's HTTP API over a bundle in this process, or over a Triton server.
@@ -90,6 +94,7 @@ def gateway(
     Examples:
       latte-flow gateway demo/bundle
       latte-flow gateway demo/bundle --host 0.0.0.0 --api-key-file keys.json --access-log --log-format json
+      latte-flow gateway bundle --provider tensorrt --devices 0,1,2,3
       latte-flow gateway --triton localhost:8001
       curl http://127.0.0.1:8080/v1/images/generations -H 'Content-Type: application/json' \\
         -d '{"prompt": "a small red circle", "seed": 7}'
@@ -105,13 +110,13 @@ def gateway(
     )
     if (bundle is None) == (triton is None):
         raise InputError("give either a bundle or --triton HOST:PORT")
+    options = _options_of_replicas(provider, provider_options_of(provider_option, device), devices)
     listener = _listen(host, port)
     if triton is not None:
         service: Service = TritonService(Client(triton, tls=triton_tls, ca=triton_ca), model_name)
         door = Gateway(service, settings)
     else:
         assert bundle is not None
-        options = provider_options_of(provider_option, device)
         service, door = _local_door(bundle, provider, options, limits_of(limit), settings, model_name)
     page = _page(service, bundle) if with_page else None
     told = f"http://{_shown(listener)}/v1 serves {model_name}; /docs describes the API"
@@ -141,7 +146,7 @@ def playground(
         warn(f"everybody who can reach {host}:{port} may use the page")
     listener = _listen(host, port)
     options = provider_options_of(provider_option, device)
-    service, door = _local_door(bundle, provider, options, Limits(), GatewaySettings(), "latte-flow")
+    service, door = _local_door(bundle, provider, [options], Limits(), GatewaySettings(), "latte-flow")
     other = None
     if compare is not None:
         other = LocalService(LatteFlowPipeline.from_pretrained(compare, provider, options), on_death=_end_process)
@@ -150,16 +155,45 @@ def playground(
     _run(listener, door, services, f"the playground is at http://{_shown(listener)}", page)
 
 
+def _options_of_replicas(provider: str, options: dict[str, str], devices: str | None) -> list[dict[str, str]]:
+    """Returns the provider's options of each replica.
+
+    Raises:
+        InputError: the devices are no numbers, or a replica on each makes no sense.
+    """
+    if devices is None:
+        return [options]
+    numbers = devices.split(",")
+    if len(set(numbers)) < len(numbers) or not all(number.isascii() and number.isdigit() for number in numbers):
+        raise InputError(f"expected --devices like 0,1, each once, got {devices!r}")
+    if provider == "cpu" or "device_id" in options:
+        raise InputError("--devices needs a provider on GPUs, and takes the place of --device and device_id")
+    return [options | {"device_id": number} for number in numbers]
+
+
 def _local_door(
-    bundle: Path, provider: str, options: dict[str, str], limits: Limits, settings: GatewaySettings, name: str
-) -> tuple[LocalService, Gateway]:
-    """Returns the service of a bundle in this process, and the gateway to it with its metrics."""
-    pipeline = LatteFlowPipeline.from_pretrained(bundle, provider, options)
-    warm_up(pipeline)
-    service = LocalService(pipeline, limits, name=name, on_end=log_request, on_death=_end_process)
+    bundle: Path,
+    provider: str,
+    options: Sequence[dict[str, str]],
+    limits: Limits,
+    settings: GatewaySettings,
+    name: str,
+) -> tuple[Service, Gateway]:
+    """Returns the service of a bundle in this process, and the gateway to it with its metrics.
+
+    Args:
+        options: the provider's, of each replica.
+    """
+    replicas = []
+    for of_one in options:
+        pipeline = LatteFlowPipeline.from_pretrained(bundle, provider, of_one)
+        warm_up(pipeline)
+        replicas.append(LocalService(pipeline, limits, name=name, on_end=log_request, on_death=_end_process))
+    service = replicas[0] if len(replicas) == 1 else ReplicatedService(replicas)
     door = Gateway(service, settings)
     metrics = Metrics(Families(door.gauges.registry), service.model.groups)
-    door.report = lambda: metrics.update(service.scheduler, service.worker, service.scheduler.open_requests)
+    schedulers, workers = [each.scheduler for each in replicas], [each.worker for each in replicas]
+    door.report = lambda: metrics.update(schedulers, workers, sum(scheduler.open_requests for scheduler in schedulers))
     return service, door
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from runtime.serving.scheduler import Scheduler
 from runtime.serving.statistics import OUTCOMES, RequestRecord
@@ -31,6 +33,9 @@ GAUGES = {
     "heartbeat_timestamp_seconds": "When the service last began or waited for a run of an engine",
     "last_image_timestamp_seconds": "When the last image was drawn",
 }
+
+
+KeyT = TypeVar("KeyT")
 
 
 class Metrics:
@@ -69,29 +74,31 @@ class Metrics:
                 self._count("requests", 0, kind=kind, outcome=outcome)
         self._count("tokens", 0)
 
-    def update(self, scheduler: Scheduler, worker: Worker, open_requests: int) -> None:
-        """Reports what has changed.
+    def update(self, schedulers: Sequence[Scheduler], workers: Sequence[Worker], open_requests: int) -> None:
+        """Reports what has changed, of all schedulers together.
 
         Args:
             open_requests: number of requests that were not told their end.
         """
-        statistics = scheduler.statistics
-        for (kind, outcome), requests in list(statistics.ended.items()):
+        all_statistics = [scheduler.statistics for scheduler in schedulers]
+        for (kind, outcome), requests in _sums([each.ended for each in all_statistics]).items():
             self._count("requests", requests, kind=kind, outcome=outcome)
-        for group, steps in list(statistics.steps_of_group.items()):
+        for group, steps in _sums([each.steps_of_group for each in all_statistics]).items():
             self._count("steps", steps, group=str(group))
-        for size, runs in list(statistics.batch_sizes.items()):
+        for size, runs in _sums([each.batch_sizes for each in all_statistics]).items():
             self._count("batches", runs, images=str(size))
-        for station, seconds in list(statistics.busy_seconds.items()):
+        for station, seconds in _sums([each.busy_seconds for each in all_statistics]).items():
             self._count("busy_seconds", seconds, station=station)
-        self._count("tokens", statistics.tokens)
-        while statistics.records:
-            self._observe(statistics.records.popleft())
-        self._gauges["pending_images"].set(scheduler.pending)
-        self._gauges["pending_questions"].set(scheduler.pending_questions)
+        self._count("tokens", sum(each.tokens for each in all_statistics))
+        for statistics in all_statistics:
+            while statistics.records:
+                self._observe(statistics.records.popleft())
+        self._gauges["pending_images"].set(sum(scheduler.pending for scheduler in schedulers))
+        self._gauges["pending_questions"].set(sum(scheduler.pending_questions for scheduler in schedulers))
         self._gauges["open_requests"].set(open_requests)
-        self._gauges["heartbeat_timestamp_seconds"].set(time.time() - worker.seconds_since_heartbeat)
-        self._gauges["last_image_timestamp_seconds"].set(statistics.last_image_time)
+        oldest = max(worker.seconds_since_heartbeat for worker in workers)
+        self._gauges["heartbeat_timestamp_seconds"].set(time.time() - oldest)
+        self._gauges["last_image_timestamp_seconds"].set(max(each.last_image_time for each in all_statistics))
 
     def _observe(self, record: RequestRecord) -> None:
         values = {
@@ -111,3 +118,12 @@ class Metrics:
         if total > reported:
             metric.increment(total - reported)
             self._totals[key] = (metric, total)
+
+
+def _sums(counts: Sequence[Mapping[KeyT, float]]) -> dict[KeyT, float]:
+    """Adds up what several schedulers count, which may count on meanwhile."""
+    total: defaultdict[KeyT, float] = defaultdict(float)
+    for each in counts:
+        for key, value in list(each.items()):
+            total[key] += value
+    return total

@@ -65,3 +65,20 @@ def test_a_port_that_is_taken_is_one_line(bundle: Path, run_command: RunCommand)
         code, _, error = run_command("gateway", bundle, "--port", taken.getsockname()[1])
     assert code == 2
     assert "cannot listen on 127.0.0.1:" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--provider", "cuda", "--devices", "0,0"), "expected --devices like 0,1, each once, got '0,0'"),
+        (("--provider", "cuda", "--devices", "all"), "expected --devices like 0,1"),
+        (("--devices", "0,1"), "--devices needs a provider on GPUs"),
+        (("--provider", "cuda", "--devices", "0,1", "--device", "0"), "takes the place of --device"),
+    ],
+)
+def test_devices_that_make_no_sense_are_refused(
+    options: tuple[str, ...], message: str, bundle: Path, run_command: RunCommand
+) -> None:
+    code, _, error = run_command("gateway", bundle, "--port", 0, *options)
+    assert code == 2
+    assert message in error

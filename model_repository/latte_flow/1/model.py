@@ -143,7 +143,7 @@ class TritonPythonModel:
         return json.dumps(state)
 
     def _report(self) -> None:
-        self.metrics.update(self.scheduler, self.worker, self.outbox.open_requests)
+        self.metrics.update([self.scheduler], [self.worker], self.outbox.open_requests)
 
     def _break_down(self, error: BaseException) -> None:
         self.outbox.drain(LAST_WORDS_SECONDS)
