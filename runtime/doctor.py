@@ -24,6 +24,10 @@ from runtime.plans import OLDEST_WITH_FLOAT8, TENSORRT, usable_plan
 State = Literal["ok", "missing", "problem"]
 NEEDED_FREE_BYTES = 10e9
 """Disk space for an export and its plans at the paper's size."""
+OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+"""The first driver for each major version of CUDA: it runs all minor versions, without what is new in later ones."""
+CUDA_OF_EXTRAS = 13
+"""The major version of CUDA for which the GPU extras install their packages."""
 OLDEST_WITH_BF16 = 80
 """The first GPU architecture that computes in bf16, as in "sm_80"."""
 
@@ -91,7 +95,11 @@ def _graph_cache() -> Finding:
 def _driver(gpu: Gpu | None) -> Finding:
     if gpu is None:
         return Finding("NVIDIA driver", "missing", "none", "to run on a GPU, install NVIDIA's driver")
-    return Finding("NVIDIA driver", "ok", f"{gpu.driver}: {gpu.name}, {gpu.architecture}, {gpu.memory}")
+    found, needed = f"{gpu.driver}: {gpu.name}, {gpu.architecture}, {gpu.memory}", OLDEST_DRIVER[CUDA_OF_EXTRAS]
+    if _major(gpu.driver) < needed:
+        fix = f"the packages of the GPU extras are for CUDA {CUDA_OF_EXTRAS}, which needs driver {needed} or later"
+        return Finding("NVIDIA driver", "problem", found, fix)
+    return Finding("NVIDIA driver", "ok", found)
 
 
 def _cuda(gpu: Gpu | None) -> Iterator[Finding]:
@@ -105,11 +113,16 @@ def _cuda(gpu: Gpu | None) -> Iterator[Finding]:
     error, number = runtime.cudaRuntimeGetVersion()
     _, supported = runtime.cudaDriverGetVersion()
     shown = f"runtime {_dotted(number)}"
-    if gpu is not None and (int(error) or supported < number):
-        fix = f"update the driver: it supports CUDA {_dotted(supported)}"
-        yield Finding("CUDA (cuda-python)", "problem", shown, fix)
-    else:
+    needed = OLDEST_DRIVER.get(number // 1000)
+    if gpu is None or (not int(error) and supported >= number):
         yield Finding("CUDA (cuda-python)", "ok", shown)
+    elif not int(error) and needed is not None and _major(gpu.driver) >= needed:
+        found = f"{shown} on a driver for {_dotted(supported)}, by minor-version compatibility"
+        yield Finding("CUDA (cuda-python)", "ok", found, "if a feature is missing, update the driver")
+    else:
+        oldest = "" if needed is None else f" to {needed} or later"
+        fix = f"update the driver{oldest}: it supports CUDA {_dotted(supported)}"
+        yield Finding("CUDA (cuda-python)", "problem", shown, fix)
 
 
 def _tensorrt(provider: PlanProvider, gpu: Gpu | None) -> Finding:
@@ -226,6 +239,11 @@ def _installed(package: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
+
+
+def _major(driver: str) -> int:
+    """Returns a driver's major version, by which it is compatible: "580.82.07" as 580."""
+    return int(driver.partition(".")[0])
 
 
 def _dotted(number: int) -> str:

@@ -19,9 +19,12 @@ import latte.checkpoint
 from model_repository.container import KEY_FILE, KEY_VARIABLE
 from model_repository.schema import DRAIN_SECONDS
 from runtime.cli import load_command
+from runtime.doctor import CUDA_OF_EXTRAS, OLDEST_DRIVER
 from runtime.serving.metrics import GAUGES
 
 ROOT = Path(__file__).parents[1]
+CUDA_OF_CONTAINER = {"25.08": 13, "25.10": 13, "26.04": 13, "26.08": 13}
+"""The major version of CUDA in releases of NVIDIA's Triton container, from its compatibility table."""
 PACKAGES = {"latte", "export", "runtime", "model_repository"}
 TRITON_REPOSITORY = {"latte_flow/config.pbtxt", "latte_flow/1/model.py", "engine/1/model.py"}
 SHIPPED_FILES = {
@@ -156,6 +159,36 @@ def test_what_is_deployed_is_what_the_service_is() -> None:
     for line in re.findall(r"^COPY (.+) \S+$", dockerfile, re.MULTILINE):
         for source in line.split():
             assert source.startswith("deploy/models") or (ROOT / source).exists(), source
+
+
+def test_what_is_deployed_on_gpus_asks_for_one_and_fits_the_rest() -> None:
+    deploy = ROOT / "deploy"
+    base, on_gpu = (yaml.safe_load((deploy / name).read_text()) for name in ("compose.yaml", "compose.gpu.yaml"))
+    assert set(on_gpu["services"]) <= set(base["services"])
+    service = on_gpu["services"]["latte-flow"]
+    (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert service["build"]["args"]["EXTRA"] in extras
+    patch = yaml.safe_load((deploy / "kubernetes-gpu" / "gpu.yaml").read_text())
+    patched = next(yaml.safe_load_all((deploy / "kubernetes" / "service.yaml").read_text()))
+    assert patch["metadata"] == patched["metadata"]
+    (container,) = patch["spec"]["template"]["spec"]["containers"]
+    assert container["name"] in {each["name"] for each in patched["spec"]["template"]["spec"]["containers"]}
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    # One CUDA for the container, ONNX Runtime and TensorRT, and the driver that doctor asks for.
+    release = re.search(
+        r"^FROM nvcr.io/nvidia/tritonserver:(\S+)-py3$", (deploy / "Dockerfile").read_text(), re.MULTILINE
+    )
+    assert release is not None
+    assert CUDA_OF_CONTAINER[release[1]] == CUDA_OF_EXTRAS
+    for extra in ("gpu", "tensorrt", "ort-tensorrt", "rtx"):
+        for requirement in map(Requirement, extras[extra]):
+            named = re.search(r"-cu(\d+)", requirement.name)
+            assert named is None or int(named[1]) == CUDA_OF_EXTRAS, str(requirement)
+    driver = str(OLDEST_DRIVER[CUDA_OF_EXTRAS])
+    for text in ("Dockerfile", "compose.gpu.yaml", "kubernetes-gpu/kustomization.yaml"):
+        assert f"river {driver} or later" in (deploy / text).read_text(), text
 
 
 def test_every_file_that_the_readme_and_docs_link_to_exists() -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-import onnx
 from pydantic import BaseModel, ConfigDict, Field
 
 from export.plans.profiles import AxisChoices, profiles_of
@@ -43,7 +42,7 @@ RTX_ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 """GPUs that run a plan of TensorRT for RTX, unless it was built for others."""
 RTX_WITH_FLOAT8 = ("8.9", "12.0")
 """Compute capabilities for which it builds plans in FP8, unless others are named."""
-WEIGHT_TYPES = {getattr(onnx.TensorProto, name) for name in ("FLOAT", "FLOAT16", "BFLOAT16", "FLOAT8E4M3FN")}
+WEIGHT_TYPES = ("FLOAT", "FLOAT16", "BFLOAT16", "FLOAT8E4M3FN")
 """Types of values that may differ between engines of which one is refitted from the other."""
 HardwareCompatibility = Literal["none", "ampere-plus", "same-compute-capability"]
 
@@ -255,9 +254,11 @@ def _is_whole(bundle: Path, entry: FileEntry) -> bool:
 
 def graph_form(graph: Path) -> str:
     """Returns a hash of a graph without the values of its weights: engines with the same one are refitted."""
+    import onnx  # only refits need it, and machines that build may lack it
+
     model = onnx.load(graph, load_external_data=False)
     for tensor in model.graph.initializer:
-        if tensor.data_type in WEIGHT_TYPES:
+        if onnx.TensorProto.DataType.Name(tensor.data_type) in WEIGHT_TYPES:
             for field in ("external_data", "raw_data", "float_data", "int32_data"):
                 tensor.ClearField(field)
     return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()

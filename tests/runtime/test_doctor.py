@@ -72,3 +72,26 @@ def test_it_works_with_nothing_but_the_base_package() -> None:
 
 def test_what_is_no_bundle_is_a_finding(tmp_path: Path) -> None:
     assert by_name(examine(tmp_path))["bundle"].state == "problem"
+
+
+@pytest.mark.parametrize(
+    ("driver", "supports", "state", "says"),
+    [
+        ("580.82.07", 13050, "ok", "runtime 13.4"),
+        ("580.82.07", 13000, "ok", "runtime 13.4 on a driver for 13.0, by minor-version compatibility"),
+        ("575.51.03", 12090, "problem", "update the driver to 580 or later: it supports CUDA 12.9"),
+        ("450.51", 11000, "problem", "update the driver to 580 or later: it supports CUDA 11.0"),
+    ],
+)
+def test_a_driver_runs_the_minor_versions_of_its_cuda(
+    driver: str, supports: int, state: str, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As NVIDIA's tables of CUDA and drivers have it."""
+    with_gpu(monkeypatch, tmp_path, f"NVIDIA L4, 8.9, 23034 MiB, {driver}")
+    monkeypatch.setattr("cuda.bindings.runtime.cudaRuntimeGetVersion", lambda: (0, 13040))
+    monkeypatch.setattr("cuda.bindings.runtime.cudaDriverGetVersion", lambda: (0, supports))
+    found = by_name(examine())
+    assert found["CUDA (cuda-python)"].state == found["NVIDIA driver"].state == state
+    assert says in (found["CUDA (cuda-python)"].fix if state == "problem" else found["CUDA (cuda-python)"].found)
+    if state == "problem":
+        assert found["NVIDIA driver"].fix.endswith("CUDA 13, which needs driver 580 or later")
