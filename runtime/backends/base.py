@@ -98,6 +98,9 @@ class Backend(ABC):
         """Returns the length to pad tokens to, at most `limit` if `length` is: a backend may prefer few lengths."""
         return length
 
+    def synchronize(self) -> None:  # noqa: B027 - most backends' runs have ended when they return
+        """Waits until all runs have ended."""
+
     def timed(self, work: Callable[[], ResultT]) -> tuple[float, ResultT]:
         """Runs some work; returns the seconds that the device took for it, and its result."""
         started = perf_counter()

@@ -50,6 +50,9 @@ class ObservedBackend(Backend):
     def padded(self, length: int, limit: int) -> int:
         return self._backend.padded(length, limit)
 
+    def synchronize(self) -> None:
+        self._backend.synchronize()
+
     def close(self) -> None:
         self._backend.close()
 

@@ -88,6 +88,10 @@ class TrtBackend(Backend):
     def padded(self, length: int, limit: int) -> int:
         return padded(length, PADDED_TO, limit) if self.graphs else length
 
+    def synchronize(self) -> None:
+        with self.cuda.exclusive():
+            self.cuda.synchronize()
+
     def timed(self, work: Callable[[], ResultT]) -> tuple[float, ResultT]:
         with self.cuda.exclusive():
             return self.cuda.timed(work)

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from runtime.answers import Answer
+from runtime.backends import Value
 from runtime.chat import ChatInputs
 from runtime.flow_time import ExpertSchedule, SamplingDefaults
 from runtime.rows import PrefixRow, is_guided
@@ -58,8 +59,8 @@ class ImageJob(Job):
 
     request: GenerationRequest
     image: int
-    latents: np.ndarray
-    """x at `times[index]`, `[C, H, W]` float32."""
+    latents: Value
+    """x at `times[index]`, `[C, H, W]` float32; from its first step to its last it may stay on the device."""
     times: list[float]
     scales: list[float]
     """With which its rows are combined in each step; with 1 it has a single row."""
@@ -127,7 +128,7 @@ class Stations(Protocol):
     def encode(self, jobs: Sequence[ImageJob]) -> list[EncodedPrompt]:
         """Returns the encoded prompts of every job."""
 
-    def step(self, group: int, jobs: Sequence[ImageJob]) -> list[np.ndarray]:
+    def step(self, group: int, jobs: Sequence[ImageJob]) -> Sequence[Value]:
         """Returns the latents of every job after its next step, from `times[index]` to `times[index + 1]`."""
 
     def decode(self, latents: Sequence[np.ndarray]) -> list[np.ndarray]:

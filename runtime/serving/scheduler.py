@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.backends import Value, to_host
 from runtime.errors import (
     DRAINING,
     TRY_AGAIN,
@@ -287,7 +288,7 @@ class Scheduler:
         if station == "encode":
             results: Sequence[Any] = stations.encode(batch)
         elif station == "decode":
-            results = stations.decode([job.latents for job in batch])
+            results = stations.decode([_finite(job.latents) for job in batch])
         elif station == "prefill":
             results = [stations.prefill(job) for job in batch]
         elif station == "write":
@@ -331,7 +332,7 @@ class Scheduler:
             self._open[job.handle].ended_by_length = job.answer.ended_by_length
             self._finish(job)
 
-    def _advance_steps(self, batch: Sequence[ImageJob], results: Sequence[np.ndarray]) -> None:
+    def _advance_steps(self, batch: Sequence[ImageJob], results: Sequence[Value]) -> None:
         self._fail_where_not_finite(batch, results)
         previews = []
         for job, latents in zip(batch, results, strict=True):
@@ -363,11 +364,15 @@ class Scheduler:
         for job, pixels in zip(jobs, decoded, strict=True):
             self._send(job, Event("preview", job.image, job.index, pixels))
 
-    def _fail_where_not_finite(self, batch: Sequence[ImageJob], results: Sequence[np.ndarray]) -> None:
-        """Fails the requests with latents that are not finite, not those that share their batch."""
+    def _fail_where_not_finite(self, batch: Sequence[ImageJob], results: Sequence[Value]) -> None:
+        """Fails the requests with latents that are not finite, not those that share their batch.
+
+        Latents on a device are looked at before they are decoded: until then nothing has to leave it.
+        """
         for job, latents in zip(batch, results, strict=True):
             try:
-                check_finite(latents[None])
+                if isinstance(latents, np.ndarray):
+                    _finite(latents)
             except EngineError as error:
                 if job.handle in self._open:
                     self._fail(job.handle, error)
@@ -431,3 +436,10 @@ class Scheduler:
             self._on_end(record)
         except Exception as failure:
             _LOG.error("the end of a request could not be recorded: %s", one_line(failure))
+
+
+def _finite(latents: Value) -> np.ndarray:
+    """Returns an image's latents on the host; raises `EngineError` if they are not finite."""
+    on_host = to_host(latents)
+    check_finite(on_host[None])
+    return on_host

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from runtime.answers import Answer
+from runtime.backends import DeviceTensor, to_host
 from runtime.chat import ChatInputs
 from runtime.errors import CancelledError, InputError
 from runtime.pipeline import LatteFlowPipeline
@@ -18,6 +21,50 @@ from runtime.serving.requests import AnswerRequest, AnyRequest
 
 REMEMBERED_BATCHES = 4
 """Arranged batches kept in memory: about as many as there are groups of requests at different flow times."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The latents of a batch after a step, where the engines left them."""
+
+    sampler: Sampler
+    latents: DeviceTensor
+    """By image, `[B, C, H, W]` float32."""
+    row_latents: DeviceTensor
+    """By row, `[R, C, H, W]` float32."""
+
+    @cached_property
+    def on_host(self) -> np.ndarray:
+        """The latents by image: one copy for all of its images."""
+        return self.latents.numpy()
+
+
+class StepLatents:
+    """The latents of one image of a batch, `[C, H, W]` float32: a `DeviceTensor`."""
+
+    dtype = "float32"
+
+    def __init__(self, batch: _Batch, index: int) -> None:
+        self.batch = batch
+        self._index = index
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.batch.latents.shape[1:]
+
+    def numpy(self) -> np.ndarray:
+        """Returns a copy on the host."""
+        latents: np.ndarray = self.batch.on_host[self._index]
+        return latents
+
+
+def _batch_of(jobs: Sequence[ImageJob], sampler: Sampler) -> _Batch | None:
+    """Returns the batch in which these jobs, as the sampler has them, made their last step; None if there is none."""
+    first = jobs[0].latents
+    if not isinstance(first, StepLatents) or first.batch.sampler is not sampler:
+        return None
+    together = all(isinstance(job.latents, StepLatents) and job.latents.batch is first.batch for job in jobs)
+    return first.batch if together else None
 
 
 class PipelineStations:
@@ -70,13 +117,24 @@ class PipelineStations:
             for job, prompt in zip(jobs, prompts, strict=True)
         ]
 
-    def step(self, group: int, jobs: Sequence[ImageJob]) -> list[np.ndarray]:
-        """Runs one step of every job, each at its own time."""
-        latents = np.stack([job.latents for job in jobs])
+    def step(self, group: int, jobs: Sequence[ImageJob]) -> list[StepLatents]:
+        """Runs one step of every job, each at its own time.
+
+        Latents of a batch that was stepped before stay on the device; if others join or some leave, all go through the
+        host. The run has ended when this returns, so that the scheduler learns what it costs.
+        """
         sampler = self._sampler(jobs)
         times = np.array([job.times[job.index : job.index + 2] for job in jobs]).T  # [2, B]
         (inputs,) = sampler.step_inputs(times)
-        return list(sampler.step(latents, sampler.rows_of(latents), inputs)[0].numpy())
+        batch = _batch_of(jobs, sampler)
+        if batch is None:
+            latents = np.stack([to_host(job.latents) for job in jobs])
+            stepped = sampler.step(latents, sampler.rows_of(latents), inputs)
+        else:
+            stepped = sampler.step(batch.latents, batch.row_latents, inputs)
+        self._pipeline.backend.synchronize()
+        after = _Batch(sampler, *stepped)
+        return [StepLatents(after, index) for index in range(len(jobs))]
 
     def _sampler(self, jobs: Sequence[ImageJob]) -> Sampler:
         """Returns the sampler for a batch of jobs; their prefixes are arranged again only when the batch changes."""
