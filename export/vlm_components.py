@@ -95,20 +95,26 @@ class LanguageLayer(nn.Module):
 
 
 class LanguageEnd(nn.Module):
-    """Logits of the last token of each row. Without an output layer of its own, the embedding serves as one."""
+    """Logits of each row's last token, and the likeliest next token, so that greedy answers need no logits on the host.
+
+    The token is -1 where a logit is not finite. Without an output layer of its own, the embedding serves as one.
+    """
 
     def __init__(self, language_model: nn.Module, lm_head: nn.Linear | None) -> None:
         super().__init__()
         self.language_model = language_model
         self.lm_head = lm_head
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         text: Any = self.language_model
         past = attention_mask.shape[1] - hidden.shape[1]
         last = attention_mask[:, past:].long().sum(dim=1).sub(1).clamp(min=0)  # [B]
         last_hidden = hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[-1])).squeeze(1)  # [B, hidden]
         head = text.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return nn.functional.linear(text.norm(last_hidden).to(head.dtype), head).float()
+        logits = nn.functional.linear(text.norm(last_hidden).to(head.dtype), head).float()  # [B, vocabulary]
+        # A sum is finite if all of them are; comparisons with what is no number are false.
+        finite = logits.sum(dim=-1).abs() < torch.finfo(torch.float32).max  # [B]
+        return logits, torch.where(finite, logits.argmax(dim=-1), -1)
 
 
 class KeyValueCache:
@@ -140,6 +146,7 @@ def language_component(config: LatteFlowConfig, precision: str, vlm_config: Any)
     position_ids = TensorSpec(name="position_ids", dtype="int64", shape=(3, "batch", "tokens"))
     attention_mask = TensorSpec(name="attention_mask", dtype="bool", shape=("batch", "total"))
     logits = TensorSpec(name="logits", dtype="float32", shape=("batch", vocabulary))
+    best_token = TensorSpec(name="best_token", dtype="int64", shape=("batch",))
     hidden = TensorSpec(name="hidden", dtype="float32", shape=("batch", "tokens", config.hidden_size))
     shared = (
         TensorSpec(name="cos", dtype=narrow, shape=("batch", "tokens", config.head_dim)),
@@ -172,7 +179,7 @@ def language_component(config: LatteFlowConfig, precision: str, vlm_config: Any)
             "end",
             partial(_language_end, text_config, precision, tied),
             (hidden, attention_mask),
-            (logits,),
+            (logits, best_token),
             sizes,
             settings | {"vocabulary": vocabulary, "tied": tied},
         ),
@@ -193,8 +200,8 @@ def language_component(config: LatteFlowConfig, precision: str, vlm_config: Any)
                 hidden, kv = graph.call("layer", hidden, *shared, past, weights=weights)
                 layers.append(kv)
             graph.output(f"kv_{group}", graph.stack(layers))
-        (logits,) = graph.call("end", hidden, attention_mask)
-        graph.output("logits", logits)
+        for spec, value in zip((logits, best_token), graph.call("end", hidden, attention_mask), strict=True):
+            graph.output(spec.name, value)
 
     return Component(
         "vlm",
@@ -206,7 +213,7 @@ def language_component(config: LatteFlowConfig, precision: str, vlm_config: Any)
             attention_mask,
             *(kv_spec(f"past_kv_{group}", "batch", "past", config, precision) for group in groups),
         ),
-        (logits, *(kv_spec(f"kv_{group}", "batch", "total", config, precision) for group in groups)),
+        (logits, best_token, *(kv_spec(f"kv_{group}", "batch", "total", config, precision) for group in groups)),
         parts,
         assemble,
     )

@@ -1,7 +1,7 @@
 """Answers about images: the images go through `vision_encoder`, the conversation through `vlm`, token by token.
 
-Between tokens the keys and values stay where the engine left them, as long as the same answers are written; only the
-logits of the last token come to the host, where a token is chosen.
+Between tokens the keys and values stay where the engine left them, as long as the same answers are written. Greedy
+answers read the token that the engine chose; else the logits of the last token come to the host, where one is drawn.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ class Answer:
     ended_by_length: bool = False
     """Whether it was cut off by a limit instead of ending by itself."""
 
-    def add(self, logits: np.ndarray, end_tokens: Sequence[int]) -> str:
-        """Chooses the next token from its logits, `[vocabulary]` float32; returns the text that is certain now."""
-        self.token = choose_token(logits, self.generator, self.settings)
+    def add(self, token: int, end_tokens: Sequence[int]) -> str:
+        """Takes the next token; returns the text that is certain now."""
+        self.token = token
         self.left -= 1
         is_end = self.token in end_tokens
         piece = "" if is_end else self.writer.add(self.token)
@@ -154,7 +154,7 @@ class Answerer:
             for row in range(len(mask))
         ]
         self._batch, self._kv = tuple(answers), self.key_values(output.kv, mask)
-        return answers, self._add_tokens(answers, _finite_logits(output))
+        return answers, self._add_tokens(answers, _Choice(answers, output))
 
     def write(self, answers: Sequence[Answer]) -> list[str]:
         """Adds a token to every answer, in one run; returns the new text of each.
@@ -169,15 +169,15 @@ class Answerer:
         positions = np.array([[answer.position] for answer in answers], np.int64)
         positions = np.broadcast_to(positions, (3, len(answers), 1))
         output = self.language.forward(ids, kv.mask, positions, past=kv.past)
-        logits = _finite_logits(output)  # before anything changes, so that a failed call can be made again
+        choice = _Choice(answers, output)  # before anything changes, so that a failed call can be made again
         kv.add(output.kv)
         for answer in answers:
             answer.position += 1
-        return self._add_tokens(answers, logits)
+        return self._add_tokens(answers, choice)
 
-    def _add_tokens(self, answers: Sequence[Answer], logits: np.ndarray) -> list[str]:
+    def _add_tokens(self, answers: Sequence[Answer], choice: _Choice) -> list[str]:
         end_tokens = self._understanding.eos_token_ids
-        return [answer.add(row, end_tokens) for answer, row in zip(answers, logits, strict=True)]
+        return [answer.add(token, end_tokens) for answer, token in zip(answers, choice.tokens(), strict=True)]
 
     def _arrange(self, answers: Sequence[Answer]) -> None:
         """Makes these answers the batch."""
@@ -230,11 +230,32 @@ class Answerer:
         return embeds[0] if len(embeds) == 1 else np.concatenate([to_host(embed) for embed in embeds])
 
 
-def _finite_logits(output: LanguageOutput) -> np.ndarray:
-    logits = output.logits.numpy()
-    if not np.isfinite(logits).all():
-        raise EngineError("the logits of an answer are not finite numbers; try an fp32 bundle")
-    return logits
+class _Choice:
+    """The next tokens of answers: the engine's own choice if all are greedy, else drawn from the logits.
+
+    Raises:
+        EngineError: logits are not finite.
+    """
+
+    def __init__(self, answers: Sequence[Answer], output: LanguageOutput) -> None:
+        self._answers = answers
+        self._values: np.ndarray
+        """`[B]` int64 tokens, or `[B, vocabulary]` float32 logits."""
+        if output.best_token is not None and all(answer.settings.temperature == 0 for answer in answers):
+            self._values = output.best_token.numpy()
+            finite = self._values >= 0
+        else:
+            self._values = output.logits.numpy()
+            finite = np.isfinite(self._values)
+        if not finite.all():
+            raise EngineError("the logits of an answer are not finite numbers; try an fp32 bundle")
+
+    def tokens(self) -> list[int]:
+        """Returns the next token of each answer."""
+        if self._values.ndim == 1:
+            return [int(token) for token in self._values]
+        pairs = zip(self._answers, self._values, strict=True)
+        return [choose_token(row, answer.generator, answer.settings) for answer, row in pairs]
 
 
 def _in_runs(images: ImagePatches) -> Iterator[ImagePatches]:

@@ -23,6 +23,8 @@ class LanguageOutput:
 
     logits: DeviceTensor
     """Logits of each row's last token, `[B, vocabulary]` float32."""
+    best_token: DeviceTensor | None
+    """The likeliest token of each row, `[B]` int64, -1 where a logit is not finite; None of older bundles."""
     kv: tuple[DeviceTensor, ...]
     """Keys and values so far, one tensor per expert group, `[M, 2, B, Hkv, T, D]`."""
 
@@ -63,7 +65,8 @@ class LanguageModel:
         past = empty_past(session.entry, rows) if past is None else past
         feed |= {f"{PAST}{group}": kv for group, kv in enumerate(past)}
         outputs = session.run(feed)
-        return LanguageOutput(outputs["logits"], tuple(outputs[f"kv_{group}"] for group in range(len(past))))
+        kv = tuple(outputs[f"kv_{group}"] for group in range(len(past)))
+        return LanguageOutput(outputs["logits"], outputs.get("best_token"), kv)
 
 
 def no_images(entry: EngineEntry) -> np.ndarray:

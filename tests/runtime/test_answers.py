@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,11 @@ from PIL import Image
 from latte.checkpoint import load_image_processor
 from latte.model import LatteFlow
 from runtime.answers import AnswerSettings, _Writer, choose_token, likeliest_tokens
-from runtime.errors import InputError
+from runtime.errors import EngineError, InputError
+from runtime.language import LanguageModel
 from runtime.pipeline import LatteFlowPipeline
 from tests.reference import reference_tokens
+from tests.tiny import scale_weight
 
 RunCommand = Callable[..., tuple[int, str, str]]
 QUESTION = "what colour is the large circle?"
@@ -118,14 +121,47 @@ def test_one_session_draws_and_answers(bundle: Path) -> None:
 
 
 def test_keys_and_values_stay_with_the_session(pipe: LatteFlowPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between tokens nothing but the logits comes to the host."""
+    """Between tokens nothing but the tokens comes to the host, or the logits where tokens are drawn."""
     from runtime.backends.onnxruntime import OrtTensor
 
     copied = []
     to_numpy = OrtTensor.numpy
     monkeypatch.setattr(OrtTensor, "numpy", lambda value: copied.append(value.shape) or to_numpy(value))
     pipe.ask(random_image(0), QUESTION, max_new_tokens=4)
+    assert set(copied) == {(1,)}
+    copied.clear()
+    pipe.ask(random_image(0), QUESTION, max_new_tokens=4, temperature=1.0)
     assert {len(shape) for shape in copied} == {2}
+
+
+def test_greedy_tokens_are_those_of_the_logits_and_minus_one_where_one_is_not_finite(
+    pipe: LatteFlowPipeline, bundle_copy: Path
+) -> None:
+    ids = np.array([[5, 6, 7], [7, 8, 0]], np.int64)
+    mask = np.array([[True, True, True], [True, True, False]])
+    output = pipe._language.forward(ids, mask)
+    assert output.best_token is not None
+    np.testing.assert_array_equal(output.best_token.numpy(), output.logits.numpy().argmax(axis=1))
+    scale_weight(bundle_copy, "vlm", "layers.0", np.inf)
+    with LatteFlowPipeline.from_pretrained(bundle_copy) as broken:
+        output = broken._language.forward(ids, mask)
+        assert not np.isfinite(output.logits.numpy()).any()
+        assert output.best_token is not None
+        np.testing.assert_array_equal(output.best_token.numpy(), [-1, -1])
+        with pytest.raises(EngineError, match="logits of an answer are not finite"):
+            broken.ask(None, "what?", max_new_tokens=2)
+
+
+def test_engines_that_choose_no_token_answer_from_their_logits(
+    pipe: LatteFlowPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bundles of earlier versions have such engines."""
+    expected = pipe.ask(random_image(0), QUESTION, max_new_tokens=6)
+    forward = LanguageModel.forward
+    monkeypatch.setattr(
+        LanguageModel, "forward", lambda *args, **options: replace(forward(*args, **options), best_token=None)
+    )
+    assert pipe.ask(random_image(0), QUESTION, max_new_tokens=6) == expected
 
 
 # ---- choosing tokens --------------------------------------------------------------------------------
