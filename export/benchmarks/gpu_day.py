@@ -262,6 +262,7 @@ def _twins(precision: str, *, compiled: bool) -> Callable[[Settings, Report], No
 def _measured(settings: Settings, precision: str, side: str, mode: Any, count: int, known: Limits) -> dict[str, Any]:
     """Measures one side in one mode: the seconds of a step or a token, on the device, and its memory."""
     row: dict[str, Any] = {"side": side, "mode": mode, "images": count}
+    peak_memory(settings.device)  # forgets what was in use before
     try:
         modules, inputs, work, prefix = _side(settings, precision, side, count)
         run = prepared(modules, inputs, mode)
