@@ -148,7 +148,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the bundle and the images.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
 ) -> None:
-    """Export, verify, generate and ask with the shipped checkpoint, and show how long each stage takes.
+    """Export, verify, generate and ask with the shipped checkpoints, and show how long each stage takes.
 
     \b
     Example:

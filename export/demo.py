@@ -1,10 +1,11 @@
-"""`latte-flow demo`: the shipped checkpoint from export to images, and to answers about one of them."""
+"""`latte-flow demo`: the shipped checkpoints from export to images, and to answers about one of them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,13 +45,14 @@ class DemoResult:
 
 
 def run_demo(out: Path, seed: int, on_stage: OnStage) -> DemoResult:
-    """Writes `bundle/`, `grid.png`, `trajectory.png` and `answers.png` into `out`."""
+    """Writes `bundle/`, its distilled form `bundle-4step/`, and pictures of what they draw and answer into `out`."""
     make_writable_folder(out)
     result = DemoResult()
     current, started = "", time.perf_counter()
 
-    def stage(name: str) -> None:
+    def stage(name: str, of: str = "") -> None:
         nonlocal current, started
+        name = f"{of}: {name}" if of else name
         now = time.perf_counter()
         if current:
             result.seconds[current] = now - started
@@ -58,8 +60,11 @@ def run_demo(out: Path, seed: int, on_stage: OnStage) -> DemoResult:
         if name:
             on_stage(name)
 
-    _, result.failed = export_bundle("shapes", out / "bundle", force=True, on_stage=stage)
-    with LatteFlowPipeline.from_pretrained(out / "bundle") as pipe:
+    bundles = {name: out / name.replace("shapes", "bundle") for name in ("shapes", "shapes-4step")}
+    for name, bundle in bundles.items():
+        _, failed = export_bundle(name, bundle, force=True, on_stage=partial(stage, of=name))
+        result.failed += failed
+    with LatteFlowPipeline.from_pretrained(bundles["shapes"]) as pipe:
         stage(f"draw {len(PROMPTS)} images")
         images = pipe(PROMPTS, seed=seed).images
         save_png(contact_sheet(images, PROMPTS), out / "grid.png")
@@ -71,9 +76,25 @@ def run_demo(out: Path, seed: int, on_stage: OnStage) -> DemoResult:
         result.answers = list(zip(QUESTIONS, answers, strict=True))
         labels = [f"{question} {answer}" for question, answer in result.answers]
         save_png(contact_sheet([asked] * len(labels), labels, columns=len(labels)), out / "answers.png")
+    stage("draw in 20 steps and in 4")
+    save_png(_side_by_side(list(bundles.values()), seed), out / "steps.png")
     stage("")
-    result.files = [out / "grid.png", out / "trajectory.png", out / "answers.png"]
+    result.files = [out / name for name in ("grid.png", "trajectory.png", "answers.png", "steps.png")]
     return result
+
+
+def _side_by_side(bundles: Sequence[Path], seed: int) -> Image.Image:
+    """Shows the prompts as each bundle draws them one by one, a row each, with the time of every call."""
+    images, labels = [], []
+    for bundle in bundles:
+        with LatteFlowPipeline.from_pretrained(bundle, prefix_cache_bytes=0) as pipe:
+            steps = pipe.manifest.sampling.num_inference_steps
+            pipe(PROMPTS[0], seed=seed)  # engines are loaded by the first call
+            for i, prompt in enumerate(PROMPTS):
+                output = pipe(prompt, seed=seed + i)
+                images += output.images
+                labels.append(f"{steps} steps, {1000 * sum(output.seconds.values()):.0f} ms")
+    return contact_sheet(images, labels, columns=len(PROMPTS))
 
 
 def _trajectory(pipe: LatteFlowPipeline, prompt: str, seed: int) -> Image.Image:

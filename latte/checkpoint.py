@@ -36,7 +36,7 @@ from latte.precision import TORCH_DTYPES, cast_parameters
 from runtime.errors import CheckpointError, InputError, one_line
 from runtime.files import make_writable_folder, permit_like_new, replaced_directory, write_text
 
-SHIPPED = {"shapes": Path(__file__).parent / "checkpoints" / "shapes"}
+SHIPPED = {name: Path(__file__).parent / "checkpoints" / name for name in ("shapes", "shapes-4step")}
 """Checkpoints in this package, by name. A name is accepted wherever a path is."""
 CLASS_OF_VAE = ("_class_name", "AutoencoderDC")
 """What diffusers writes into the config of the only autoencoder that is supported."""

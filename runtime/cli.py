@@ -27,7 +27,7 @@ class _Command:
 
 COMMANDS = {
     "demo": _Command(
-        "export.commands", "demo", "Export, verify, generate and ask with the shipped checkpoint.", "export,cpu"
+        "export.commands", "demo", "Export, verify, generate and ask with the shipped checkpoints.", "export,cpu"
     ),
     "generate": _Command("runtime.commands", "generate", "Generate images from prompts.", "cpu"),
     "ask": _Command("runtime.commands", "ask", "Ask a question about images.", "cpu"),

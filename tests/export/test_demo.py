@@ -34,22 +34,24 @@ ANSWERS = {
 
 def test_it_prints_where_its_images_are(demo: tuple[Path, str]) -> None:
     folder, out = demo
-    for name in ("grid.png", "trajectory.png", "answers.png"):
+    for name in ("grid.png", "trajectory.png", "answers.png", "steps.png"):
         assert str(folder / name) in out
         with Image.open(folder / name) as image:
             assert min(image.size) > 200
 
 
-def test_its_bundle_is_verified(demo: tuple[Path, str]) -> None:
-    parity = load_manifest(demo[0] / "bundle").parity
+@pytest.mark.parametrize("name", ["bundle", "bundle-4step"])
+def test_its_bundles_are_verified(demo: tuple[Path, str], name: str) -> None:
+    parity = load_manifest(demo[0] / name).parity
     assert parity
     assert all(row.passed for row in parity)
 
 
+@pytest.mark.parametrize("name", ["bundle", "bundle-4step"])
 @pytest.mark.parametrize("index", range(len(PROMPTS)))
-def test_it_draws_its_prompts(index: int, demo: tuple[Path, str]) -> None:
+def test_it_draws_its_prompts(index: int, demo: tuple[Path, str], name: str) -> None:
     """The same seed draws the same image alone as in the demo's batch."""
-    with LatteFlowPipeline.from_pretrained(demo[0] / "bundle") as pipe:
+    with LatteFlowPipeline.from_pretrained(demo[0] / name) as pipe:
         (image,) = pipe(PROMPTS[index], seed=index, output_type="np").images
     verdict = judge(SHOWN[index], read_image(image))
     assert verdict["all"], (PROMPTS[index], verdict)
