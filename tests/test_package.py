@@ -52,12 +52,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(out.glob("*.whl"))
 
 
-def test_the_wheel_holds_the_packages_and_the_shipped_checkpoint_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_holds_the_packages_and_the_shipped_checkpoints_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     top = {name.partition("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == PACKAGES | {"latte_flow.py"}
-    folder = "latte/checkpoints/shapes/"
-    assert {name.removeprefix(folder) for name in names if name.startswith(folder)} == SHIPPED_FILES
+    for checkpoint in latte.checkpoint.SHIPPED:
+        folder = f"latte/checkpoints/{checkpoint}/"
+        assert {name.removeprefix(folder) for name in names if name.startswith(folder)} == SHIPPED_FILES
     source = wheel.parent / "source"
     modules = {str(path.relative_to(source)) for package in PACKAGES for path in (source / package).rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules | {"latte_flow.py"}
@@ -65,8 +66,8 @@ def test_the_wheel_holds_the_packages_and_the_shipped_checkpoint_and_nothing_els
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_the_shipped_checkpoint_is_under_30_mb() -> None:
-    path = latte.checkpoint.SHIPPED["shapes"]
+@pytest.mark.parametrize("path", latte.checkpoint.SHIPPED.values(), ids=latte.checkpoint.SHIPPED)
+def test_a_shipped_checkpoint_is_under_30_mb(path: Path) -> None:
     assert sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) < 30_000_000
 
 
