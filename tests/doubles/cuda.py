@@ -181,7 +181,9 @@ class CudaDouble:
         return error
 
     def cudaMalloc(self, size: int) -> Any:
-        used = sum(block.size for block in self.blocks.values() if block.device == self.device and not block.freed)
+        used = sum(
+            block.size for block in list(self.blocks.values()) if block.device == self.device and not block.freed
+        )
         if used + size > self.memory:
             return real.cudaError_t.cudaErrorMemoryAllocation
         block = Block(self._next, size, self.device, np.full(size, 0xFF, np.uint8))  # NaN, where it is read as a float
@@ -346,7 +348,7 @@ class CudaDouble:
 
     def span(self, address: int, size: int) -> Span:
         """Returns the bytes at an address; raises unless they are memory of the current device."""
-        start = max((start for start in self.blocks if start <= address), default=None)
+        start = max((start for start in list(self.blocks) if start <= address), default=None)
         self._require(start is not None, f"{address:#x} is no device memory")
         assert start is not None
         block = self.blocks[start]
@@ -366,7 +368,7 @@ class CudaDouble:
             writer = span.block.writer
             self._require(writer in (None, stream), f"{work.name} reads what another stream is writing")
         for span in work.writes:
-            others = [queued for other in self.streams.values() if other is not stream for queued in other.queue]
+            others = [queued for other in list(self.streams.values()) if other is not stream for queued in other.queue]
             clash = any(span.overlaps(used) for other in others for used in (*other.reads, *other.writes))
             self._require(not clash, f"{work.name} writes what another stream is using")
             span.block.writer = stream
@@ -384,8 +386,8 @@ class CudaDouble:
     def alive(self) -> dict[str, int]:
         """Counts what was not freed or destroyed."""
         return {
-            "blocks": sum(not block.freed for block in self.blocks.values()),
-            "streams": sum(not stream.destroyed for stream in self.streams.values()),
+            "blocks": sum(not block.freed for block in list(self.blocks.values())),
+            "streams": sum(not stream.destroyed for stream in list(self.streams.values())),
             "graphs": sum(not graph.destroyed for graph in self.graphs),
             "events": sum(not event.destroyed for event in self.events),
         }

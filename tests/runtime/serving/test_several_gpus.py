@@ -57,7 +57,9 @@ def test_requests_are_drawn_on_both_gpus_and_are_the_pipelines(
     drawn = {}
     handles = {seed: service.submit(request(seed), None) for seed in range(4)}  # type: ignore[arg-type]
     for seed, handle in handles.items():
-        drawn[seed] = next(event.pixels for event in handle.events(30) if event.kind == "image")
+        events = list(handle.events(60))
+        assert [event.kind for event in events if event.kind in ("image", "failed")] == ["image"], events
+        drawn[seed] = next(event.pixels for event in events if event.kind == "image")
     for seed, pixels in drawn.items():
         expected = pipe("a red star", seed=seed, num_inference_steps=2, output_type="np").images[0]
         assert pixels is not None
