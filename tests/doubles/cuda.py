@@ -19,13 +19,16 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from cuda.bindings import runtime as real
 
 ALIGNMENT = 256
+P = ParamSpec("P")
+ResultT = TypeVar("ResultT")
 
 
 class BrokenRule(AssertionError):
@@ -121,6 +124,19 @@ class Graph:
     on_destroy: list[Callable[[], None]] = field(default_factory=list)
 
 
+def one_at_a_time(
+    method: Callable[Concatenate[CudaDouble, P], ResultT],
+) -> Callable[Concatenate[CudaDouble, P], ResultT]:
+    """Lets one thread at a time into a method that is no call of the API: those are locked in `__getattribute__`."""
+
+    @wraps(method)
+    def alone(self: CudaDouble, *args: P.args, **kwargs: P.kwargs) -> ResultT:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return alone
+
+
 class CudaDouble:
     """Stands for the module `cuda.bindings.runtime`.
 
@@ -181,9 +197,7 @@ class CudaDouble:
         return error
 
     def cudaMalloc(self, size: int) -> Any:
-        used = sum(
-            block.size for block in list(self.blocks.values()) if block.device == self.device and not block.freed
-        )
+        used = sum(block.size for block in self.blocks.values() if block.device == self.device and not block.freed)
         if used + size > self.memory:
             return real.cudaError_t.cudaErrorMemoryAllocation
         block = Block(self._next, size, self.device, np.full(size, 0xFF, np.uint8))  # NaN, where it is read as a float
@@ -346,9 +360,10 @@ class CudaDouble:
         """The current thread's device, 0 unless it was set."""
         return getattr(self._thread, "device", 0)
 
+    @one_at_a_time
     def span(self, address: int, size: int) -> Span:
         """Returns the bytes at an address; raises unless they are memory of the current device."""
-        start = max((start for start in list(self.blocks) if start <= address), default=None)
+        start = max((start for start in self.blocks if start <= address), default=None)
         self._require(start is not None, f"{address:#x} is no device memory")
         assert start is not None
         block = self.blocks[start]
@@ -357,6 +372,7 @@ class CudaDouble:
         self._check_device(block.device, "memory is used")
         return Span(block, address - start, size)
 
+    @one_at_a_time
     def enqueue(self, stream: Stream, work: Work) -> None:
         """Queues work, or captures it."""
         for span in (*work.reads, *work.writes):
@@ -368,7 +384,7 @@ class CudaDouble:
             writer = span.block.writer
             self._require(writer in (None, stream), f"{work.name} reads what another stream is writing")
         for span in work.writes:
-            others = [queued for other in list(self.streams.values()) if other is not stream for queued in other.queue]
+            others = [queued for other in self.streams.values() if other is not stream for queued in other.queue]
             clash = any(span.overlaps(used) for other in others for used in (*other.reads, *other.writes))
             self._require(not clash, f"{work.name} writes what another stream is using")
             span.block.writer = stream
@@ -383,14 +399,20 @@ class CudaDouble:
         self._check_stream(stream)
         return stream
 
+    @one_at_a_time
     def alive(self) -> dict[str, int]:
         """Counts what was not freed or destroyed."""
         return {
-            "blocks": sum(not block.freed for block in list(self.blocks.values())),
-            "streams": sum(not stream.destroyed for stream in list(self.streams.values())),
+            "blocks": sum(not block.freed for block in self.blocks.values()),
+            "streams": sum(not stream.destroyed for stream in self.streams.values()),
             "graphs": sum(not graph.destroyed for graph in self.graphs),
             "events": sum(not event.destroyed for event in self.events),
         }
+
+    @one_at_a_time
+    def is_queued(self, name: str) -> bool:
+        """Returns whether work of this name is queued in any stream."""
+        return any(work.name == name for stream in self.streams.values() for work in stream.queue)
 
     def _drain(self, stream: Stream) -> None:
         for work in stream.queue:

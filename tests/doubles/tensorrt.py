@@ -162,8 +162,7 @@ class RefitterDouble:
         engine.check_device()
         if not engine.refittable:
             return False
-        streams = list(engine.trt.cuda.streams.values())
-        if any(work.name == engine.entry.name for stream in streams for work in stream.queue):
+        if engine.trt.cuda.is_queued(engine.entry.name):
             raise BrokenRule("weights are replaced while runs of the engine are queued")
         if any(context.is_in_graph for context in engine.trt.contexts if context.engine is engine):
             raise BrokenRule("weights are replaced that a graph may have in it")
