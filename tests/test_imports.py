@@ -50,7 +50,7 @@ def test_packages_import_only_what_the_design_allows(package: str) -> None:
 
 LAYERS_OF_RUNTIME = (
     {"errors"},
-    {"files", "console", "machine", "flow_time"},
+    {"files", "console", "machine", "flow_time", "stopwatch"},
     {"manifest", "images"},
     {"plans", "image_processor", "backends", "doctor"},
     {"rows", "engines", "language", "chat", "tracing"},

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
+from runtime.stopwatch import ResultT, wall_time
+
 KeyT = TypeVar("KeyT")
-ResultT = TypeVar("ResultT")
-
-
-def wall_time(work: Callable[[], ResultT]) -> tuple[float, ResultT]:
-    """Runs some work; returns the seconds on the wall's clock, and its result."""
-    started = time.perf_counter()
-    result = work()
-    return time.perf_counter() - started, result
 
 
 @dataclass(frozen=True)

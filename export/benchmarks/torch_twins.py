@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.benchmarks.limits import PREFIX_TOKENS, ROWS_PER_IMAGE, Limits
-from export.benchmarks.timing import wall_time
 from latte.config import LatteFlowConfig
 from latte.model import FlowTransformer, RMSNorm, rotate
 from latte.precision import TORCH_DTYPES, cast_parameters
+from runtime.stopwatch import wall_time
 
 Mode = Literal["eager", "CUDA graph", "compiled", "compiled, CUDA graph"]
 Run = Callable[[], object]

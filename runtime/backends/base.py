@@ -6,17 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from time import perf_counter
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 import numpy as np
 
 from runtime.backends.values import DeviceTensor, GrowingKeyValues, KeyValues, Value
 from runtime.errors import EngineError
 from runtime.manifest import EngineEntry, FileEntry, TensorSpec
-
-ResultT = TypeVar("ResultT")
+from runtime.stopwatch import ResultT, wall_time
 
 
 class Session(ABC):
@@ -103,9 +101,7 @@ class Backend(ABC):
 
     def timed(self, work: Callable[[], ResultT]) -> tuple[float, ResultT]:
         """Runs some work; returns the seconds that the device took for it, and its result."""
-        started = perf_counter()
-        result = work()
-        return perf_counter() - started, result
+        return wall_time(work)
 
     def close(self) -> None:  # noqa: B027 - most backends have nothing to free
         """Frees what the sessions share, and the sessions that are open. Nothing of the backend can be used then."""

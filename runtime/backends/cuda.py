@@ -10,15 +10,15 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from heapq import heappop, heappush
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from runtime.backends.values import DeviceTensor
 from runtime.errors import EngineError
+from runtime.stopwatch import ResultT
 
 ALIGNMENT = 256
-ResultT = TypeVar("ResultT")
 
 
 class Cuda:

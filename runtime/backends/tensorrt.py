@@ -21,13 +21,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime.backends.base import Backend, ResultT, Session
+from runtime.backends.base import Backend, Session
 from runtime.backends.cuda import Cuda, CudaTensor
 from runtime.backends.cuda_key_values import CudaKeyValues, padded
 from runtime.backends.values import DeviceTensor, KeyValues, Value, to_host
 from runtime.errors import EngineError, InputError, MissingExtraError, one_line
 from runtime.manifest import EngineEntry, FileEntry, PlanEntry, PlanProvider, TensorSpec, read_file
 from runtime.plans import TENSORRT, usable_plan
+from runtime.stopwatch import ResultT
 
 GRAPHS_KEPT = 32
 """CUDA graphs per engine, one for each combination of shapes and addresses."""
