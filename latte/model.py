@@ -100,11 +100,20 @@ def residual_attention_scores(
         all scores before the softmax, `[R, Hkv, G*N, T]` float32, and S_l, `[R, Hkv, G*N, N]` float32.
     """
     query = query.float() * query.shape[-1] ** -0.5
-    context = torch.matmul(query, prefix_key.float().transpose(-1, -2))  # [R, Hkv, G*N, P]
-    scores = torch.matmul(query, key.float().transpose(-1, -2))  # [R, Hkv, G*N, N]
+    context = _fp32_product(query, prefix_key.float().transpose(-1, -2))  # [R, Hkv, G*N, P]
+    scores = _fp32_product(query, key.float().transpose(-1, -2))  # [R, Hkv, G*N, N]
     if previous is not None and gate is not None:
         scores = scores + gate.float() * previous
     return torch.cat([scores, context], dim=-1), scores
+
+
+def _fp32_product(left: Tensor, right: Tensor) -> Tensor:
+    """Returns the matrix product in fp32 under autocast too, which would make it half precision."""
+    device = left.device.type
+    if not torch.is_autocast_enabled(device):
+        return torch.matmul(left, right)
+    with torch.autocast(device, enabled=False):
+        return torch.matmul(left, right)
 
 
 class FlowLayer(nn.Module):

@@ -73,6 +73,18 @@ def test_a_folder_of_images_trains_the_flow_layers(
     assert "left out 3.png" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("stage", ["flow", "vlm"])
+def test_bf16_has_the_losses_of_fp32(checkpoint: Path, images: Path, tmp_path: Path, stage: str) -> None:
+    losses = {}
+    for precision in ("no", "bf16"):
+        out = tmp_path / precision
+        run(checkpoint, "--data", images, "--out", out, "--stage", stage, "--mixed-precision", precision)
+        log = json.loads((out / LOG).read_text(encoding="utf-8").splitlines()[-1])
+        losses[precision] = [value for name, value in log.items() if name == "loss" or name.startswith("group_")]
+    assert len(losses["no"]) == {"flow": 2, "vlm": 1}[stage]
+    assert losses["bf16"] == pytest.approx(losses["no"], rel=0.01)
+
+
 def test_questions_of_a_data_set_train_the_vlm(checkpoint: Path, images: Path, tmp_path: Path) -> None:
     run(checkpoint, "--data", images, "--out", tmp_path, "--stage", "vlm", "--learning-rate", 1e-3)
     before, after = load_checkpoint(checkpoint).vlm, load_checkpoint(tmp_path / "checkpoint").vlm
