@@ -33,11 +33,10 @@ from transformers.utils import logging as transformers_logging
 from latte.config import FORMAT_VERSION, LatteFlowConfig
 from latte.model import FlowTransformer, LatteFlow
 from latte.precision import TORCH_DTYPES, cast_parameters
+from latte.shipped import shipped_checkpoints
 from runtime.errors import CheckpointError, InputError, one_line
 from runtime.files import make_writable_folder, permit_like_new, replaced_directory, write_text
 
-SHIPPED = {name: Path(__file__).parent / "checkpoints" / name for name in ("shapes", "shapes-4step")}
-"""Checkpoints in this package, by name. A name is accepted wherever a path is."""
 CLASS_OF_VAE = ("_class_name", "AutoencoderDC")
 """What diffusers writes into the config of the only autoencoder that is supported."""
 
@@ -64,9 +63,10 @@ def resolve_checkpoint(name_or_path: str | Path) -> Path:
     Raises:
         CheckpointError: there is no checkpoint, or it is incomplete.
     """
-    path = SHIPPED.get(str(name_or_path), Path(name_or_path))
+    shipped = shipped_checkpoints()
+    path = shipped.get(str(name_or_path), Path(name_or_path))
     if not path.is_dir():
-        known = ", ".join(SHIPPED)
+        known = ", ".join(sorted(shipped))
         raise CheckpointError(f"no checkpoint at {name_or_path}; expected a folder, or one of: {known}")
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{name_or_path} contains no config.json, so it is not a complete LaTtE-Flow checkpoint")

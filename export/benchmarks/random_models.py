@@ -23,10 +23,11 @@ from export.engines import bind, write_engine, write_safetensors
 from export.graph_store import default_store
 from export.graphs import make_graphs
 from export.vlm_components import language_component
-from latte.checkpoint import SHIPPED, own_state
+from latte.checkpoint import own_state
 from latte.config import LatteFlowConfig
 from latte.model import FlowTransformer
 from latte.paper import DECODER_CHANNELS, PAPER, VISION, VOCABULARY, text_config_of, vae_config_of, vlm_config_of
+from latte.shipped import shipped_checkpoints
 from runtime.files import write_text
 from runtime.manifest import EngineEntry, Precision
 
@@ -104,7 +105,7 @@ def write_random_checkpoint(
     memory for a model.
     """
     path.mkdir(parents=True)
-    source = SHIPPED["shapes"]
+    source = shipped_checkpoints()["shapes"]
     for name in TOKENIZER_FILES:
         shutil.copyfile(source / name, path / name)
     Qwen2VLImageProcessorPil().save_pretrained(path)

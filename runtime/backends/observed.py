@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 from runtime.backends.base import Backend, Session
 from runtime.backends.values import DeviceTensor, KeyValues, Value
 from runtime.manifest import EngineEntry, FileEntry
+from runtime.stopwatch import ResultT
 
 
 class ObservedRun(NamedTuple):
@@ -52,6 +53,9 @@ class ObservedBackend(Backend):
 
     def synchronize(self) -> None:
         self._backend.synchronize()
+
+    def timed(self, work: Callable[[], ResultT]) -> tuple[float, ResultT]:
+        return self._backend.timed(work)
 
     def close(self) -> None:
         self._backend.close()

@@ -14,8 +14,9 @@ import torch
 from diffusers import AutoencoderDC
 from safetensors.torch import load_file, save_file
 
-from latte.checkpoint import SHIPPED, _as, load_checkpoint, load_config, load_outline, load_vae, save_checkpoint
+from latte.checkpoint import _as, load_checkpoint, load_config, load_outline, load_vae, save_checkpoint
 from latte.shapes.vlm import small_image_processor
+from latte.shipped import shipped_checkpoints
 from runtime.errors import CheckpointError
 from tests.tiny import save_tiny, tiny_autoencoder, tiny_vlm
 
@@ -44,12 +45,12 @@ def test_half_precision_on_disk_halves_the_files_and_nearly_keeps_the_image(
     assert abs(half - full).max() < 0.05 * abs(full).max()
 
 
-@pytest.mark.parametrize("shipped", [*SHIPPED, None])
+@pytest.mark.parametrize("shipped", [*shipped_checkpoints(), None])
 def test_no_file_names_a_path_of_the_machine_that_wrote_it(
     shipped: str | None, checkpoint: Path, tmp_path: Path
 ) -> None:
     """diffusers writes down where a model was loaded from."""
-    path = SHIPPED[shipped] if shipped else tmp_path / "again"
+    path = shipped_checkpoints()[shipped] if shipped else tmp_path / "again"
     if not shipped:
         save_checkpoint(load_checkpoint(checkpoint), small_image_processor(), path)
     for file in path.rglob("*.json"):
@@ -136,7 +137,7 @@ def test_a_name_that_leaves_the_folder_is_refused(broken: Path) -> None:
 
 
 def test_an_unknown_checkpoint_lists_the_shipped_ones() -> None:
-    with pytest.raises(CheckpointError, match="one of: shapes"):
+    with pytest.raises(CheckpointError, match="one of: (emoji, )?shapes, shapes-4step"):
         load_checkpoint("nowhere")
 
 
