@@ -137,7 +137,7 @@ def test_a_name_that_leaves_the_folder_is_refused(broken: Path) -> None:
 
 
 def test_an_unknown_checkpoint_lists_the_shipped_ones() -> None:
-    with pytest.raises(CheckpointError, match="one of: (emoji, )?shapes, shapes-4step"):
+    with pytest.raises(CheckpointError, match=r"one of: (emoji, )?shapes, shapes-4step"):
         load_checkpoint("nowhere")
 
 
