@@ -3,6 +3,7 @@
 from export.benchmarks import (
     ablations,
     batch,
+    calls,
     gateway,
     generation,
     int8,
@@ -23,6 +24,7 @@ __all__ = [
     "ablations",
     "app",
     "batch",
+    "calls",
     "gateway",
     "generation",
     "int8",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -291,6 +292,25 @@ def test_stages_are_told_and_compared_with_an_old_report(bundle: Path, tmp_path:
     code, _, error = run_command("bench", "stages", *options, "--compare", tmp_path / "nothing.json")
     assert code == 2
     assert len(error.strip().splitlines()) == 1
+
+
+def test_calls_of_bundles_are_compared_with_the_first(bundle: Path, tmp_path: Path, run_command: RunCommand) -> None:
+    fewer = Path(shutil.copytree(bundle, tmp_path / "fewer"))
+    manifest = json.loads((fewer / "manifest.json").read_text())
+    manifest["sampling"]["num_inference_steps"] = 2
+    (fewer / "manifest.json").write_text(json.dumps(manifest))
+    options = ("--bundle", bundle, "--bundle", fewer, "--images", 2, "--images", 1, "--rounds", 3)
+    code, out, error = run_command("bench", "calls", *options, "--json")
+    assert code == 0, error
+    report = json.loads(out)
+    assert list(report["images"]) == ["1", "2"]
+    for images, (whole, short) in report["images"].items():
+        assert (whole["bundle"], short["bundle"]) == (str(bundle), str(fewer))
+        assert (whole["steps"], short["steps"]) == (20, 2)
+        assert whole["times_as_fast"] == 1 < short["times_as_fast"], images
+    (tmp_path / "old.json").write_text(out)
+    assert run_command("bench", "compare", tmp_path / "old.json", tmp_path / "old.json")[0] == 0
+    assert run_command("bench", "calls", "--bundle", bundle, "--images", 0)[0] == 2
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"machine": {}, "other": [1.0]}'])
