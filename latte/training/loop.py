@@ -86,7 +86,8 @@ def make_accelerator(
         )
     try:
         accelerator = Accelerator(
-            cpu=settings.cpu,
+            # Without this, accelerate takes processes on a machine that has no accelerator for runs of their own.
+            cpu=settings.cpu or not torch.accelerator.is_available(),
             mixed_precision=settings.mixed_precision,
             fsdp_plugin=plugin,
             log_with=list(report_to) or None,

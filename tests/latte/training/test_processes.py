@@ -169,13 +169,16 @@ def test_a_run_of_which_a_process_was_killed_goes_on_bit_for_bit(checkpoint: Pat
 
 
 def test_torchrun_starts_the_processes(checkpoint: Path, tmp_path: Path) -> None:
+    """Without `--cpu`, where no GPU is to be seen: the processes make one run, with one log."""
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
     arguments = training(checkpoint, tmp_path / "run", "--max-train-steps", 1)
-    command = [*launcher, "runtime.cli", *arguments]
+    command = [*launcher, "runtime.cli", *(argument for argument in arguments if argument != "--cpu")]
+    environment = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}
     finished = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert finished.returncode == 0, finished.stderr
+    assert len((tmp_path / "run" / LOG).read_text(encoding="utf-8").splitlines()) == 1
     assert load_checkpoint(tmp_path / "run" / "checkpoint").config.schedule.num_groups == 2
 
 
