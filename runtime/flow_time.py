@@ -149,7 +149,10 @@ class SamplingDefaults(BaseModel):
 
     def scaled_steps(self, factor: float) -> int:
         """Returns the default number of steps times a factor, or the allowed number nearest to that."""
-        wanted = max(1, round(self.num_inference_steps * factor))
+        return self.nearest_steps(max(1, round(self.num_inference_steps * factor)))
+
+    def nearest_steps(self, wanted: int) -> int:
+        """Returns the allowed number of steps that is nearest to the wanted one."""
         return wanted if self.allowed_steps is None else min(self.allowed_steps, key=lambda steps: abs(steps - wanted))
 
 

@@ -183,7 +183,7 @@ def _ratio(ones: list[float], others: list[float]) -> float:
 def batch(
     bundle: Annotated[Path | None, typer.Option(help="Bundle; by default `shapes` is exported for the run.")] = None,
     provider: ProviderName = "cpu",
-    images: Annotated[int, typer.Option(help="Number of images for each side in a round.", min=1)] = 64,
+    images: Annotated[int, typer.Option(help="Number of images for each side in a round.", min=1)] = 256,
     steps: Annotated[int, typer.Option(help="Number of steps of an image.", min=1)] = 20,
     size: Annotated[list[int] | None, typer.Option(help="A batch size; may be repeated.", min=1)] = None,
     rounds: Annotated[int, typer.Option(help="Number of rounds, after one that warms up.", min=1)] = 5,

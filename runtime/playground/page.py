@@ -342,11 +342,14 @@ def _compare_tab(service: Service, sessions: Sessions, shown: Shown) -> None:
     if other is None:
         gr.Markdown("Name a second bundle to compare with: `latte-flow playground BUNDLE --compare OTHER`")
         return
+    names = [Path(name).name for name in (shown.bundle, shown.other_name)]
+    if names[0] == names[1]:
+        names = [shown.bundle, shown.other_name]
     prompt, negative, steps, scale, seed = _settings(service.model.sampling)
     button = gr.Button("Draw with both", variant="primary", elem_id="compare")
     with gr.Row():
-        here = gr.Image(label=shown.bundle, height=SIDE, elem_classes="pixels", format="png", buttons=BUTTONS)
-        there = gr.Image(label=shown.other_name, height=SIDE, elem_classes="pixels", format="png", buttons=BUTTONS)
+        here = gr.Image(label=names[0], height=SIDE, elem_classes="pixels", format="png", buttons=BUTTONS)
+        there = gr.Image(label=names[1], height=SIDE, elem_classes="pixels", format="png", buttons=BUTTONS)
         difference = gr.Image(
             label="Difference, 8 times", height=SIDE, elem_classes="pixels", format="png", buttons=BUTTONS
         )
@@ -359,13 +362,18 @@ def _compare_tab(service: Service, sessions: Sessions, shown: Shown) -> None:
         images: list[np.ndarray] = []
         try:
             for one, component in ((service, here), (other, there)):
-                drawing = _drawing(one, prompt, negative, steps, scale, seed, 1, session)
+                # A distilled model draws as it can.
+                sampling = one.model.sampling
+                own_steps = sampling.nearest_steps(int(steps))
+                own_scale = sampling.guidance_scale if sampling.guidance_distilled else scale
+                drawing = _drawing(one, prompt, negative, own_steps, own_scale, seed, 1, session)
                 for frame in draw(one, drawing, sessions, session):
                     if frame.fresh:
                         yield {component: frame.images[0]}
                 images.append(frame.images[0])
             first, second = images
-            yield {difference: difference_of(first, second), told: f"PSNR {psnr(first, second)}"}
+            with_steps = f"; {names[1]} in {own_steps} steps" if own_steps != int(steps) else ""
+            yield {difference: difference_of(first, second), told: f"PSNR {psnr(first, second)}{with_steps}"}
         except CancelledError:
             return
         except Exception as error:

@@ -1,0 +1,1 @@
+"""The checkpoint `emoji` of latte-flow, in the folder `emoji`."""
