@@ -71,18 +71,33 @@ class Emoji:
     name = "emoji"
     num_rows = None
     settings: ClassVar[Mapping[StageName, TrainSettings]] = {
-        "autoencoder": TrainSettings(max_train_steps=12000, train_batch_size=32, learning_rate=1e-3, ema_decay=0.998),
-        "vision": TrainSettings(max_train_steps=12000, train_batch_size=64, learning_rate=1e-3, ema_decay=0.998),
-        "vlm": TrainSettings(
-            max_train_steps=20000,
-            train_batch_size=64,
+        "autoencoder": TrainSettings(
+            max_train_steps=1600,
+            train_batch_size=32,
             learning_rate=1e-3,
-            lr_warmup_steps=400,
+            optimizer="muon",
+            muon_learning_rate=2e-3,
+            ema_decay=0.995,
+        ),
+        "vision": TrainSettings(
+            max_train_steps=1400, train_batch_size=64, learning_rate=1.5e-3, optimizer="muon", ema_decay=0.995
+        ),
+        "vlm": TrainSettings(
+            max_train_steps=2000,
+            train_batch_size=32,
+            learning_rate=1.2e-3,
+            optimizer="muon",
+            muon_learning_rate=2.4e-3,
             adam_weight_decay=0.05,
-            ema_decay=0.998,
+            ema_decay=0.995,
         ),
         "flow": TrainSettings(
-            max_train_steps=120000, train_batch_size=128, learning_rate=1e-3, lr_warmup_steps=1000, ema_decay=0.9995
+            max_train_steps=16000,
+            train_batch_size=64,
+            learning_rate=1.5e-3,
+            optimizer="muon",
+            lr_warmup_steps=300,
+            ema_decay=0.999,
         ),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -220,7 +221,8 @@ def train(
     if dry_run:
         if lora_rank is not None:
             raise InputError("--dry-run counts a training of whole layers; leave out --lora-rank")
-        _dry_run(checkpoint, world, changed(settings_of(world, "flow"), given), chosen, num_train_epochs)
+        sizes = _sizes_of(checkpoint, world, seed)
+        _dry_run(checkpoint, sizes, world, changed(settings_of(world, "flow"), given), chosen, num_train_epochs)
         return
     stages = STAGES if stage == "all" else (stage,)
     settings = {name: changed(settings_of(world, name), given) for name in stages}
@@ -241,10 +243,18 @@ def train(
     typer.echo(str(source))
 
 
+def _sizes_of(checkpoint: str, world: World, seed: int) -> Sizes:
+    if checkpoint == PAPER_NAME:
+        return Sizes.of(checkpoint)
+    if checkpoint != FRESH:
+        return Sizes.of(resolve_checkpoint(checkpoint))
+    with tempfile.TemporaryDirectory() as folder:
+        return Sizes.of(untrained_checkpoint(Path(folder), world, seed))
+
+
 def _dry_run(
-    checkpoint: str, world: World, settings: TrainSettings, groups: list[int] | None, epochs: int | None
+    checkpoint: str, sizes: Sizes, world: World, settings: TrainSettings, groups: list[int] | None, epochs: int | None
 ) -> None:
-    sizes = Sizes.of(checkpoint if checkpoint == PAPER_NAME else resolve_checkpoint(checkpoint))
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if epochs is not None:
         steps_per_batch = sizes.flow.schedule.num_groups if groups is None else len(groups)

@@ -284,6 +284,12 @@ def test_a_dry_run_counts_what_the_checkpoint_has(checkpoint: Path) -> None:
     assert one.trained_parameters == one.active_parameters == needs.active_parameters
 
 
+def test_a_dry_run_from_nothing_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("new", "--data", "shapes", "--out", tmp_path / "run", "--dry-run")
+    assert "parameters" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_dry_run_of_the_papers_size_needs_no_weights() -> None:
     settings = TrainSettings(max_train_steps=1, train_batch_size=8, learning_rate=1e-4, mixed_precision="bf16")
     needs = needs_of(Sizes.of("paper"), settings, num_processes=8)
