@@ -70,6 +70,12 @@ def gateway(
         list[str] | None,
         typer.Option(metavar="HOST", help="Host from which images in messages may be fetched; may be repeated."),
     ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL", help="Origin of pages that may ask from a browser, such as https://x.org; may be repeated."
+        ),
+    ] = None,
     result_cache: Annotated[
         int, typer.Option(metavar="MB", help="Memory for answers to equal requests with a seed; 0: none.", min=0)
     ] = 0,
@@ -106,7 +112,11 @@ def gateway(
     if keys.is_empty and not is_loopback(host):
         warn(f"everybody who can reach {host}:{port} may ask; give --api-key-file")
     settings = GatewaySettings(
-        keys, frozenset(allow_image_host or ()), access_log, result_cache_bytes=result_cache << 20
+        keys,
+        frozenset(allow_image_host or ()),
+        frozenset(allow_origin or ()),
+        access_log,
+        result_cache_bytes=result_cache << 20,
     )
     if (bundle is None) == (triton is None):
         raise InputError("give either a bundle or --triton HOST:PORT")
@@ -258,7 +268,11 @@ def _listen(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, port), family=family, backlog=2048)
+        # asyncio sends small answers at once only on sockets that name their protocol; others wait 40 ms for more.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
     except OSError as error:
         raise InputError(f"cannot listen on {host}:{port}: {error.strerror or one_line(error)}") from error
     return listener

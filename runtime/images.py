@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from runtime.errors import InputError, one_line
@@ -33,6 +34,16 @@ MAX_ASPECT_RATIO = 200
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")
 """Those that the pixels depend on."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each orientation of EXIF."""
 _MARGIN = 8
 _LINE = 14
 _TILE = 160
@@ -98,11 +109,12 @@ def open_image(image: ImageInput) -> Image.Image:
         _check_size(name, *opened.size)
         try:
             opened.load()
-            # Both would copy an image that needs no change, and a photo has hundreds of megabytes.
-            is_turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            turned = ImageOps.exif_transpose(opened) if is_turned else opened
+            # Both would copy an image that needs no change, and a photo has hundreds of megabytes. PIL's own function
+            # also writes the EXIF data anew, which fails for values that cameras get wrong.
+            turn = _TURNS.get(opened.getexif().get(ExifTags.Base.Orientation, 1))
+            turned = opened if turn is None else opened.transpose(turn)
             return turned if turned.mode == "RGB" else turned.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, TypeError, struct.error) as error:
             raise InputError(f"{name} cannot be decoded: {one_line(error)}; give a complete image file") from error
 
 

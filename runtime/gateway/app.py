@@ -10,24 +10,27 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from runtime.errors import DRAINING, InputError, ServiceError, line_of, one_line
 from runtime.gateway import chat, images
-from runtime.gateway.door import Door
+from runtime.gateway.door import REQUEST_ID, Door
 from runtime.gateway.drawing import draw, stream
 from runtime.gateway.errors import ApiError, api_error
 from runtime.gateway.fetching import read_url
 from runtime.gateway.keys import ApiKey, KeyRing
 from runtime.gateway.metrics import Gauges
-from runtime.gateway.schema import ChatBody, ImagesBody
+from runtime.gateway.schema import ChatBody, ImagesBody, field_place
 from runtime.gateway.store import BoundedStore, key_of, new_name
 from runtime.gateway.streams import Pulse, SseEvent, cancelled_by_disconnect, events_of, first_or_late, sse_lines
+from runtime.images import check_number
 from runtime.serving.requests import GenerationRequest
 from runtime.serving.service import Service
 
@@ -47,6 +50,8 @@ class GatewaySettings:
     keys: KeyRing = field(default_factory=lambda: KeyRing([]))
     allowed_image_hosts: frozenset[str] = frozenset()
     """Hosts from which images in messages are fetched."""
+    allowed_origins: frozenset[str] = frozenset()
+    """Origins of pages that may ask from a browser (CORS)."""
     access_log: bool = False
     result_cache_bytes: int = 0
     """Size of the cache of answers to equal requests; 0 for none."""
@@ -79,6 +84,8 @@ class Gateway:
             self.settings.store_bytes, self.settings.store_seconds
         )
         self._results: BoundedStore[dict[str, Any]] = BoundedStore(self.settings.result_cache_bytes)
+        self._drawing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """The locks of what is being drawn for the cache."""
 
     async def generate_images(self, body: ImagesBody, request: Request) -> Response:
         """Draws images from a prompt."""
@@ -90,18 +97,27 @@ class Gateway:
         if body.stream:
             return await self._streamed(request, self._image_events(body, drawing, key))
         place = self._place(body, request, key)
-        if place is not None and (known := self._results.get(place)) is not None:
-            return JSONResponse(self._fresh(known, body, request), headers={RESULT_CACHE: "hit"})
-        with self.settings.keys.quota(key, "draw", body.n):
+        if place is None:
+            return JSONResponse(self._fresh(await self._drawn(body, drawing, request), body, request))
+        # An equal request that comes while the first is drawn waits for it, and is not drawn again.
+        async with cancelled_by_disconnect(request):
+            await (lock := self._drawing.setdefault(place, asyncio.Lock())).acquire()
+        try:
+            result, found = self._results.get(place), "hit"
+            if result is None:
+                result, found = await self._drawn(body, drawing, request), "miss"
+                self._results.put(place, result, sum(len(item["b64_json"]) for item in result["data"]))
+        finally:
+            lock.release()
+        return JSONResponse(self._fresh(result, body, request), headers={RESULT_CACHE: found})
+
+    async def _drawn(self, body: ImagesBody, drawing: GenerationRequest, request: Request) -> dict[str, Any]:
+        """Draws, and returns the result with files."""
+        with self.settings.keys.quota(request.state.key, "draw", body.n):
             async with cancelled_by_disconnect(request):
                 drawn = await draw(self.pulse, drawing, body)
         items = [{"b64_json": images.base64_text(file)} for file in drawn.files]
-        result = images.response_body(body, self.service.model, drawing.seed, items, drawn.usage)
-        headers = {}
-        if place is not None:
-            self._results.put(place, result, sum(len(item["b64_json"]) for item in items))
-            headers = {RESULT_CACHE: "miss"}
-        return JSONResponse(self._fresh(result, body, request), headers=headers)
+        return images.response_body(body, self.service.model, drawing.seed, items, drawn.usage)
 
     def _fresh(self, result: dict[str, Any], body: ImagesBody, request: Request) -> dict[str, Any]:
         """Returns a result with URLs instead of files, if the request asks for them."""
@@ -145,7 +161,10 @@ class Gateway:
     async def _answer(self, body: ChatBody, request: Request) -> Response:
         key = request.state.key
         urls = chat.image_urls(body.messages)
-        files = [await read_url(url, self.settings.allowed_image_hosts) for url in urls]
+        check_number(len(urls))
+        with self.settings.keys.quota(key, "ask", 1):
+            async with cancelled_by_disconnect(request):
+                files = [await read_url(url, self.settings.allowed_image_hosts) for url in urls]
         conversation = await asyncio.to_thread(chat.conversation_of, body.messages, files)
         asking = chat.answer_request(body, conversation, self._client_id(key, body), request.state.request_id)
         completion = chat.Completion(self.service.model.name, reports_usage=body.stream_options.include_usage)
@@ -242,6 +261,8 @@ class Gateway:
 
     async def one_model(self, name: str) -> dict[str, Any]:
         """Describes the model."""
+        if not name:
+            return await self.models()
         self._check_model(name)
         return self._model()
 
@@ -302,6 +323,16 @@ def make_app(
     ]
     for method, path, endpoint in routes:
         app.add_api_route(path, endpoint, methods=[method], name=endpoint.__name__, response_model=None)
+    for path, endpoint in (("/health", gateway.health), ("/ready", gateway.ready)):  # some probes and proxies ask so
+        app.add_api_route(path, endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=sorted(settings.allowed_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID, RESULT_CACHE],
+        )
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(Exception, _on_error)
@@ -344,8 +375,9 @@ async def _on_invalid_body(request: Request, error: Exception) -> Response:
     if first["type"] == "json_invalid":
         failure = ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', 'broken')}", "invalid_json")
     else:
-        place = ".".join(str(part) for part in first["loc"][1:])
-        failure = ApiError(422, line_of({**first, "loc": first["loc"][1:]}, "the body"), first["type"], place or None)
+        named = field_place(first["loc"][1:])
+        place = ".".join(str(part) for part in named)
+        failure = ApiError(422, line_of({**first, "loc": named}, "the body"), first["type"], place or None)
     return JSONResponse(failure.body, failure.status)
 
 

@@ -53,13 +53,15 @@ class Door:
         request_id = given if _PLAIN_ID.fullmatch(given) else secrets.token_hex(8)
         state = scope.setdefault("state", {})
         state["request_id"], state["key"] = request_id, None
-        status = CLIENT_CLOSED
+        begun, status = CLIENT_CLOSED, CLIENT_CLOSED
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal begun, status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                begun = message["status"]
                 message["headers"] = [*message.get("headers", []), (REQUEST_ID.encode(), request_id.encode())]
+            elif not message.get("more_body", False):
+                status = begun  # a stream that does not come to its end was left
             await send(message)
 
         started = time.monotonic()
@@ -92,7 +94,8 @@ class Door:
 
     def _refusal(self, scope: Scope, headers: Headers, state: dict[str, Any]) -> ApiError | None:
         path = scope["path"]
-        if not self._keys.is_empty and not path.startswith(OPEN_PATHS):
+        is_preflight = scope["method"] == "OPTIONS"  # a browser asks so whether it may send a key
+        if not self._keys.is_empty and not path.startswith(OPEN_PATHS) and not is_preflight:
             scheme, _, token = headers.get("authorization", "").partition(" ")
             state["key"] = self._keys.find(token.strip()) if scheme.lower() == "bearer" else None
             if state["key"] is None:

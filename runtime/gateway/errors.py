@@ -15,7 +15,10 @@ from runtime.errors import (
     ServiceError,
     one_line,
 )
+from runtime.gateway.schema import ChatBody, ImagesBody
 
+FIELD_OF_ARGUMENT = {"num_images": "n", "max_new_tokens": "max_tokens"}
+"""Fields whose argument in the service, with which its messages begin, has another name."""
 CLIENT_CLOSED = 499
 """Nobody reads it: the client closed the connection. It is counted and logged."""
 
@@ -56,7 +59,10 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(500, "internal error; see the gateway's log", "internal_error")
     message = one_line(error)
     if isinstance(error, InputError):
-        return ApiError(400, message, "invalid_value")
+        word, _, rest = message.partition(" ")
+        field = FIELD_OF_ARGUMENT.get(word, word)
+        is_field = field in ImagesBody.model_fields or field in ChatBody.model_fields
+        return ApiError(400, f"{field} {rest}" if is_field else message, "invalid_value", field if is_field else None)
     if isinstance(error, QueueFullError):
         return ApiError(429, message, "rate_limit_exceeded", retry_after=error.retry_after or 1)
     if isinstance(error, DrainingError):

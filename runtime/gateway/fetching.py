@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
@@ -12,6 +13,7 @@ from runtime.gateway.chat import content_of
 from runtime.images import MAX_FILE_BYTES
 
 FETCH_SECONDS = 10.0
+"""Longest time for a whole image."""
 _REMEDY = "send a data URI (the operator can add --allow-image-host)"
 
 
@@ -44,6 +46,7 @@ async def fetch_url(url: str, hosts: Collection[str], remedy: str = _REMEDY) -> 
     content = b""
     try:
         async with (
+            asyncio.timeout(FETCH_SECONDS),
             httpx2.AsyncClient(timeout=FETCH_SECONDS, follow_redirects=False) as client,
             client.stream("GET", url) as response,
         ):
@@ -53,6 +56,8 @@ async def fetch_url(url: str, hosts: Collection[str], remedy: str = _REMEDY) -> 
                 content += piece
                 if len(content) > MAX_FILE_BYTES:
                     raise InputError(f"an image is larger than {MAX_FILE_BYTES} bytes; make it smaller")
+    except TimeoutError as error:
+        raise InputError(f"an image from {host} took longer than {FETCH_SECONDS:g} s; send a data URI") from error
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         raise InputError(f"an image could not be fetched from {host}: {one_line(error)}") from error
     return content

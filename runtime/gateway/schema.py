@@ -6,6 +6,7 @@ values that ask for nothing. A field that is unknown is refused: a typing error 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -28,6 +29,10 @@ Quality = Literal["auto", "low", "medium", "high", "standard", "hd"]
 MOST_PARTIAL_IMAGES = 3
 MAX_TEXT = 32_000
 """Characters of a prompt, as OpenAI's. The model's limit in tokens is lower."""
+MAX_CONVERSATION_TEXT = 4 * MAX_TEXT
+"""Characters of all messages. More would hold up everybody else while they are made tokens, before they are refused."""
+MAX_PARTS = 256
+"""Parts of a message."""
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 
 
@@ -99,7 +104,8 @@ class DrawingOptions(Body):
 
     @model_validator(mode="after")
     def _check_compression(self) -> DrawingOptions:
-        if self.output_compression is not None and self.output_format == "png":
+        # 100 is OpenAI's default, for png too.
+        if self.output_compression not in (None, 100) and self.output_format == "png":
             raise ValueError("output_compression is for jpeg and webp; png loses nothing")
         return self
 
@@ -158,7 +164,8 @@ def _form_of(content: Any) -> str:
     return "parts" if isinstance(content, list) else "text"
 
 
-Content = Annotated[Annotated[Text, Tag("text")] | Annotated[list[Part], Tag("parts")], Discriminator(_form_of)]
+Parts = Annotated[list[Part], Field(max_length=MAX_PARTS)]
+Content = Annotated[Annotated[Text, Tag("text")] | Annotated[Parts, Tag("parts")], Discriminator(_form_of)]
 """An error is of the form that the content has, not of both."""
 
 
@@ -169,7 +176,14 @@ class ChatMessage(Body):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content | None = None
-    images: list[ImagePart] = Field(default=[], description="what the assistant drew")
+    images: list[ImagePart] = Field(default=[], max_length=MAX_PARTS, description="what the assistant drew")
+
+    @property
+    def characters(self) -> int:
+        """Length of its text."""
+        if isinstance(self.content, list):
+            return sum(len(part.text) for part in self.content if isinstance(part, TextPart))
+        return len(self.content or "")
 
 
 class StreamOptions(Body):
@@ -233,6 +247,13 @@ class ChatBody(DrawingOptions):
             return data["extra_body"] | outer
         return data
 
+    @model_validator(mode="after")
+    def _check_text(self) -> ChatBody:
+        characters = sum(message.characters for message in self.messages)
+        if characters > MAX_CONVERSATION_TEXT:
+            raise ValueError(f"the messages have {characters} characters, the limit is {MAX_CONVERSATION_TEXT}")
+        return self
+
     @property
     def draws(self) -> bool:
         """Whether an image is asked for, instead of an answer."""
@@ -242,3 +263,14 @@ class ChatBody(DrawingOptions):
     def max_new_tokens(self) -> int:
         """Largest number of tokens of the answer."""
         return self.max_completion_tokens or self.max_tokens or DEFAULT_MAX_NEW_TOKENS
+
+
+def field_place(location: Sequence[str | int]) -> tuple[str | int, ...]:
+    """Returns where a body is wrong, from pydantic's location: without the names of the forms that a field may have."""
+    place: list[str | int] = []
+    for before, part in zip((None, *location), location, strict=False):
+        is_form = before == "content" and part in ("text", "parts")
+        is_kind = isinstance(before, int) and "content" in location and part in ("text", "image_url")
+        if not (is_form or (is_kind and place[-2:-1] != ["messages"])):
+            place.append(part)
+    return tuple(place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from types import FrameType
 
@@ -12,6 +13,8 @@ from runtime.gateway.door import Door
 
 KEEP_ALIVE_SECONDS = 65
 """Longer than the 60 s after which proxies give a connection up, so that none is closed while it is used."""
+
+POLL_SECONDS = 0.05
 
 
 class GatewayServer(uvicorn.Server):
@@ -27,8 +30,14 @@ class GatewayServer(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Waits for requests to the API; whoever looks at a page is left."""
+        """Waits for requests to the API, while new ones are told to ask elsewhere; whoever looks at a page is left."""
         self._door.leaving.set()
+        clock = asyncio.get_running_loop().time
+        most = self.config.timeout_graceful_shutdown or 0
+        end = clock() + most
+        while self.server_state.tasks and not self.force_exit and clock() < end:
+            await asyncio.sleep(POLL_SECONDS)
+        self.config.timeout_graceful_shutdown = max(1, round(end - clock()))
         await super().shutdown(sockets)
 
 

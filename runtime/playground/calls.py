@@ -15,12 +15,14 @@ NAMES = ("negative_prompt", "num_inference_steps", "guidance_scale", "shift", "s
 
 def command_line(request: GenerationRequest, sampling: SamplingDefaults, bundle: str) -> str:
     """Returns the command that draws a request's images."""
-    words = ["latte-flow", "generate", bundle, request.prompt]
+    options: list[str] = []
     for name, value in _changed(request, sampling).items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
+        options.append(f"--{name.replace('_', '-')}={value}")
     if request.num_images > 1:
-        words += ["--num-images-per-prompt", str(request.num_images)]
-    return shlex.join(words)
+        options.append(f"--num-images-per-prompt={request.num_images}")
+    # A prompt that begins with a dash would be an option.
+    words = [*options, "--", request.prompt] if request.prompt.startswith("-") else [request.prompt, *options]
+    return shlex.join(["latte-flow", "generate", bundle, *words])
 
 
 def python_call(request: GenerationRequest, sampling: SamplingDefaults, bundle: str) -> str:

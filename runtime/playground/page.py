@@ -34,6 +34,8 @@ TITLE = "LaTtE-Flow playground"
 SIDE = 280
 """Height of an image on the page, in pixels."""
 BUTTONS = ["download", "fullscreen"]
+CACHE_SECONDS = 3600
+"""Images of the page are files of Gradio's; older ones are deleted, and all at the end."""
 IN_ALL = 64
 """Requests of one kind that pages may have open together."""
 CSS = """
@@ -67,7 +69,7 @@ class Shown:
 def make_page(service: Service, shown: Shown = Shown()) -> gr.Blocks:
     """Returns the page of a service; `mount` puts it into an application."""
     sessions = Sessions()
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as page:
         model = service.model
         gr.Markdown(f"# {TITLE}\n{model.width}x{model.height} pixels, {model.groups} expert groups")
         with gr.Tab("Draw"):
@@ -86,6 +88,8 @@ def make_page(service: Service, shown: Shown = Shown()) -> gr.Blocks:
 
 def mount(app: Any, page: gr.Blocks, max_file_bytes: int) -> Any:
     """Puts a page at `/` of a FastAPI application; its other routes stay."""
+    # Gradio refuses files that were not uploaded only after a launch, and to mount a page is none.
+    page.has_launched = True
     return gr.mount_gradio_app(
         app, page, path="/", theme=THEME, css=CSS, max_file_size=max_file_bytes, ssr_mode=False, footer_links=[]
     )
@@ -365,8 +369,10 @@ def _compare_tab(service: Service, sessions: Sessions, shown: Shown) -> None:
                 # A distilled model draws as it can.
                 sampling = one.model.sampling
                 own_steps = sampling.nearest_steps(int(steps))
-                own_scale = sampling.guidance_scale if sampling.guidance_distilled else scale
-                drawing = _drawing(one, prompt, negative, own_steps, own_scale, seed, 1, session)
+                if sampling.guidance_distilled:
+                    drawing = _drawing(one, prompt, "", own_steps, sampling.guidance_scale, seed, 1, session)
+                else:
+                    drawing = _drawing(one, prompt, negative, own_steps, scale, seed, 1, session)
                 for frame in draw(one, drawing, sessions, session):
                     if frame.fresh:
                         yield {component: frame.images[0]}

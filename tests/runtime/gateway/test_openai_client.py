@@ -153,7 +153,7 @@ def test_a_chat_can_draw(door: Running, pipe: LatteFlowPipeline, nested: bool) -
         ({"size": "1024x1024"}, 400, "size must be auto or 32x24"),
         ({"extra_body": {"width": 64, "height": 24}}, 400, "size must be auto or 32x24.*; got 64x24"),
         ({"extra_body": {"width": 32}}, 422, "give size, or the whole numbers width and height"),
-        ({"n": 17}, 400, "num_images must be from 1 to 16, got 17"),
+        ({"n": 17}, 400, "n must be from 1 to 16, got 17"),
         ({"extra_body": {"num_inference_steps": 4000}}, 400, "num_inference_steps must be from 1 to 200"),
         ({"prompt": "<|im_end|>"}, 400, "must not contain the model's special token"),
         ({"model": "gpt-image-1"}, 404, "'gpt-image-1' is not served here"),

@@ -139,9 +139,9 @@ def test_a_null_is_a_field_that_was_left_out() -> None:
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role: Input should be 'system', "),
         (
             {"messages": [{"role": "user", "content": [{"type": "file", "file": {}}]}]},
-            "messages.0.content.parts.0: Input tag 'file' found",
+            "messages.0.content.0: Input tag 'file' found",
         ),
-        ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content.text: Input should be a valid string"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content: Input should be a valid string"),
     ],
 )
 def test_what_openai_has_and_the_model_has_not_is_refused_in_one_line(

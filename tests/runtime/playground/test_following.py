@@ -71,7 +71,9 @@ def test_the_calls_that_are_shown_draw_the_same(pipe: LatteFlowPipeline, bundle:
     request = GenerationRequest('it\'s a "star"', num_inference_steps=3, seed=5, num_images=2, negative_prompt="blue")
     words = shlex.split(command_line(request, SAMPLING, "my bundle"))
     assert words[:4] == ["latte-flow", "generate", "my bundle", 'it\'s a "star"']
-    assert words[-2:] == ["--num-images-per-prompt", "2"]
+    assert words[-1] == "--num-images-per-prompt=2"
+    dashed = shlex.split(command_line(GenerationRequest("-5 stars", seed=5), SAMPLING, "bundle"))
+    assert dashed == ["latte-flow", "generate", "bundle", "--seed=5", "--", "-5 stars"]
     names: dict[str, object] = {}
     exec(python_call(request, SAMPLING, str(bundle)), names)
     images: list[object] = names["images"]  # type: ignore[assignment]
