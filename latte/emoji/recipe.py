@@ -11,6 +11,7 @@ import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from latte.checkpoint import assemble
+from latte.emoji.appearance import EmojiVlmStage
 from latte.emoji.autoencoder import BusyScenes, emoji_autoencoder
 from latte.emoji.captions import caption
 from latte.emoji.catalogue import Catalogue, load_catalogue
@@ -20,6 +21,7 @@ from latte.emoji.vlm import EmojiConversations, emoji_tokenizer, emoji_vlm, text
 from latte.model import LatteFlow
 from latte.shapes.autoencoder import Images, to_pixels
 from latte.shapes.vlm import small_image_processor
+from latte.training.conversations import ConversationEncoder
 from latte.training.flow import FlowStage
 from latte.training.settings import TrainSettings
 from latte.training.stage import Rows
@@ -125,8 +127,8 @@ class Emoji:
     def labelled_images(self, model: LatteFlow) -> LabelledScenes:
         return LabelledScenes(self.catalogue, self.seed)
 
-    def conversations(self, model: LatteFlow) -> EmojiConversations:
-        return EmojiConversations(self.catalogue, self.seed)
+    def vlm_stage(self, model: LatteFlow, encoder: ConversationEncoder) -> EmojiVlmStage:
+        return EmojiVlmStage(model, encoder, EmojiConversations(self.catalogue, self.seed), self.catalogue)
 
     def flow_stage(self, model: LatteFlow) -> FlowStage:
         return FlowStage(model, self.captioned_images(model), ROUNDS_PER_BATCH)

@@ -14,7 +14,9 @@ from latte.shapes.autoencoder import BusyScenes, small_autoencoder
 from latte.shapes.flow import ScenePairs, ShapesFlowStage
 from latte.shapes.vision import LabelledScenes
 from latte.shapes.vlm import ShapesConversations, small_image_processor, small_vlm, train_tokenizer
+from latte.training.conversations import ConversationEncoder
 from latte.training.settings import TrainSettings
+from latte.training.vlm import VlmStage
 from latte.training.world import HELD_OUT_SEED, StageName
 
 NUM_GROUPS = 4
@@ -79,8 +81,8 @@ class Shapes:
     def labelled_images(self, model: LatteFlow) -> LabelledScenes:
         return LabelledScenes(self.seed)
 
-    def conversations(self, model: LatteFlow) -> ShapesConversations:
-        return ShapesConversations(self.seed)
+    def vlm_stage(self, model: LatteFlow, encoder: ConversationEncoder) -> VlmStage:
+        return VlmStage(model.vlm, encoder, ShapesConversations(self.seed))
 
     def flow_stage(self, model: LatteFlow) -> ShapesFlowStage:
         return ShapesFlowStage(model, self.seed)

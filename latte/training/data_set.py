@@ -19,11 +19,12 @@ from latte.data.images import CropName, ImagePolicy
 from latte.data.source import ImageTextDataSet
 from latte.data.streams import SHUFFLE_BUFFER, StreamedBatches, batches_of
 from latte.model import LatteFlow
-from latte.training.conversations import Conversation
+from latte.training.conversations import Conversation, ConversationEncoder
 from latte.training.flow import Batches, FlowBatch, FlowStage
 from latte.training.settings import TrainSettings
 from latte.training.stage import Rows
 from latte.training.vision import LabelledImages
+from latte.training.vlm import VlmStage
 from latte.training.world import HELD_OUT_SEED, StageName
 from runtime.errors import InputError
 
@@ -103,8 +104,8 @@ class DataSetWorld:
     def labelled_images(self, model: LatteFlow) -> LabelledImages:
         raise InputError(f"{self.name} has no labels of tokens, so it cannot train a vision tower")
 
-    def conversations(self, model: LatteFlow) -> DataSetConversations:
-        return DataSetConversations(self.captioned_images(model), self.seed)
+    def vlm_stage(self, model: LatteFlow, encoder: ConversationEncoder) -> VlmStage:
+        return VlmStage(model.vlm, encoder, DataSetConversations(self.captioned_images(model), self.seed))
 
     def flow_stage(self, model: LatteFlow) -> DataSetFlowStage:
         folder = self.options.cache_latents

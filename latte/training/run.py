@@ -42,7 +42,6 @@ from latte.training.stage import Stage
 from latte.training.states import rows_of_a_step, states_of, whole
 from latte.training.validation import FlowValidation, ValidationOptions
 from latte.training.vision import VisionStage
-from latte.training.vlm import VlmStage
 from latte.training.world import StageName, World
 from runtime.errors import InputError
 from runtime.files import make_writable_folder, write_text
@@ -157,7 +156,7 @@ def _make_stage(name: StageName, model: LatteFlow, checkpoint: Path, world: Worl
     if name == "vision":
         return VisionStage(model.vlm, image_processor, world.labelled_images(model))
     encoder = ConversationEncoder(model.tokenizer, image_processor)
-    return VlmStage(model.vlm, encoder, world.conversations(model))
+    return world.vlm_stage(model, encoder)
 
 
 def _add_adapter(stage: Stage, rank: int, settings: TrainSettings) -> Any:

@@ -71,5 +71,10 @@ class VlmStage:
         return float((prepared.labels[:, 1:] != -100).sum())
 
     def losses(self, module: nn.Module, prepared: VlmBatch, step: int, rows: Rows) -> dict[str, Tensor]:
-        labels = prepared.labels[:, 1:]
-        return {"loss": F.cross_entropy(module(prepared).float(), labels[labels != -100])}
+        return {"loss": self.cross_entropy(module(prepared), prepared)}
+
+    @staticmethod
+    def cross_entropy(logits: Tensor, batch: VlmBatch) -> Tensor:
+        """Returns the mean cross-entropy of the tokens with loss, of which `logits` has a row each."""
+        labels = batch.labels[:, 1:]
+        return F.cross_entropy(logits.float(), labels[labels != -100])

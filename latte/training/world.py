@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Literal, Protocol
 
 from latte.model import LatteFlow
+from latte.training.conversations import ConversationEncoder
 from latte.training.flow import Batches, FlowStage
 from latte.training.settings import TrainSettings
 from latte.training.vision import LabelledImages
-from latte.training.vlm import Conversations
+from latte.training.vlm import VlmStage
 from runtime.errors import InputError
 
 StageName = Literal["autoencoder", "vision", "vlm", "flow"]
@@ -43,8 +44,8 @@ class World(Protocol):
     def labelled_images(self, model: LatteFlow) -> LabelledImages:
         """Returns images with labels for the vision tower."""
 
-    def conversations(self, model: LatteFlow) -> Conversations:
-        """Returns conversations for the language model."""
+    def vlm_stage(self, model: LatteFlow, encoder: ConversationEncoder) -> VlmStage:
+        """Returns the training of the language model."""
 
     def flow_stage(self, model: LatteFlow) -> FlowStage:
         """Returns the training of the flow layers of all groups."""

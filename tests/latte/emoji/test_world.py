@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from latte.checkpoint import save_checkpoint
 from latte.commands import score
+from latte.emoji.appearance import looks_of
 from latte.emoji.captions import describe
 from latte.emoji.catalogue import Catalogue
 from latte.emoji.questions import WHAT
@@ -21,13 +22,12 @@ from latte.emoji.recipe import Emoji, untrained
 from latte.emoji.scenes import Placed, Scene, draw
 from latte.emoji.score import held_out_prompts, score_answers, score_drawing
 from latte.emoji.vision import token_labels
-from latte.emoji.vlm import emoji_tokenizer, texts_of
+from latte.emoji.vlm import EmojiConversations, emoji_tokenizer, texts_of
 from latte.model import LatteFlow
 from latte.training.autoencoder import AutoencoderStage
 from latte.training.conversations import ConversationEncoder
 from latte.training.stage import Rows, Stage
 from latte.training.vision import VisionStage
-from latte.training.vlm import VlmStage
 
 ROWS = Rows(0, range(2), 2)
 CPU = torch.device("cpu")
@@ -49,13 +49,13 @@ def test_every_stage_trains_on_the_world(world: Emoji, model_and_processor: tupl
     stages: Sequence[Stage] = (
         AutoencoderStage(model.vae.requires_grad_(True), world.images(model)),
         VisionStage(model.vlm, processor, world.labelled_images(model)),  # type: ignore[arg-type]
-        VlmStage(model.vlm, encoder, world.conversations(model)),
+        world.vlm_stage(model, encoder),
         world.flow_stage(model),
     )
     assert [stage.name for stage in stages] == list(world.settings)
     for stage in stages:
         prepared = stage.prepare(stage.batch(0, ROWS), CPU)
-        (loss,) = stage.losses(stage.module, prepared, 0, ROWS).values()
+        loss = torch.stack(list(stage.losses(stage.module, prepared, 0, ROWS).values())).sum()
         loss.backward()
         assert torch.isfinite(loss)
 
@@ -90,7 +90,7 @@ def test_a_large_emoji_fills_its_tokens(catalogue: Catalogue) -> None:
 
 def test_conversations_have_the_answers_of_their_scene(world: Emoji) -> None:
     seen_image = seen_text = False
-    for conversation in world.conversations(None).batch(0, range(40), 40):  # type: ignore[arg-type]
+    for conversation in EmojiConversations(world.catalogue).batch(0, range(40), 40):
         if conversation.image is not None:
             seen_image = True
             assert len(conversation.turns) == 4
@@ -181,3 +181,15 @@ def test_a_checkpoint_is_scored_on_the_world(
 
     refused = CliRunner().invoke(app, [str(checkpoint), "--data", str(tmp_path)])
     assert "--data must be shapes, or a package" in str(refused.exception)
+
+
+def test_prompts_end_where_the_name_does(world: Emoji, model_and_processor: tuple[LatteFlow, object]) -> None:
+    model, processor = model_and_processor
+    encoder = ConversationEncoder(model.tokenizer, processor)  # type: ignore[arg-type]
+    prompts = world.vlm_stage(model, encoder).batch(0, ROWS).prompts
+    looks = looks_of(world.catalogue)
+    for ids, end, look in zip(prompts.input_ids, prompts.ends, prompts.looks, strict=True):
+        (emoji,) = np.flatnonzero((looks == look.numpy()).all(axis=1))
+        text = model.tokenizer.decode(ids[: int(end) + 1])
+        names = (world.catalogue.emoji[emoji].name, *world.catalogue.emoji[emoji].synonyms)
+        assert text.endswith(names), (text, names)
