@@ -80,9 +80,9 @@ format: $(TEST_READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(DEMO_READY): pyproject.toml constraints.txt latte-flow-emoji/pyproject.toml
+$(DEMO_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(PIP) ".[cpu,export]" --editable ./latte-flow-emoji
+	$(BIN)/python $(PIP) ".[cpu,export]"
 	touch $@
 
 $(TEST_READY): $(DEMO_READY)

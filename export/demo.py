@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image
 
 from export.bundle import OnStage, export_bundle
-from latte.shipped import shipped_checkpoints
 from runtime.files import make_writable_folder
 from runtime.images import contact_sheet, save_png
 from runtime.manifest import ParityRow
@@ -30,18 +29,6 @@ PROMPTS = (
 )
 ASKED_IMAGE = 1
 QUESTIONS = ("describe the image", "what colour is the star?", "where is the star?", "what is the background colour?")
-EMOJI_PROMPTS = (
-    "a large octopus in the middle on a maroon background",
-    "a large rocket in the middle on a lavender background",
-    "a large jack-o-lantern on the right on a blue background",
-    "a small hedgehog in the middle on a teal background",
-    "a large unicorn face on the right on a pink background",
-    "a rocket above a hedgehog on a green background",
-    "a robot face to the left of a flying saucer on a navy background",
-    "a panda face at the top left and a sunflower at the bottom right on a mint background",
-)
-"""Combinations that no training image shows."""
-WHAT = "what is this?"
 TRAJECTORY_STEPS = 20
 TRAJECTORY_EVERY = 2
 
@@ -58,11 +45,7 @@ class DemoResult:
 
 
 def run_demo(out: Path, seed: int, on_stage: OnStage) -> DemoResult:
-    """Writes bundles of the shipped checkpoints, and pictures of what they draw and answer, into `out`.
-
-    The bundles are `bundle/`, its distilled form `bundle-4step/` and, where the distribution `latte-flow-emoji` is
-    installed, `bundle-emoji/`.
-    """
+    """Writes `bundle/`, its distilled form `bundle-4step/`, and pictures of what they draw and answer into `out`."""
     make_writable_folder(out)
     result = DemoResult()
     current, started = "", time.perf_counter()
@@ -77,14 +60,10 @@ def run_demo(out: Path, seed: int, on_stage: OnStage) -> DemoResult:
         if name:
             on_stage(name)
 
-    bundles = {"shapes": out / "bundle", "shapes-4step": out / "bundle-4step"}
-    with_emoji = "emoji" in shipped_checkpoints()
-    if with_emoji:
-        bundles["emoji"] = out / "bundle-emoji"
+    bundles = {name: out / name.replace("shapes", "bundle") for name in ("shapes", "shapes-4step")}
     for name, bundle in bundles.items():
         _, failed = export_bundle(name, bundle, force=True, on_stage=partial(stage, of=name))
         result.failed += failed
-    pictures = ["grid.png", "trajectory.png", "answers.png", "steps.png"]
     with LatteFlowPipeline.from_pretrained(bundles["shapes"]) as pipe:
         stage(f"draw {len(PROMPTS)} images")
         images = pipe(PROMPTS, seed=seed).images
@@ -98,23 +77,10 @@ def run_demo(out: Path, seed: int, on_stage: OnStage) -> DemoResult:
         labels = [f"{question} {answer}" for question, answer in result.answers]
         save_png(contact_sheet([asked] * len(labels), labels, columns=len(labels)), out / "answers.png")
     stage("draw in 20 steps and in 4")
-    save_png(_side_by_side([bundles["shapes"], bundles["shapes-4step"]], seed), out / "steps.png")
-    if with_emoji:
-        stage("draw emoji, and ask what they are")
-        save_png(_named_emoji(bundles["emoji"], seed), out / "emoji.png")
-        pictures.append("emoji.png")
+    save_png(_side_by_side(list(bundles.values()), seed), out / "steps.png")
     stage("")
-    result.files = [out / name for name in pictures]
+    result.files = [out / name for name in ("grid.png", "trajectory.png", "answers.png", "steps.png")]
     return result
-
-
-def _named_emoji(bundle: Path, seed: int) -> Image.Image:
-    """Shows images of emoji with their prompts, and what the bundle answers when it is asked what they are."""
-    with LatteFlowPipeline.from_pretrained(bundle) as pipe:
-        images = pipe(EMOJI_PROMPTS, seed=seed).images
-        answers = pipe.ask(images, [WHAT] * len(images))
-    labels = [f"{prompt}. {WHAT} {answer}" for prompt, answer in zip(EMOJI_PROMPTS, answers, strict=True)]
-    return contact_sheet(images, labels)
 
 
 def _side_by_side(bundles: Sequence[Path], seed: int) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -13,8 +14,19 @@ from typer.core import TyperGroup
 from runtime.errors import InputError
 
 ValueT = TypeVar("ValueT")
-stdout = Console(highlight=False)
-stderr = Console(stderr=True, highlight=False)
+WIDTH_OF_A_FILE = 200
+"""Columns of what goes to a file or a pipe. Rich would take 80, and cut the numbers of wide tables."""
+
+
+def _console(*, to_stderr: bool) -> Console:
+    console = Console(stderr=to_stderr, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDTH_OF_A_FILE
+    return console
+
+
+stdout = _console(to_stderr=False)
+stderr = _console(to_stderr=True)
 
 
 def progress_bar(*, transient: bool = False) -> Progress:

@@ -43,27 +43,20 @@ SHIPPED_FILES = {
 
 
 @pytest.fixture(scope="module")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheels of both distributions, and their source."""
-    out = tmp_path_factory.mktemp("wheels")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
     source = out / "source"
     subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", ROOT, source], check=True)
-    both = (source, source / "latte-flow-emoji")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out, *both]
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out, source]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
-    return out
-
-
-@pytest.fixture(scope="module")
-def wheel(wheels: Path) -> Path:
-    return next(wheels.glob("latte_flow-*.whl"))
+    return next(out.glob("*.whl"))
 
 
 def test_the_wheel_holds_the_packages_and_the_shipped_checkpoints_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     top = {name.partition("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == PACKAGES | {"latte_flow.py"}
-    for checkpoint in ("shapes", "shapes-4step"):
+    for checkpoint in shipped_checkpoints():
         folder = f"latte/checkpoints/{checkpoint}/"
         assert {name.removeprefix(folder) for name in names if name.startswith(folder)} == SHIPPED_FILES
     source = wheel.parent / "source"
@@ -73,28 +66,9 @@ def test_the_wheel_holds_the_packages_and_the_shipped_checkpoints_and_nothing_el
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_the_second_wheel_holds_emoji_and_its_name(wheels: Path) -> None:
-    wheel = next(wheels.glob("latte_flow_emoji-*.whl"))
-    assert wheel.stat().st_size < 60_000_000
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        (named,) = (archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
-    folder = "latte_flow_emoji/"
-    held = {name.removeprefix(folder) for name in names if name.startswith(folder)}
-    assert held == {"__init__.py", *(f"emoji/{name}" for name in SHIPPED_FILES)}
-    assert "[latte_flow.checkpoints]\nemoji = latte_flow_emoji" in named
-    assert any(name.endswith("licenses/LICENSE") for name in names)
-
-
-def test_a_wheel_may_be_uploaded_to_pypi(wheel: Path) -> None:
-    """It takes files of 100 MB."""
-    assert wheel.stat().st_size < 95_000_000
-
-
-@pytest.mark.parametrize(("name", "most"), [("shapes", 30e6), ("shapes-4step", 30e6), ("emoji", 60e6)])
-def test_a_shipped_checkpoint_is_small(name: str, most: float) -> None:
-    files = shipped_checkpoints()[name].rglob("*")
-    assert sum(file.stat().st_size for file in files if file.is_file()) < most
+@pytest.mark.parametrize("path", shipped_checkpoints().values(), ids=shipped_checkpoints())
+def test_a_shipped_checkpoint_is_under_30_mb(path: Path) -> None:
+    assert sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) < 30_000_000
 
 
 def test_the_readme_says_that_this_is_an_independent_implementation() -> None:

@@ -35,8 +35,6 @@ LATENT_SIZE = (8, 8)
 PROMPT_DROPOUT = 0.1
 """Share of rows with the empty prompt, which gives guidance its unconditional velocity (arXiv 2207.12598)."""
 
-ROUNDS_PER_BATCH = 3
-"""On two cores, encoding the images and prompts of a batch takes 40 % of a round."""
 
 
 def untrained(catalogue: Catalogue, seed: int = 0) -> tuple[LatteFlow, Qwen2VLImageProcessorPil]:
@@ -131,4 +129,4 @@ class Emoji:
         return EmojiVlmStage(model, encoder, EmojiConversations(self.catalogue, self.seed), self.catalogue)
 
     def flow_stage(self, model: LatteFlow) -> FlowStage:
-        return FlowStage(model, self.captioned_images(model), ROUNDS_PER_BATCH)
+        return FlowStage(model, self.captioned_images(model))

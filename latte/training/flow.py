@@ -1,7 +1,6 @@
 """The training of the flow layers. Each step trains one expert group, with flow times from its interval.
 
-A batch is used for a round of steps, one for each group, or for several rounds, so that images and prompts are encoded
-once for all groups.
+A batch is used for one round of steps, one for each group, so that images and prompts are encoded once for all groups.
 """
 
 from __future__ import annotations
@@ -70,22 +69,15 @@ class FlowStage:
 
     name = "flow"
 
-    def __init__(self, model: LatteFlow, batches: Batches, rounds_per_batch: int = 1) -> None:
-        """Makes the stage of a model and its data.
-
-        Args:
-            rounds_per_batch: rounds for which a batch is used, each with new times and noise. Where encoding takes as
-                long as a step, more of them save that time, at the price of fewer images.
-        """
+    def __init__(self, model: LatteFlow, batches: Batches) -> None:
         self.model = model
-        self.rounds_per_batch = rounds_per_batch
         self.batches = batches
         self.groups = tuple(range(model.config.schedule.num_groups))
         self.timestep_sampling: TimestepSampling = "uniform"
 
     @property
     def steps_per_batch(self) -> int:
-        return len(self.groups) * self.rounds_per_batch
+        return len(self.groups)
 
     def train_groups(self, groups: Sequence[int]) -> None:
         """Trains some expert groups only; the layers and heads of all others are frozen.

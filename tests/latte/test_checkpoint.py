@@ -14,7 +14,15 @@ import torch
 from diffusers import AutoencoderDC
 from safetensors.torch import load_file, save_file
 
-from latte.checkpoint import _as, load_checkpoint, load_config, load_outline, load_vae, save_checkpoint
+from latte.checkpoint import (
+    _as,
+    load_checkpoint,
+    load_config,
+    load_outline,
+    load_vae,
+    resolve_checkpoint,
+    save_checkpoint,
+)
 from latte.shapes.vlm import small_image_processor
 from latte.shipped import shipped_checkpoints
 from runtime.errors import CheckpointError
@@ -134,6 +142,23 @@ def test_a_name_that_leaves_the_folder_is_refused(broken: Path) -> None:
     (broken / "vlm" / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"elsewhere\.safetensors, which is not a file in the same folder"):
         load_checkpoint(broken)
+
+
+def test_a_distribution_can_add_a_checkpoint(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, metadata = tmp_path / "more_checkpoints", tmp_path / "more_checkpoints-1.dist-info"
+    shutil.copytree(checkpoint, package / "tiny")
+    (package / "__init__.py").write_text("")
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: more_checkpoints\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text("[latte_flow.checkpoints]\ntiny = more_checkpoints\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    shipped_checkpoints.cache_clear()
+    try:
+        assert load_config(resolve_checkpoint("tiny")) == load_config(checkpoint)
+        with pytest.raises(CheckpointError, match=r"one of: .*shapes.*tiny"):
+            resolve_checkpoint("nowhere")
+    finally:
+        shipped_checkpoints.cache_clear()
 
 
 def test_an_unknown_checkpoint_lists_the_shipped_ones() -> None:

@@ -1,1 +1,0 @@
-"""The checkpoint `emoji` of latte-flow, in the folder `emoji`."""
