@@ -36,7 +36,6 @@ PROMPT_DROPOUT = 0.1
 """Share of rows with the empty prompt, which gives guidance its unconditional velocity (arXiv 2207.12598)."""
 
 
-
 def untrained(catalogue: Catalogue, seed: int = 0) -> tuple[LatteFlow, Qwen2VLImageProcessorPil]:
     """Builds the model before its training, with its image processor. The tokenizer is trained."""
     torch.manual_seed(seed)
