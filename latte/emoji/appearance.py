@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from transformers import Qwen2VLForConditionalGeneration
@@ -104,10 +105,15 @@ class _AnswersAndLooks(nn.Module):
         ).hidden_states  # the input of each layer, [B, T, hidden]
         rows = torch.arange(len(prompts.ends), device=prompts.ends.device)
         told = [
-            probe(layer.self_attn.v_proj(layer.input_layernorm(state[rows, prompts.ends])))
+            probe(_normalised(layer.self_attn.v_proj(layer.input_layernorm(state[rows, prompts.ends]))))
             for layer, probe, state in zip(model.layers, self.probes, states, strict=False)
         ]
         return self.answers(batch.conversations), torch.stack(told)  # [layers, B, CODE_SIZE]
+
+
+def _normalised(values: Tensor) -> Tensor:
+    """Returns values with a root mean square of 1, so that their size changes no error."""
+    return F.rms_norm(values, values.shape[-1:])
 
 
 class EmojiVlmStage(VlmStage):
