@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.batch.folders import ResultFolder, result_folder, unwritable
-from runtime.batch.outputs import ERRORS, Format, Output, count_failed, parquet_to_write
+from runtime.batch.outputs import ERRORS, Format, Output, check_kept, count_failed, parquet_to_write
 from runtime.batch.places import Place, reason_of
 from runtime.batch.reading import RowOptions, hash_of, read_rows
 from runtime.batch.rows import Row
@@ -184,6 +184,7 @@ def _open(job: Job, folder: ResultFolder, watcher: Watcher) -> Plan:
         raise InputError(f"cannot read {folder}/{JOB_FILE}: {reason_of(error)}") from error
     if found is None:
         plan = _plan(job, watcher)
+        check_kept(job.rows.keep, plan.kinds, job.format)
         try:
             folder.write(JOB_FILE, (json.dumps({**new, "plan": asdict(plan)}, indent=2) + "\n").encode())
         except OSError as error:

@@ -11,14 +11,14 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from runtime.batch.folders import ResultFolder, unwritable
 from runtime.batch.places import reason_of
 from runtime.batch.reading import parquet_library
-from runtime.batch.rows import Row, question_of
+from runtime.batch.rows import COLUMNS, Row, question_of
 from runtime.batch.shard import Result
 from runtime.errors import InputError
 from runtime.gateway import chat, images
@@ -109,17 +109,9 @@ class Output:
             return self._parquet(results)
         return self._tar(results) if self.format == "webdataset" else _lines(map(self._response, results))
 
-    def _columns(self) -> dict[str, str]:
-        columns = {"id": "string"}
-        if "draw" in self.kinds:
-            columns |= {"index": "int64", "image": "image", **_DRAWN}
-        if "ask" in self.kinds:
-            columns |= _ANSWERED
-        return columns | {"seed": "int64"} | dict.fromkeys(self.keep, "string")
-
     def _parquet(self, results: Sequence[Result]) -> bytes:
         pa, pq = parquet_to_write()
-        columns = self._columns()
+        columns = _columns(self.kinds) | dict.fromkeys(self.keep, "string")
         image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
         types = {name: image if kind == "image" else getattr(pa, kind)() for name, kind in columns.items()}
         features = {
@@ -188,6 +180,30 @@ class Output:
             for r in failed
             if r.error is not None
         )
+
+
+def check_kept(keep: Sequence[str], kinds: Collection[RequestKind], format_: Format) -> None:
+    """Checks that no column to keep has the name of one that rows or results have anyway.
+
+    Raises:
+        InputError: one has.
+    """
+    of_results = {*_columns(kinds), *(["file_name"] if format_ == "png" else [])}
+    for name in keep:
+        if name in of_results:
+            raise InputError(f"--keep {name}: the results have a column {name!r} of their own; rename the input's")
+        if name in COLUMNS:
+            raise InputError(f"--keep {name}: {name!r} says how a row is run, and cannot be kept; rename the column")
+
+
+def _columns(kinds: Collection[RequestKind]) -> dict[str, str]:
+    """Returns the results' own columns and their types."""
+    columns = {"id": "string"}
+    if "draw" in kinds:
+        columns |= {"index": "int64", "image": "image", **_DRAWN}
+    if "ask" in kinds:
+        columns |= _ANSWERED
+    return columns | {"seed": "int64"}
 
 
 def parquet_to_write() -> tuple[Any, Any]:

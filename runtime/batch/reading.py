@@ -12,11 +12,11 @@ import itertools
 import json
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from runtime.batch.places import Place, files_below, hash_of_file, is_url, os_errors, reason_of
-from runtime.batch.rows import COLUMNS, IMAGE_COLUMNS, Row, body_of
+from runtime.batch.rows import COLUMNS, IMAGE_COLUMNS, Row, body_of, kind_of
 from runtime.errors import InputError, MissingExtraError, one_line
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
@@ -166,8 +166,7 @@ def _checked(row: Row, error: str) -> Row:
     try:
         json.dumps([row.id, row.values], ensure_ascii=False, default=lambda _: "").encode()
         if not (error := error or row.error):
-            body_of(row)
-            return row
+            return replace(row, kind=kind_of(body_of(row)))
     except (InputError, UnicodeEncodeError) as fault:
         error = one_line(fault) if isinstance(fault, InputError) else "the text is not valid Unicode; save it as UTF-8"
         if isinstance(fault, UnicodeEncodeError):

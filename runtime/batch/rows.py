@@ -66,12 +66,13 @@ class Row:
     """OpenAI's endpoint; nothing for a plain row."""
     error: str = ""
     """Why it cannot be run."""
+    kind: RequestKind = "ask"
+    """What it asks for, if it can be run."""
 
-    @property
-    def kind(self) -> RequestKind:
-        """What it asks for."""
-        draws = self.url == IMAGES_URL or ("image" in (self.values.get("modalities") or ()) if self.url else False)
-        return "draw" if draws or (not self.url and "prompt" in self.values) else "ask"
+
+def kind_of(body: ImagesBody | ChatBody) -> RequestKind:
+    """Returns what a body asks for."""
+    return "draw" if isinstance(body, ImagesBody) or body.draws else "ask"
 
 
 def body_of(row: Row) -> ImagesBody | ChatBody:
@@ -84,12 +85,14 @@ def body_of(row: Row) -> ImagesBody | ChatBody:
     if row.url:
         if row.url not in (IMAGES_URL, CHAT_URL):
             raise InputError(f"url must be {IMAGES_URL} or {CHAT_URL}, got {row.url!r}")
+        draws = row.url == IMAGES_URL
         body: dict[str, Any] = dict(row.values)
     else:
-        names = DRAWING if row.kind == "draw" else ASKING
+        draws = "prompt" in row.values
+        names = DRAWING if draws else ASKING
         body = _plain_body(row, names)
     try:
-        return (ImagesBody if row.kind == "draw" and row.url != CHAT_URL else ChatBody).model_validate(body)
+        return (ImagesBody if draws else ChatBody).model_validate(body)
     except ValidationError as error:
         columns = {target: column for column, target in names.items()}
         first = error.errors()[0]
@@ -100,12 +103,13 @@ def body_of(row: Row) -> ImagesBody | ChatBody:
 def _plain_body(row: Row, names: Mapping[str, str]) -> dict[str, Any]:
     if "prompt" not in row.values and "question" not in row.values:
         raise InputError("the row has neither a prompt (to draw) nor a question (to answer)")
-    allowed = {*names, *(IMAGE_COLUMNS if row.kind == "ask" else ())}
+    draws = names is DRAWING
+    allowed = {*names, *(() if draws else IMAGE_COLUMNS)}
     if wrong := sorted(set(row.values) - allowed):
-        verb = "draws" if row.kind == "draw" else "asks"
+        verb = "draws" if draws else "asks"
         raise InputError(f"a row that {verb} has no {wrong[0]}; its columns are {', '.join(sorted(allowed))}")
     body = {names[name]: value for name, value in row.values.items() if name in names}
-    if row.kind == "ask":
+    if not draws:
         body["messages"] = [{"role": "user", "content": row.values["question"]}]
     return body
 

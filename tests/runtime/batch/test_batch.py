@@ -88,6 +88,45 @@ def test_parquet_has_the_images_and_what_they_were_made_from(
     assert loaded[2]["image"].size == pixels.shape[1::-1]  # decoded: the file says which column has images
 
 
+@pytest.mark.parametrize(
+    ("row", "name", "kind"),
+    [
+        ({"question": "what?", "max_new_tokens": 2}, "answer", "parquet"),
+        ({"prompt": "a ring"}, "file_name", "png"),
+        ({"prompt": "a ring", "num_images_per_prompt": 2}, "index", "webdataset"),
+        ({"prompt": "a ring"}, "image", "parquet"),
+        ({"prompt": "a ring"}, "stop", "parquet"),
+    ],
+)
+def test_a_kept_column_with_a_name_of_the_results_is_refused(
+    bundle: Path, tmp_path: Path, run_command: RunCommand, row: dict[str, object], name: str, kind: str
+) -> None:
+    source = write(tmp_path / "rows.jsonl", {"id": "a", **row}, {"id": "b", **row, name: "mine"})
+    arguments = ("run-batch", source, tmp_path / "out", bundle, "--format", kind, "--limit")
+    code, _, said = run_command(*arguments, 1, "--keep", name)
+    assert (code, len(said.strip().splitlines())) == (2, 1)
+    assert f"--keep {name}: " in said
+    assert not list((tmp_path / "out").glob("part-*"))
+    assert run_command(*arguments, 1)[0] == 0  # the refusal left nothing behind
+
+
+def test_a_column_of_other_results_may_be_kept(bundle: Path, tmp_path: Path, run_command: RunCommand) -> None:
+    source = write(tmp_path / "rows.jsonl", {"id": "a", "question": "what?", "max_new_tokens": 2, "index": "mine"})
+    assert run_command("run-batch", source, tmp_path / "out", bundle, "--keep", "index")[0] == 0
+    assert [row["index"] for row in table_of(tmp_path / "out")] == ["mine"]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_image_drawn_in_a_chat_is_in_parquet(bundle: Path, tmp_path: Path, nested: bool) -> None:
+    options = {"modalities": ["image"], "num_inference_steps": 2}
+    body = {"messages": [{"role": "user", "content": "a star"}], **({"extra_body": options} if nested else options)}
+    source = write(tmp_path / "rows.jsonl", {"custom_id": "a", "url": "/v1/chat/completions", "body": body})
+    assert run_job(Job(source, tmp_path / "out", bundle)).failed == 0
+    (row,) = table_of(tmp_path / "out")
+    assert (row["prompt"], row["num_inference_steps"]) == ("a star", 2)
+    assert Image.open(io.BytesIO(row["image"]["bytes"])).format == "PNG"
+
+
 def test_what_was_drawn_is_captioned(bundle: Path, tmp_path: Path, run_command: RunCommand) -> None:
     source = write(tmp_path / "rows.jsonl", {"id": "a", "prompt": "a ring"}, {"id": "b", "prompt": "a star"})
     drawn, captions = tmp_path / "drawn", tmp_path / "captions"

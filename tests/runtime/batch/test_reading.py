@@ -15,6 +15,8 @@ from runtime.batch.rows import Row, seed_of
 from runtime.errors import InputError
 from tests.runtime.batch.files import write
 
+MESSAGE = {"role": "user", "content": "hello"}
+
 
 def rows_of(path: Path, **options: Any) -> list[Row]:
     return list(read_rows(path, RowOptions(**options)))
@@ -65,6 +67,14 @@ def test_the_same_rows_come_from_json_csv_and_parquet(tmp_path: Path) -> None:
         ({"custom_id": "a", "method": "POST", "url": "/v1/images/generations", "body": {"promt": "a"}}, "prompt: "),
         ({"custom_id": "a", "url": "/v1/images/generations"}, "needs a url and a body"),
         ({"url": "/v1/images/generations", "body": {"prompt": "a"}}, "no custom_id"),
+        (
+            {"custom_id": "a", "url": "/v1/chat/completions", "body": {"messages": [], "modalities": 5}},
+            "messages: List should have at least 1 item",
+        ),
+        (
+            {"custom_id": "a", "url": "/v1/chat/completions", "body": {"messages": [MESSAGE], "modalities": True}},
+            "modalities: Input should be a valid list",
+        ),
     ],
 )
 def test_a_bad_line_is_a_row_with_an_error_and_the_rest_goes_on(tmp_path: Path, line: object, message: str) -> None:
