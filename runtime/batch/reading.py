@@ -6,14 +6,17 @@ error; what is wrong with the whole input is an `InputError`.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
+import io
 import itertools
 import json
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TextIO
 
 from runtime.batch.places import Place, files_below, hash_of_file, is_url, os_errors, reason_of
 from runtime.batch.rows import COLUMNS, IMAGE_COLUMNS, Row, body_of, kind_of
@@ -22,9 +25,12 @@ from runtime.errors import InputError, MissingExtraError, one_line
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 MAX_ID = 512
 """Characters of an id."""
+MAX_DEPTH = 100
+"""Objects and lists of a JSON line in each other; pickling a row takes three calls for each."""
 ROWS_AT_ONCE = 64
 """Rows of a Parquet file in memory."""
 DEFAULT_QUESTION = "describe the image"
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _NAMED = ("custom_id", "body")
 """What tells a line of OpenAI's batch format from a plain one."""
 
@@ -252,6 +258,8 @@ Parsed = Iterator[tuple[str, Mapping[str, Any], str]]
 def _json_lines(path: Place, options: RowOptions) -> Parsed:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            if number == 1:
+                _check_encoding(path, line)
             if not line.strip():
                 continue
             try:
@@ -259,12 +267,44 @@ def _json_lines(path: Place, options: RowOptions) -> Parsed:
             except (ValueError, RecursionError) as error:
                 yield f"line {number}", {}, f"not JSON: {one_line(error)}"
                 continue
-            is_object = isinstance(values, dict)
-            yield f"line {number}", values if is_object else {}, "" if is_object else "not a JSON object"
+            if not isinstance(values, dict):
+                yield f"line {number}", {}, "not a JSON object"
+            elif line.count(b"[") + line.count(b"{") > MAX_DEPTH and _depth_of(values) > MAX_DEPTH:
+                yield f"line {number}", {}, f"objects and lists are nested more than {MAX_DEPTH} deep"
+            else:
+                yield f"line {number}", values, ""
+
+
+def _depth_of(value: Any) -> int:
+    """Returns how deep objects and lists are nested in each other."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, (dict, list))]:
+        depth += 1
+        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
+    return depth
+
+
+def _check_encoding(path: Place, head: bytes) -> None:
+    if head.startswith(_UTF_16) or b"\0" in head:
+        raise InputError(f"{path} is not UTF-8, but probably UTF-16; save it as UTF-8")
+
+
+@contextmanager
+def _open_text(path: Place) -> Iterator[TextIO]:
+    """Opens a text file; bytes that are not UTF-8 become lone surrogates, for the rows that have them to fail.
+
+    Raises:
+        InputError: the file is in another encoding.
+    """
+    with path.open("rb") as raw:
+        _check_encoding(path, raw.read(1024))
+        raw.seek(0)
+        with io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as file:
+            yield file
 
 
 def _text_lines(path: Place, options: RowOptions) -> Parsed:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+    with _open_text(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield f"line {number}", {"prompt": line.strip()}, ""
@@ -272,9 +312,13 @@ def _text_lines(path: Place, options: RowOptions) -> Parsed:
 
 def _csv_rows(path: Place, options: RowOptions) -> Parsed:
     """Yields the rows of a CSV file. Every value is text: a prompt such as 007 is no number."""
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file)
-        header = next(reader, [])
+    with _open_text(path) as file:
+        lines = _Lines(file)
+        reader = csv.reader(lines, strict=True)
+        try:
+            header = next(reader, [])
+        except csv.Error as error:
+            raise InputError(f"{path}: the line with the names of the columns is not CSV: {one_line(error)}") from error
         _check_columns(path, header, options)
         while True:
             number = reader.line_num + 1
@@ -283,13 +327,35 @@ def _csv_rows(path: Place, options: RowOptions) -> Parsed:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield f"line {number}", {}, f"not CSV: {one_line(error)}"
+                if lines.ended:
+                    raise InputError(
+                        f"{path}: a quote that opens in the row of line {number} is not closed until the end of the "
+                        f"file, line {reader.line_num}; close it, or double it to mean a quote"
+                    ) from error
+                yield _lines_from(number, reader.line_num), {}, f"not CSV: {one_line(error)}; look for a stray quote"
                 continue
             if not cells:
                 continue
             fits = len(cells) == len(header)
             error_of_row = "" if fits else f"the row has {len(cells)} cells, the header has {len(header)}"
-            yield f"line {number}", {k: v for k, v in zip(header, cells, strict=False) if v != ""}, error_of_row
+            values = {k: v for k, v in zip(header, cells, strict=False) if v != ""}
+            yield f"line {number}" if fits else _lines_from(number, reader.line_num), values, error_of_row
+
+
+class _Lines:
+    """The lines of a file, and whether all were read."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self.ended = False
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._file
+        self.ended = True
+
+
+def _lines_from(first: int, last: int) -> str:
+    return f"line {first}" if first == last else f"lines {first} to {last}"
 
 
 def parquet_library(what: str, remedy: str = "") -> tuple[Any, Any]:

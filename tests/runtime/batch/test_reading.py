@@ -96,6 +96,49 @@ def test_csv_of_the_wrong_width_or_encoding_is_told_by_line(tmp_path: Path) -> N
     assert not rows[3].error
 
 
+def test_a_quote_that_is_never_closed_is_refused_instead_of_swallowing_rows(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", "id,prompt", "z,a ring", 'a,"a red star', "b,a ring", "c,a cross")
+    with pytest.raises(InputError, match=r"rows\.csv: a quote that opens in the row of line 3 .* line 5; close it"):
+        rows_of(path)
+
+
+def test_a_stray_quote_is_a_bad_line_that_says_how_many_it_took(tmp_path: Path) -> None:
+    rows = rows_of(write(tmp_path / "rows.csv", "id,prompt", 'a,"a red star', 'b,"a ring"', "c,a cross", 'd,"a"b'))
+    assert [(row.place, bool(row.error)) for row in rows] == [
+        ("lines 2 to 3", True),
+        ("line 4", False),
+        ("line 5", True),
+    ]
+    assert "stray quote" in rows[0].error
+    (row,) = rows_of(write(tmp_path / "two.csv", "id,prompt,seed", 'a,"a red star', 'b"'))
+    assert (row.place, row.error) == ("lines 2 to 3", "the row has 2 cells, the header has 3")
+
+
+def test_a_cell_that_is_too_long_is_its_own_error_and_in_the_header_the_files(tmp_path: Path) -> None:
+    long = "a" * 140_000
+    rows = rows_of(write(tmp_path / "rows.csv", "prompt", long, "a ring"))
+    assert [bool(row.error) for row in rows] == [True, False]
+    with pytest.raises(InputError, match=r"names of the columns is not CSV: field larger than field limit") as error:
+        rows_of(write(tmp_path / "header.csv", f"prompt,{long}", "a ring,b"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
+@pytest.mark.parametrize("name", ["prompts.txt", "rows.csv", "rows.jsonl"])
+def test_a_file_in_utf_16_is_refused(tmp_path: Path, name: str, encoding: str) -> None:
+    (tmp_path / name).write_text("prompt\na red star\n", encoding=encoding)
+    with pytest.raises(InputError, match=r"is not UTF-8, but probably UTF-16; save it as UTF-8"):
+        rows_of(tmp_path / name)
+
+
+def test_json_that_is_nested_too_deeply_is_a_bad_line(tmp_path: Path) -> None:
+    for depth in (101, 985, 991, 995, 1000, 200_000):  # near Python's limit the place of the failure changes
+        nested = "[" * depth + "]" * depth
+        lines = (f'{{"prompt": "a", "x": {nested}}}', f'{{"id": {nested}, "prompt": "a"}}', '{"prompt": "a ring"}')
+        rows = rows_of(write(tmp_path / "rows.jsonl", *lines), keep=("x",))
+        assert [bool(row.error) for row in rows] == [True, True, False]
+
+
 def test_an_unknown_column_of_a_table_is_refused_unless_it_is_kept(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.csv", "prompt,label", "a ring,7")
     with pytest.raises(InputError, match=r"rows.csv: unknown column 'label'.*--keep label.*--columns"):
