@@ -31,7 +31,8 @@ SUFFIXES: dict[Format, str] = {"parquet": ".parquet", "png": "", "webdataset": "
 ERRORS = "errors"
 METADATA, ANSWERS = "metadata.jsonl", "answers.jsonl"
 """What a folder of PNGs says of its images, and of what has none."""
-LONGEST_NAME = 100
+LONGEST_NAME = 80
+"""Characters of an image's name without its number and ending: a WebDataset's tar has room for 100 in all."""
 CREATED = 0
 """Time in OpenAI's bodies: the same job has the same bytes, whenever it ran."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
@@ -239,10 +240,14 @@ def _extension(result: Result) -> str:
 
 
 def _key(result: Result, index: int | None) -> str:
-    """Returns the name of an image or answer: its id where that is a good name for a file."""
+    """Returns the name of an image or answer: its id where that is a good name for a file.
+
+    Any other id is shortened, and its hash follows a ~, which no good name has: no two ids share a name.
+    """
     name = _UNSAFE.sub("_", result.row.id)
-    if name != result.row.id or len(name) > LONGEST_NAME:  # two ids must not share a name
-        name = f"{name[:LONGEST_NAME]}-{_hash(result.row)[:8]}"
+    if name != result.row.id or len(name) > LONGEST_NAME:
+        end = f"~{_hash(result.row)[:16]}"
+        name = name[: LONGEST_NAME - len(end)] + end
     return name if index is None or len(result.files) == 1 else f"{name}+{index}"
 
 

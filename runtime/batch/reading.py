@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import json
+import re
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -75,30 +76,59 @@ class Ids:
         self._database.execute("CREATE TABLE given (id TEXT PRIMARY KEY, place TEXT) WITHOUT ROWID")
         self._database.execute("CREATE TABLE made (hash BLOB PRIMARY KEY, count INTEGER) WITHOUT ROWID")
 
-    def take(self, name: str, place: str) -> None:
+    def take(self, name: str, place: str, remedy: str = "") -> None:
         """Notes a given id.
+
+        Args:
+            remedy: ends the message if another row has it.
 
         Raises:
             InputError: another row has it.
         """
+        if _was_made(name) and int(name[21:] or 1) <= self._made(bytes.fromhex(name[:20])):
+            raise InputError(
+                f"the id {name!r} of {place} was made for a row before that has none; give that row an id too"
+            )
         try:
             self._database.execute("INSERT INTO given VALUES (?, ?)", (name, place))
         except sqlite3.IntegrityError:
-            (first,) = self._database.execute("SELECT place FROM given WHERE id = ?", (name,)).fetchone()
-            raise InputError(f"the id {name!r} is there twice, in {first} and {place}; ids must differ") from None
+            raise InputError(
+                f"the id {name!r} is there twice, in {self._place_of(name)} and {place}; ids must differ{remedy}"
+            ) from None
 
-    def make(self, values: Mapping[str, Any]) -> str:
-        """Returns an id that follows from the values of a row, and from how many rows before it have the same."""
+    def make(self, values: Mapping[str, Any], place: str) -> str:
+        """Returns an id that follows from the values of a row, and from how many rows before it have the same.
+
+        Raises:
+            InputError: another row was given that id.
+        """
         text = json.dumps(values, sort_keys=True, default=_described)
         content = hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:10]
         (count,) = self._database.execute(
             "INSERT INTO made VALUES (?, 1) ON CONFLICT DO UPDATE SET count = count + 1 RETURNING count", (content,)
         ).fetchone()
-        return content.hex() if count == 1 else f"{content.hex()}-{count}"
+        name = content.hex() if count == 1 else f"{content.hex()}-{count}"
+        if first := self._place_of(name):
+            raise InputError(f"the id {name!r} of {first} is the one that is made for {place}; give that row an id too")
+        return name
+
+    def _made(self, content: bytes) -> int:
+        """Returns how many ids were made for rows with that hash."""
+        found = self._database.execute("SELECT count FROM made WHERE hash = ?", (content,)).fetchone()
+        return int(found[0]) if found else 0
+
+    def _place_of(self, name: str) -> str:
+        """Returns where an id was given, or nothing."""
+        found = self._database.execute("SELECT place FROM given WHERE id = ?", (name,)).fetchone()
+        return str(found[0]) if found else ""
 
     def close(self) -> None:
         """Deletes the database."""
         self._database.close()
+
+
+_was_made = re.compile(r"[0-9a-f]{20}(-(?!1$)[1-9][0-9]{0,17})?").fullmatch
+"""Whether an id has the form of those that `Ids.make` returns."""
 
 
 def _described(value: Any) -> str:
@@ -136,9 +166,9 @@ def _row(record: Record, ids: Ids, options: RowOptions) -> Row:
     if given is None and is_openai:
         return Row(record.place, "", {}, error="the line has no custom_id")
     error = "" if given is None else _fault_of_id(given)
-    name = ids.make(values) if given is None or error else str(given)
+    name = ids.make(values, record.place) if given is None or error else str(given)
     if given is not None and not error:
-        ids.take(name, record.place)
+        ids.take(name, record.place, "" if is_openai else _WITHOUT_IDS)
     if is_openai:
         return _checked(_openai_row(record.place, name, values, kept), error)
     if "prompt" in values:
@@ -152,6 +182,7 @@ def _row(record: Record, ids: Ids, options: RowOptions) -> Row:
     return _checked(Row(record.place, name, _with_paths(values, record.base), kept), error)
 
 
+_WITHOUT_IDS = ": repair them, or name all columns but the id with --columns, so that ids are made"
 _OF_ANSWERS = ("max_new_tokens", "temperature", "top_p")
 
 

@@ -140,6 +140,20 @@ def test_what_was_drawn_is_captioned(bundle: Path, tmp_path: Path, run_command: 
     ]
 
 
+def test_several_images_of_a_row_are_captioned_without_their_id(
+    bundle: Path, tmp_path: Path, run_command: RunCommand
+) -> None:
+    source = write(tmp_path / "rows.jsonl", {"id": "a", "prompt": "a ring", "num_images_per_prompt": 2})
+    drawn, captions = tmp_path / "drawn", tmp_path / "captions"
+    assert run_command("run-batch", source, drawn, bundle, *FEW_STEPS)[0] == 0
+    columns = ("--columns", "image", "--max-new-tokens", 2)
+    code, _, said = run_command("run-batch", drawn, captions, bundle, "--columns", "id", *columns)
+    assert code == 2
+    assert "name all columns but the id with --columns" in said
+    assert run_command("run-batch", drawn, captions, bundle, *columns)[0] == 0
+    assert len({row["id"] for row in table_of(captions)}) == 2
+
+
 def test_pngs_have_metadata_and_names_that_cannot_meet(bundle: Path, tmp_path: Path, run_command: RunCommand) -> None:
     rows = [{"id": name, "prompt": "a ring"} for name in ("a/b", "a:b", "plain", "../up")]
     source = write(tmp_path / "rows.jsonl", *rows, {"id": "q", "question": "what?", "max_new_tokens": 2})
@@ -155,6 +169,31 @@ def test_pngs_have_metadata_and_names_that_cannot_meet(bundle: Path, tmp_path: P
     assert set(json.loads(answer)) >= {"id", "question", "answer", "finish_reason"}
     loaded = datasets.load_dataset("imagefolder", data_dir=str(out / "part-00000"), split="train")
     assert loaded[0]["prompt"] == "a ring"
+
+
+@pytest.mark.parametrize("kind", ["png", "webdataset"])
+def test_every_id_has_a_file_name_of_its_own_that_fits(bundle: Path, tmp_path: Path, kind: str) -> None:
+    long = [f"{'a' * size}{end}" for size in (79, 95, 511) for end in "bc"]
+    job = Job(write(tmp_path / "0.jsonl", {"id": "a b", "prompt": "a ring"}), tmp_path / "0", bundle, "png")
+    run_job(job)
+    (taken,) = (path.stem for path in (tmp_path / "0").rglob("*.png"))
+    ids = ["a b", taken, taken.replace("~", "-"), "a_b", *long, "é" * 512]
+    rows = [
+        {"id": name, "prompt": "a ring", "num_images_per_prompt": 1 + (i % 2), "num_inference_steps": 2}
+        for i, name in enumerate(ids)
+    ]
+    assert run_job(Job(write(tmp_path / "rows.jsonl", *rows), tmp_path / "out", bundle, kind)).failed == 0
+    if kind == "png":
+        part = tmp_path / "out" / "part-00000"
+        files = [path.name for path in part.glob("*.png")]
+        said = [json.loads(line)["id"] for line in (part / "metadata.jsonl").read_text().splitlines()]
+    else:
+        with tarfile.open(tmp_path / "out" / "part-00000.tar") as tar:
+            files = [name for name in tar.getnames() if name.endswith(".png")]
+            said = [json.load(tar.extractfile(name))["id"] for name in tar.getnames() if name.endswith(".json")]
+    assert len(files) == len(set(files)) == sum(row["num_images_per_prompt"] for row in rows)
+    assert max(map(len, files)) <= 100
+    assert set(said) == set(ids)
 
 
 def test_webdataset_has_an_image_and_a_json_for_each_key(bundle: Path, tmp_path: Path, run_command: RunCommand) -> None:

@@ -153,8 +153,20 @@ def test_an_unknown_column_of_a_table_is_refused_unless_it_is_kept(tmp_path: Pat
 
 def test_an_id_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", {"id": "a", "prompt": "a ring"}, {"id": "a", "prompt": "a star"})
-    with pytest.raises(InputError, match="the id 'a' is there twice, in line 1 and line 2"):
+    with pytest.raises(InputError, match=r"the id 'a' is there twice, in line 1 and line 2.*--columns"):
         rows_of(path)
+
+
+def test_an_id_that_is_made_and_given_is_refused_in_any_order(tmp_path: Path) -> None:
+    (first, second) = rows_of(write(tmp_path / "a.jsonl", {"prompt": "a ring"}, {"prompt": "a ring"}))
+    assert first.id != second.id
+    for made in (first.id, second.id):
+        unnamed = [{"prompt": "a ring"}] * 2
+        for rows in ([{"id": made, "prompt": "a star"}, *unnamed], [*unnamed, {"id": made, "prompt": "a star"}]):
+            with pytest.raises(InputError, match=rf"the id '{made}' of line [13] .*give that row an id too"):
+                rows_of(write(tmp_path / "b.jsonl", *rows))
+    third = second.id.replace("-2", "-3")
+    assert rows_of(write(tmp_path / "c.jsonl", *unnamed, {"id": third, "prompt": "a star"}))[2].id == third
 
 
 def test_a_folder_of_images_is_captioned(tmp_path: Path) -> None:
