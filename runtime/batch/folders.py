@@ -13,6 +13,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from upath import UPath
 
 LOCK = ".lock"
+TEMPORARIES = ".*.tmp"
 PROBE = ".writable"
 
 
@@ -92,7 +94,7 @@ class LocalFolder(ResultFolder):
         path = self._path
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} is a file; name a folder for the results")
-        if path.is_dir() and any(entry.name != LOCK for entry in path.iterdir()) and not (path / marker).exists():
+        if path.is_dir() and not (path / marker).exists() and any(not _is_of_a_start(e.name) for e in path.iterdir()):
             raise InputError(f"{path} is not empty and has no progress of a job; name another folder")
         make_writable_folder(path)
 
@@ -147,7 +149,7 @@ class LocalFolder(ResultFolder):
 
     def remove_temporaries(self, *folders: str) -> None:
         for place in (self._path, *(self._path / folder for folder in folders)):
-            for path in place.glob(".*.tmp"):
+            for path in place.glob(TEMPORARIES):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -233,6 +235,11 @@ def unwritable(name: str, error: OSError) -> InputError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     reason, remedy = ("there is no space left", "free some") if full else (reason_of(error), "repair that")
     return InputError(f"cannot write {name}: {reason}; finished shards stay: {remedy} and run the same command again")
+
+
+def _is_of_a_start(name: str) -> bool:
+    """Returns whether a run that was killed before it had a marker may have left a file of that name."""
+    return name == LOCK or fnmatch(name, TEMPORARIES)
 
 
 def _temporary(path: Path) -> Path:

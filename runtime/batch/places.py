@@ -9,12 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
+from urllib.parse import unquote
 
 from runtime.errors import InputError, LatteFlowError, MissingExtraError, one_line
 from runtime.files import sha256_of
 
 if TYPE_CHECKING:
     from upath import UPath
+
+_LOCAL = ("file", "local")
+"""Kinds of URLs that are paths. Files written by fsspec are not complete when they get their names."""
 
 Place: TypeAlias = "Path | UPath"
 
@@ -25,14 +29,20 @@ def is_url(text: str) -> bool:
 
 
 def place_of(text: str) -> Place:
-    """Returns the place that a text names.
+    """Returns the place that a text names; a `file://` URL is a path of this machine.
 
     Raises:
-        InputError: there is no such kind of URL.
+        InputError: there is no such kind of URL, or it names another machine.
         MissingExtraError: the library for it is not installed.
     """
     if not is_url(text):
         return Path(text)
+    kind, _, rest = text.partition("://")
+    if kind.lower() in _LOCAL:
+        host, _, path = rest.partition("/")
+        if host not in ("", "localhost"):
+            raise InputError(f"{text} must name a file of this machine by its whole path: {kind}:///PATH")
+        return Path("/" + unquote(path))
     try:
         from upath import UPath
 

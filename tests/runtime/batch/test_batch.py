@@ -364,6 +364,21 @@ def test_a_full_disk_is_one_line_and_finished_shards_stay(bundle: Path, tmp_path
     assert ".tmp" not in found.stdout
 
 
+@pytest.mark.parametrize("left", [(".lock", ".job.json.tmp"), (".4711.tmp",), (".job.json.tmp",), ()])
+def test_a_job_that_was_killed_before_it_had_a_file_goes_on(bundle: Path, tmp_path: Path, left: Sequence[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in left:
+        (out / name).write_text('{"version"')
+    source = write(tmp_path / "prompts.txt", "a ring")
+    assert run_job(Job(source, out, bundle)).failed == 0
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "job.json", "part-00000.parquet"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".profile").touch()
+    with pytest.raises(InputError, match="is not empty and has no progress of a job"):
+        run_job(Job(source, tmp_path / "mine", bundle))
+
+
 def test_two_runs_at_once_are_refused(bundle: Path, tmp_path: Path) -> None:
     import fcntl
 

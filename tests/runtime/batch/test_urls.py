@@ -202,6 +202,28 @@ def test_what_cannot_be_reached_or_written_is_one_line(
     assert "is not empty and has no progress of a job" in said
 
 
+def test_a_file_url_is_a_path(bundle: Path, image: bytes, tmp_path: Path, run_command: RunCommand) -> None:
+    folder = tmp_path / "my files"
+    folder.mkdir()
+    (folder / "image.png").write_bytes(image)
+    images = [folder.as_uri() + "/image.png", f"file://{folder}/none.png"]
+    source = write(folder / "rows.jsonl", *({"id": str(i), "image": url} for i, url in enumerate(images)))
+    arguments = (bundle, "--max-new-tokens", 2)
+    out = folder / "new" / "out"
+    code, said, _ = run_command("run-batch", source.as_uri(), f"file://localhost{out}", *arguments)
+    assert (code, "1 failed" in said) == (3, True)
+    assert run_command("run-batch", source, folder / "as a path", *arguments)[0] == 3
+    assert files_in(out) == files_in(folder / "as a path")
+    (out / "part-00000.parquet").rename(out / ".part-00000.parquet.tmp")  # as a killed run leaves it
+    assert run_command("run-batch", source.as_uri(), out.as_uri(), *arguments)[0] == 3
+    assert files_in(out) == files_in(folder / "as a path")
+    code, _, said = run_command("run-batch", source, "file://other/out", *arguments)
+    assert (code, said) == (
+        2,
+        "error: file://other/out must name a file of this machine by its whole path: file:///PATH\n",
+    )
+
+
 @pytest.fixture
 def web(image: bytes, tmp_path: Path) -> Iterator[str]:
     folder = tmp_path / "web"
