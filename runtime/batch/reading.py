@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TextIO
 
 from runtime.batch.places import Place, files_below, hash_of_file, is_url, os_errors, reason_of
-from runtime.batch.rows import COLUMNS, IMAGE_COLUMNS, Row, body_of, kind_of
+from runtime.batch.rows import COLUMNS, IMAGE_COLUMNS, Row, body_of, kind_of, missing_in
 from runtime.errors import InputError, MissingExtraError, one_line
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
@@ -41,7 +41,7 @@ class RowOptions:
     """What holds for all rows."""
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Values for plain rows that have none."""
+    """Values for rows that have none, by the names of plain rows."""
     question: str = DEFAULT_QUESTION
     """For plain rows that have an image, but no question."""
     keep: tuple[str, ...] = ()
@@ -170,7 +170,7 @@ def _row(record: Record, ids: Ids, options: RowOptions) -> Row:
     if given is not None and not error:
         ids.take(name, record.place, "" if is_openai else _WITHOUT_IDS)
     if is_openai:
-        return _checked(_openai_row(record.place, name, values, kept), error)
+        return _checked(_openai_row(record.place, name, values, kept), error, options.defaults)
     if "prompt" in values:
         values = {**{k: v for k, v in options.defaults.items() if k not in _OF_ANSWERS}, **values}
     else:
@@ -198,12 +198,20 @@ def _openai_row(place: str, name: str, values: Mapping[str, Any], kept: Mapping[
     return Row(place, name, body if isinstance(body, Mapping) else {}, kept, str(url or "?"), error)
 
 
-def _checked(row: Row, error: str) -> Row:
-    """Returns a row with what is wrong with it."""
+def _checked(row: Row, error: str, missing: Mapping[str, Any] | None = None) -> Row:
+    """Returns a row with what is wrong with it.
+
+    Args:
+        missing: values for OpenAI's bodies that have none.
+    """
     try:
         json.dumps([row.id, row.values], ensure_ascii=False, default=lambda _: "").encode()
         if not (error := error or row.error):
-            return replace(row, kind=kind_of(body_of(row)))
+            body = body_of(row)
+            if fields := missing_in(body, missing or {}):
+                row = replace(row, values={**row.values, **fields})
+                body_of(row)
+            return replace(row, kind=kind_of(body))
     except (InputError, UnicodeEncodeError) as fault:
         error = one_line(fault) if isinstance(fault, InputError) else "the text is not valid Unicode; save it as UTF-8"
         if isinstance(fault, UnicodeEncodeError):

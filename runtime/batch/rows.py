@@ -100,6 +100,18 @@ def body_of(row: Row) -> ImagesBody | ChatBody:
         raise InputError(line_of({**first, "loc": [columns.get(str(part), part) for part in loc]})) from error
 
 
+def missing_in(body: ImagesBody | ChatBody, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of defaults that a body leaves open, in its words. `quality` says the number of steps too."""
+    names = DRAWING if kind_of(body) == "draw" else ASKING
+    given = set(body.model_fields_set)
+    if "quality" in given and body.quality != "auto":
+        given.add("num_inference_steps")
+    if "max_completion_tokens" in given:
+        given.add("max_tokens")
+    fields = {names[name]: value for name, value in defaults.items() if name in names}
+    return {field: value for field, value in fields.items() if field not in given}
+
+
 def _plain_body(row: Row, names: Mapping[str, str]) -> dict[str, Any]:
     if "prompt" not in row.values and "question" not in row.values:
         raise InputError("the row has neither a prompt (to draw) nor a question (to answer)")

@@ -116,6 +116,32 @@ def test_a_column_of_other_results_may_be_kept(bundle: Path, tmp_path: Path, run
     assert [row["index"] for row in table_of(tmp_path / "out")] == ["mine"]
 
 
+def test_options_fill_openais_lines_as_they_fill_plain_rows(
+    bundle: Path, tmp_path: Path, run_command: RunCommand
+) -> None:
+    message = {"messages": [{"role": "user", "content": "a star"}]}
+    draws = {"modalities": ["image"]}
+    bodies = {
+        "drawn": ("images/generations", {"prompt": "a star"}),
+        "null": ("images/generations", {"prompt": "a star", "num_inference_steps": None}),
+        "own": ("images/generations", {"prompt": "a star", "num_inference_steps": 3, "shift": 1.5}),
+        "quality": ("images/generations", {"prompt": "a star", "quality": "low"}),
+        "chat": ("chat/completions", message | draws),
+        "nested": ("chat/completions", message | {"extra_body": {**draws, "num_inference_steps": 3}}),
+        "asked": ("chat/completions", message),
+        "own asked": ("chat/completions", message | {"max_completion_tokens": 4}),
+    }
+    lines = [{"custom_id": name, "url": f"/v1/{url}", "body": body} for name, (url, body) in bodies.items()]
+    source = write(tmp_path / "rows.jsonl", *lines, {"id": "plain", "prompt": "a star"})
+    options = (*FEW_STEPS, "--shift", 2, "--max-new-tokens", 1, "--negative-prompt", "a ring")
+    assert run_command("run-batch", source, tmp_path / "out", bundle, *options)[0] == 0
+    rows = {row["id"]: row for row in table_of(tmp_path / "out")}
+    drawn = ("drawn", "null", "chat", "plain", "own", "nested", "quality")
+    said = [(rows[name]["num_inference_steps"], rows[name]["shift"], rows[name]["negative_prompt"]) for name in drawn]
+    assert said == [(2, 2.0, "a ring")] * 4 + [(3, 1.5, "a ring"), (3, 2.0, "a ring"), (10, 2.0, "a ring")]
+    assert (rows["asked"]["max_new_tokens"], rows["own asked"]["max_new_tokens"]) == (1, 4)
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_an_image_drawn_in_a_chat_is_in_parquet(bundle: Path, tmp_path: Path, nested: bool) -> None:
     options = {"modalities": ["image"], "num_inference_steps": 2}
