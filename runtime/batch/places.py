@@ -87,10 +87,11 @@ def hash_of_file(place: Place) -> str:
 def files_below(folder: Place, suffixes: tuple[str, ...]) -> Iterator[tuple[str, int]]:
     """Yields name and size of the files with certain endings in a folder and the folders below, by name.
 
-    Names are relative to the folder. Those that begin with a dot are left out.
+    Names are relative to the folder. Those that begin with a dot are left out. Links to folders are followed to folders
+    that were not visited yet, so that a loop ends. A file that is not there, such as a broken link's, has size 0.
     """
     if isinstance(folder, Path):
-        yield from _files_below(folder, "", suffixes)
+        yield from _files_below(folder, "", suffixes, set())
         return
     root = folder.path.rstrip("/") + "/"
     sizes = {
@@ -102,12 +103,33 @@ def files_below(folder: Place, suffixes: tuple[str, ...]) -> Iterator[tuple[str,
             yield name, sizes[name]
 
 
-def _files_below(root: Path, below: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+def files_in(folder: Place, suffixes: tuple[str, ...]) -> list[Place]:
+    """Returns the files with certain endings in a folder, by name, but for those that begin with a dot."""
+    if isinstance(folder, Path):
+        found: list[Place] = [path for path in folder.iterdir() if not path.is_dir()]
+    else:
+        entries = folder.fs.ls(folder.path, detail=True)
+        names = [entry["name"].rpartition("/")[2] for entry in entries if entry["type"] != "directory"]
+        found = [folder / name for name in names if name]
+    fitting = [path for path in found if path.name.lower().endswith(suffixes) and not path.name.startswith(".")]
+    return sorted(fitting, key=lambda path: path.name)
+
+
+def _files_below(
+    root: Path, below: str, suffixes: tuple[str, ...], visited: set[tuple[int, int]]
+) -> Iterator[tuple[str, int]]:
+    status = (root / below).stat()
+    if (status.st_dev, status.st_ino) in visited:
+        return
+    visited.add((status.st_dev, status.st_ino))
     for path in sorted((root / below).iterdir()):
         name = f"{below}{path.name}"
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            yield from _files_below(root, f"{name}/", suffixes)
+            yield from _files_below(root, f"{name}/", suffixes, visited)
         elif name.lower().endswith(suffixes):
-            yield name, path.stat().st_size
+            try:
+                yield name, path.stat().st_size
+            except OSError:
+                yield name, 0

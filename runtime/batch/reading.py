@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TextIO
 
-from runtime.batch.places import Place, files_below, hash_of_file, is_url, os_errors, reason_of
+from runtime.batch.places import Place, files_below, files_in, hash_of_file, is_url, os_errors, reason_of
 from runtime.batch.rows import COLUMNS, IMAGE_COLUMNS, Row, body_of, kind_of, missing_in
 from runtime.errors import InputError, MissingExtraError, one_line
 
@@ -262,9 +262,9 @@ def files_of(source: Place) -> list[Place]:
         InputError: there is no such file or folder, or it is of another kind.
     """
     if source.is_dir():
-        if any(path.suffix.lower() in IMAGE_SUFFIXES for path in source.iterdir()):
+        if files_in(source, IMAGE_SUFFIXES):
             return []  # what else is there describes the images
-        files = sorted(path for path in source.iterdir() if path.suffix.lower() in _READERS and path.suffix != ".txt")
+        files = files_in(source, tuple(suffix for suffix in _READERS if suffix != ".txt"))
         if len({path.suffix.lower() for path in files}) > 1:
             raise InputError(f"{source} has files of several kinds; name one of them, such as {files[0].name}")
         return files

@@ -285,14 +285,16 @@ def test_an_image_that_cannot_be_opened_fails_its_own_row(
     for name in ("a.png", "c.png"):
         shutil.copy(image, folder / name)
     (folder / "b.png").write_bytes(image.read_bytes()[:40])
+    (folder / "d.png").symlink_to("nothing.png")
     out = tmp_path / "out"
     code, said, _ = run_command("run-batch", folder, out, bundle, "--max-new-tokens", 2)
-    assert (code, said) == (3, f"3 rows in {out}, 1 failed: see {out / 'errors'}\n")
+    assert (code, said) == (3, f"4 rows in {out}, 2 failed: see {out / 'errors'}\n")
     assert [row["id"] for row in table_of(out)] == ["a.png", "c.png"]
     assert {row["question"] for row in table_of(out)} == {"describe the image"}
-    (error,) = (out / "errors" / "part-00000.jsonl").read_text().splitlines()
-    assert json.loads(error)["id"] == "b.png"
-    assert "b.png" in json.loads(error)["error"]
+    errors = [json.loads(line) for line in (out / "errors" / "part-00000.jsonl").read_text().splitlines()]
+    assert [error["id"] for error in errors] == ["b.png", "d.png"]
+    assert "b.png" in errors[0]["error"]
+    assert errors[1]["error"] == f"no image at {folder / 'd.png'}"
 
 
 @pytest.mark.parametrize("kind", ["parquet", "png", "openai"])

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from runtime.batch.reading import RowOptions, read_rows
+from runtime.batch.reading import RowOptions, hash_of, read_rows
 from runtime.batch.rows import Row, seed_of
 from runtime.errors import InputError
 from tests.runtime.batch.files import write
@@ -183,6 +183,31 @@ def test_a_folder_of_images_is_captioned(tmp_path: Path) -> None:
         "question": "what is it?",
         "max_new_tokens": 3,
     }
+
+
+def test_a_broken_link_is_a_row_and_a_loop_repeats_no_image(tmp_path: Path) -> None:
+    photos, other = tmp_path / "photos", tmp_path / "other"
+    for folder in (photos, other):
+        folder.mkdir()
+        Image.new("RGB", (8, 8)).save(folder / "a.png")
+    (photos / "again").symlink_to(".")
+    (photos / "b.png").symlink_to("nothing.png")
+    (photos / "c.png").symlink_to("c.png")
+    (photos / "linked").symlink_to("../other")
+    (photos / "x.png").mkdir()
+    (other / "back").symlink_to("../photos")
+    rows = rows_of(photos)
+    assert [(row.id, row.error) for row in rows] == [("a.png", ""), ("b.png", ""), ("c.png", ""), ("linked/a.png", "")]
+    assert hash_of(photos) == hash_of(photos)
+
+
+def test_hidden_files_and_folders_named_like_tables_are_not_read(tmp_path: Path) -> None:
+    write(tmp_path / "b.jsonl", {"prompt": "a ring"})
+    (tmp_path / "._b.jsonl").write_bytes(b"\0\xff")
+    (tmp_path / "._b.png").touch()
+    (tmp_path / "a.jsonl").mkdir()
+    (tmp_path / "c.png").mkdir()
+    assert [row.values["prompt"] for row in rows_of(tmp_path)] == ["a ring"]
 
 
 def test_a_folder_of_tables_is_read_in_order(tmp_path: Path) -> None:
