@@ -13,6 +13,7 @@ import re
 import tarfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, time
 from typing import Any, Literal
 
 from runtime.batch.folders import ResultFolder, unwritable
@@ -256,14 +257,19 @@ def _hash(row: Row) -> str:
 
 
 def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) or value is None else _json(value)
+    if value is None or isinstance(value, str):
+        return value
+    return _json(value) if isinstance(value, (bool, int, float, list, tuple, dict)) else _described(value)
 
 
 def _json(value: Any) -> str:
-    def described(other: Any) -> str:
-        return f"{len(other)} bytes" if isinstance(other, bytes) else str(other)
+    return json.dumps(value, ensure_ascii=False, default=_described)
 
-    return json.dumps(value, ensure_ascii=False, default=described)
+
+def _described(value: Any) -> str:
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    return value.isoformat() if isinstance(value, (date, time)) else str(value)
 
 
 def _lines(values: Any) -> bytes:

@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
@@ -162,7 +163,11 @@ def _row(record: Record, ids: Ids, options: RowOptions) -> Row:
     if not is_openai:
         values = {name: value for name, value in values.items() if options.reads(name)}
     kept = {name: values.pop(name) for name in options.keep if name in values and name not in COLUMNS}
+    if fault := _fault_of_values(values, kept):
+        return Row(record.place, "", {}, error=fault)
     given = values.pop("custom_id" if is_openai else "id", None)
+    if isinstance(given, float) and given.is_integer():
+        given = int(given)  # a column of whole numbers with a gap
     if given is None and is_openai:
         return Row(record.place, "", {}, error="the line has no custom_id")
     error = "" if given is None else _fault_of_id(given)
@@ -205,18 +210,35 @@ def _checked(row: Row, error: str, missing: Mapping[str, Any] | None = None) -> 
         missing: values for OpenAI's bodies that have none.
     """
     try:
-        json.dumps([row.id, row.values], ensure_ascii=False, default=lambda _: "").encode()
         if not (error := error or row.error):
             body = body_of(row)
             if fields := missing_in(body, missing or {}):
                 row = replace(row, values={**row.values, **fields})
                 body_of(row)
             return replace(row, kind=kind_of(body))
-    except (InputError, UnicodeEncodeError) as fault:
-        error = one_line(fault) if isinstance(fault, InputError) else "the text is not valid Unicode; save it as UTF-8"
-        if isinstance(fault, UnicodeEncodeError):
-            return Row(row.place, "", {}, error=error)
+    except InputError as fault:
+        error = one_line(fault)
     return Row(row.place, row.id, row.values, row.kept, row.url, error)
+
+
+def _fault_of_values(values: Mapping[str, Any], kept: Mapping[str, Any]) -> str:
+    """Returns what keeps values from being written as text."""
+    for name, value in (*values.items(), *kept.items()):
+        try:
+            json.dumps({name: value}, ensure_ascii=False, default=lambda _: "").encode()
+        except UnicodeEncodeError:
+            shown = name.encode(errors="backslashreplace").decode()
+            return f"{shown} is not valid Unicode; write it in UTF-8"
+    for name, value in kept.items():
+        if _has_bytes(value):
+            return f"--keep {name}: text can be kept, and the value has bytes; leave it out"
+    return ""
+
+
+def _has_bytes(value: Any) -> bool:
+    if isinstance(value, (list, tuple, dict)):
+        return any(map(_has_bytes, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, bytes)
 
 
 def _fault_of_id(given: Any) -> str:
@@ -235,7 +257,7 @@ def _with_paths(values: Mapping[str, Any], base: Place) -> dict[str, Any]:
 
     def placed(value: Any) -> Any:
         if isinstance(value, str) and value:
-            return value if is_url(value) else str(base / value)
+            return value if is_url(value) or value.startswith("data:") else str(base / value)
         if isinstance(value, Mapping) and value.get("bytes") is None and isinstance(value.get("path"), str):
             return placed(value["path"])
         return [placed(item) for item in value] if isinstance(value, list) else value
@@ -247,12 +269,17 @@ def _records(source: Place, options: RowOptions) -> Iterator[Record]:
     files = files_of(source)
     if not files:
         for name, _ in files_below(source, IMAGE_SUFFIXES):
-            yield Record(name, {"id": name, "image": name}, source.absolute())
+            yield Record(_shown(name), {"id": name, "image": name}, source.absolute())
         return
     for file in files:
-        where = "" if file == source else f"{file.name}, "
+        where = "" if file == source else f"{_shown(file.name)}, "
         for place, values, error in _READERS[file.suffix.lower()](file, options):
             yield Record(where + place, values, file.absolute().parent, error)
+
+
+def _shown(name: str) -> str:
+    """Returns the name of a file with \\x and two digits for each byte that is not UTF-8."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def files_of(source: Place) -> list[Place]:
@@ -282,7 +309,7 @@ def hash_of(source: Place) -> str:
         with os_errors(source):
             files = files_of(source)
             for file in files:
-                total.update(f"{file.name} {hash_of_file(file)}\n".encode())
+                total.update(f"{file.name} {hash_of_file(file)}\n".encode(errors="surrogateescape"))
             for name, size in files_below(source, IMAGE_SUFFIXES) if not files else ():
                 total.update(f"{name} {size}\n".encode(errors="surrogateescape"))
     except OSError as error:
@@ -421,12 +448,36 @@ def _parquet_rows(path: Place, options: RowOptions) -> Parsed:
     pa, pq = parquet_library("reading Parquet")
     try:
         with path.open("rb") as file, pq.ParquetFile(file) as table:
-            names = _check_columns(path, table.schema_arrow.names, options)
-            rows = (row for batch in table.iter_batches(ROWS_AT_ONCE, columns=names) for row in batch.to_pylist())
-            for number, row in enumerate(rows, 1):
-                yield f"row {number}", row, ""
-    except (pa.ArrowException, OSError) as error:
+            schema = table.schema_arrow
+            names = _check_columns(path, schema.names, options)
+            for name in options.keep:
+                if "binary" in str(schema.field(name).type):
+                    raise InputError(f"--keep {name}: text can be kept, and the column has bytes; leave it out")
+            rows = (row for batch in table.iter_batches(ROWS_AT_ONCE, columns=names) for row in _python_rows(batch))
+            for number, (values, error_of_row) in enumerate(rows, 1):
+                yield f"row {number}", values, error_of_row
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a complete Parquet file: {one_line(error)}") from error
+
+
+def _python_rows(batch: Any) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yields the values of each row, or why Python cannot hold one: a text that is not UTF-8, a date after 9999."""
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError):
+        rows = None
+    if rows is not None:
+        yield from ((row, "") for row in rows)
+        return
+    for index in range(batch.num_rows):
+        values: dict[str, Any] = {}
+        fault = ""
+        for name in batch.schema.names:
+            try:
+                values[name] = batch.column(name)[index].as_py()
+            except (ValueError, OverflowError) as error:
+                fault = fault or f"{name} cannot be read: {one_line(error)}"
+        yield values, fault
 
 
 def _check_columns(path: Place, names: list[str], options: RowOptions) -> list[str]:

@@ -17,6 +17,7 @@ from runtime.batch.fetching import Fetched, content_at
 from runtime.batch.places import is_url
 from runtime.chat import user_message
 from runtime.errors import InputError, line_of
+from runtime.flow_time import check_seeds
 from runtime.gateway.chat import answer_request, content_of, conversation_of, image_urls, prompt_of
 from runtime.gateway.images import generation_request
 from runtime.gateway.schema import ChatBody, ImagesBody
@@ -136,7 +137,8 @@ def urls_of(row: Row, body: ImagesBody | ChatBody) -> list[str]:
         return []
     if row.url:
         return [url for url in image_urls(body.messages) if not url.startswith("data:")]
-    return [image for image in images_of(row.values) if isinstance(image, str) and is_url(image)]
+    images = [image for image in images_of(row.values) if isinstance(image, str)]
+    return [image for image in images if is_url(image) and not image.startswith("data:")]
 
 
 def request_of(row: Row, body: ImagesBody | ChatBody, model: ServedModel, fetched: Fetched) -> AnyRequest:
@@ -159,17 +161,25 @@ def request_of(row: Row, body: ImagesBody | ChatBody, model: ServedModel, fetche
     else:
         if row.url:
             urls = image_urls(body.messages)
-            files = [content_of(url) if url.startswith("data:") else content_at(url, fetched) for url in urls]
-            conversation = conversation_of(body.messages, files)
+            conversation = conversation_of(body.messages, [_content_at(url, fetched) for url in urls])
         else:
             images = [
-                content_at(image, fetched) if isinstance(image, str) and is_url(image) else image
+                _content_at(image, fetched) if isinstance(image, str) and _is_elsewhere(image) else image
                 for image in images_of(row.values)
             ]
             check_images(images)
             conversation = (user_message(images, row.values["question"]),)
+        check_seeds((body.seed or 0,))
         request = answer_request(body, conversation, "", row.id)
     return replace(request, priority=0, deadline=None)  # results must not depend on time
+
+
+def _is_elsewhere(image: str) -> bool:
+    return image.startswith("data:") or is_url(image)
+
+
+def _content_at(url: str, fetched: Fetched) -> bytes:
+    return content_of(url) if url.startswith("data:") else content_at(url, fetched)
 
 
 def images_of(values: Mapping[str, Any]) -> list[ImageInput]:

@@ -37,6 +37,10 @@ ENCODERS = 2
 """Threads that write PNGs while the engines run."""
 NO_LIMIT = 2**40
 """Who runs a batch has no others to protect."""
+MAX_STEPS = 10_000
+"""Steps of an image: a number that is meant, whose time grid fits in memory."""
+MAX_IMAGES = 1_000
+"""Images of a row."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ class ShardOptions:
     def limits(self) -> Limits:
         """Limits of the scheduler."""
         return Limits(
-            max_steps=NO_LIMIT,
-            max_images_per_request=NO_LIMIT,
+            max_steps=MAX_STEPS,
+            max_images_per_request=MAX_IMAGES,
             max_queued_images=NO_LIMIT,
             max_images_per_client=NO_LIMIT,
             max_rows_per_tick=2 * self.batch_size,

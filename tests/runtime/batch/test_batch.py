@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -295,6 +297,59 @@ def test_an_image_that_cannot_be_opened_fails_its_own_row(
     assert [error["id"] for error in errors] == ["b.png", "d.png"]
     assert "b.png" in errors[0]["error"]
     assert errors[1]["error"] == f"no image at {folder / 'd.png'}"
+
+
+def test_numbers_beyond_the_limits_fail_their_own_rows(bundle: Path, tmp_path: Path) -> None:
+    few = {"num_inference_steps": 2}
+    rows = [
+        {"prompt": "a ring", "num_inference_steps": 10_001},
+        {"prompt": "a ring", "num_images_per_prompt": 1_001, **few},
+        {"prompt": "a ring", "seed": 2**63, **few},
+        {"prompt": "a ring", "seed": 2**63 - 1, **few},
+        {"question": "what?", "seed": 2**63, "max_new_tokens": 2},
+        {"question": "what?", "seed": 2**63 - 1, "max_new_tokens": 2},
+    ]
+    source = write(tmp_path / "rows.jsonl", *({"id": str(i), **row} for i, row in enumerate(rows)))
+    assert run_job(Job(source, tmp_path / "out", bundle)).failed == 4
+    assert [(row["id"], row["seed"]) for row in table_of(tmp_path / "out")] == [("3", 2**63 - 1), ("5", 2**63 - 1)]
+    lines = (tmp_path / "out" / "errors" / "part-00000.jsonl").read_text().splitlines()
+    assert [json.loads(line)["error"] for line in lines] == [
+        "num_inference_steps must be from 1 to 10000, got 10001",
+        "num_images must be from 1 to 1000, got 1001",
+        *["a seed must be from 0 to 9223372036854775807, got 9223372036854775808"] * 2,
+    ]
+
+
+def test_an_image_may_be_a_data_uri(bundle: Path, image: Path, tmp_path: Path) -> None:
+    uris = [data_uri(image), "data:image/png;base64,no", "data:image/png,"]
+    rows = [{"id": str(i), "image": uri, "max_new_tokens": 2} for i, uri in enumerate(uris)]
+    rows += [{"id": "file", "image": "image.png", "max_new_tokens": 2}, {**rows[0], "id": "3", "image": uris[:1] * 2}]
+    rows[4]["images"] = rows[4].pop("image")
+    assert run_job(Job(write(tmp_path / "rows.jsonl", *rows), tmp_path / "out", bundle)).failed == 2
+    found = {row["id"]: (row["answer"], row["input_tokens"]) for row in table_of(tmp_path / "out")}
+    assert set(found) == {"0", "file", "3"}
+    assert found["0"][1] == found["file"][1] < found["3"][1]
+    lines = (tmp_path / "out" / "errors" / "part-00000.jsonl").read_text().splitlines()
+    assert "not base64" in json.loads(lines[0])["error"]
+    assert "data URI such as" in json.loads(lines[1])["error"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_kept_values_are_text_in_parquet_and_json_elsewhere(bundle: Path, tmp_path: Path, kind: str) -> None:
+    made = datetime.datetime(2024, 1, 2, 3)
+    row = {"id": "a", "prompt": "a ring", "num_inference_steps": 2, "label": "x", "number": 7, "made": made, "l": [1]}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    keep = ("label", "number", "made", "l")
+    assert (
+        run_job(Job(tmp_path / "rows.parquet", tmp_path / "out", bundle, kind, rows=RowOptions(keep=keep))).failed == 0
+    )
+    if kind == "parquet":
+        (found,) = table_of(tmp_path / "out")
+    else:
+        with tarfile.open(tmp_path / "out" / "part-00000.tar") as tar:
+            found = json.load(tar.extractfile("a.json"))
+    expected = ("x", "7", "2024-01-02T03:00:00", "[1]") if kind == "parquet" else ("x", 7, "2024-01-02T03:00:00", [1])
+    assert tuple(found[name] for name in keep) == expected
 
 
 @pytest.mark.parametrize("kind", ["parquet", "png", "openai"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,11 @@ def test_the_same_rows_come_from_json_csv_and_parquet(tmp_path: Path) -> None:
         ({"question": 3, "image": "a.png"}, "question: "),
         ({"question": "a", "max_new_tokens": 0}, "max_new_tokens: "),
         ({"id": [], "prompt": "a"}, "an id must be text"),
-        ('{"prompt": "\\ud800"}', "not valid Unicode"),
+        ('{"prompt": "\\ud800"}', "prompt is not valid Unicode"),
+        ('{"id": "\\ud800", "prompt": "a"}', "id is not valid Unicode"),
+        ('{"prompt": "a", "\\ud800": 1}', "\\ud800 is not valid Unicode"),
+        ('{"custom_id": "\\ud800", "url": "/v1/chat/completions", "body": {}}', "custom_id is not valid Unicode"),
+        ({"id": 1.5, "prompt": "a"}, "an id must be text or a whole number, got 1.5"),
         ({"custom_id": "a", "method": "GET", "url": "/v1/images/generations", "body": {"prompt": "a"}}, "POST"),
         ({"custom_id": "a", "method": "POST", "url": "/v1/embeddings", "body": {}}, "url must be"),
         ({"custom_id": "a", "method": "POST", "url": "/v1/images/generations", "body": {"promt": "a"}}, "prompt: "),
@@ -217,6 +223,51 @@ def test_a_folder_of_tables_is_read_in_order(tmp_path: Path) -> None:
     write(tmp_path / "c.csv", "prompt")
     with pytest.raises(InputError, match="several kinds"):
         rows_of(tmp_path)
+
+
+def test_unicode_that_is_broken_fails_its_own_row(tmp_path: Path) -> None:
+    lines = ('{"prompt": "a", "label": "\\udc00"}', '{"prompt": "a", "label": {"x": "y"}}')
+    bad, good = rows_of(write(tmp_path / "rows.jsonl", *lines), keep=("label",))
+    assert (bad.error, good.error) == ("label is not valid Unicode; write it in UTF-8", "")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (8, 8)).save(photos / "a.png")
+    os.rename(photos / "a.png", os.fsencode(photos) + b"/caf\xe9.png")
+    (row,) = rows_of(photos)
+    assert (row.place, row.error) == (r"caf\xe9.png", "id is not valid Unicode; write it in UTF-8")
+    os.rename(tmp_path / "rows.jsonl", os.fsencode(photos) + b"/caf\xe9.jsonl")
+    os.remove(os.fsencode(photos) + b"/caf\xe9.png")
+    assert [row.place for row in rows_of(photos, columns=("prompt",))] == [
+        r"caf\xe9.jsonl, line 1",
+        r"caf\xe9.jsonl, line 2",
+    ]
+    assert hash_of(photos)
+
+
+def test_parquet_values_that_python_cannot_hold_fail_their_own_rows(tmp_path: Path) -> None:
+    prompts = pa.Array.from_buffers(
+        pa.string(), 3, [None, pa.py_buffer(struct.pack("4i", 0, 1, 2, 3)), pa.py_buffer(b"a\xffb")]
+    )
+    times = pa.array([0, 0, 2**60], pa.timestamp("us"))
+    pq.write_table(pa.table({"id": ["1", "2", "3"], "prompt": prompts, "made": times}), tmp_path / "rows.parquet")
+    first, second, third = rows_of(tmp_path / "rows.parquet", keep=("made",))
+    assert (first.error, first.values) == ("", {"prompt": "a"})
+    assert (second.place, third.place) == ("row 2", "row 3")
+    assert "prompt cannot be read: 'utf-8' codec" in second.error
+    assert "made cannot be read: " in third.error
+
+
+def test_bytes_are_not_kept(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["a"], "label": [b"abc"]}), tmp_path / "rows.parquet")
+    with pytest.raises(InputError, match="--keep label: text can be kept, and the column has bytes; leave it out"):
+        rows_of(tmp_path / "rows.parquet", keep=("label",))
+    assert not rows_of(tmp_path / "rows.parquet", columns=("prompt",))[0].error
+
+
+def test_an_id_that_is_a_whole_float_is_a_number(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": [1.0, None, 3.0], "prompt": ["a", "b", "c"]}), tmp_path / "rows.parquet")
+    rows = rows_of(tmp_path / "rows.parquet")
+    assert ([row.error for row in rows], rows[0].id, rows[2].id) == ([""] * 3, "1", "3")
 
 
 def test_a_truncated_parquet_and_another_file_are_one_line(tmp_path: Path) -> None:
