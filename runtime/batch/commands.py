@@ -80,7 +80,10 @@ def run_batch(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Run only the first rows.", min=1)] = None,
     rows_per_shard: Annotated[
-        int, typer.Option(help="Rows in an output file; at most so many are run again after a crash.", min=1)
+        int,
+        typer.Option(
+            help="Rows in an output file; an interruption costs the one being made and the one being written.", min=1
+        ),
     ] = ROWS_PER_SHARD,
     batch_size: Annotated[int, typer.Option(help="Number of images that share a run of an engine.", min=1)] = 16,
     allow_image_host: Annotated[
@@ -95,8 +98,12 @@ def run_batch(
     workers: Annotated[
         int | None, typer.Option(help="Pipelines on Ray; by default as many as fit.", min=1, show_default=False)
     ] = None,
-    cpus_per_worker: Annotated[float, typer.Option(help="CPUs of each of them.", min=0)] = 1.0,
-    gpus_per_worker: Annotated[float, typer.Option(help="GPUs of each of them.", min=0)] = 0.0,
+    cpus_per_worker: Annotated[
+        float | None, typer.Option(help="CPUs of each of them; 1 by default.", min=0, show_default=False)
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(help="GPUs of each of them; none by default.", min=0, show_default=False)
+    ] = None,
     provider: Provider = "cpu",
     provider_option: ProviderOption = None,
     as_json: AsJson = False,
@@ -138,9 +145,12 @@ def run_batch(
     )
     where: AbstractContextManager[Runner | None] = nullcontext()
     if ray or ray_address is not None:
-        where = on_ray(Pool(ray_address, workers, cpus_per_worker, gpus_per_worker))
-    elif workers is not None or gpus_per_worker:
-        raise InputError("--workers and --gpus-per-worker need --ray or --ray-address; without them one pipeline runs")
+        cpus = 1.0 if cpus_per_worker is None else cpus_per_worker
+        where = on_ray(Pool(ray_address, workers, cpus, gpus_per_worker or 0.0))
+    else:
+        of_ray = {"workers": workers, "cpus-per-worker": cpus_per_worker, "gpus-per-worker": gpus_per_worker}
+        if needless := [name for name, value in of_ray.items() if value is not None]:
+            raise InputError(f"--{needless[0]} needs --ray or --ray-address; without them one pipeline runs")
     shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
     with where as runner, Progress(*shown, console=stderr, disable=not stderr.is_terminal) as progress:
         report = run_job(job, _Shown(progress), runner)

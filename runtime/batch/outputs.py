@@ -185,11 +185,15 @@ class Output:
 
 
 def check_kept(keep: Sequence[str], kinds: Collection[RequestKind], format_: Format) -> None:
-    """Checks that no column to keep has the name of one that rows or results have anyway.
+    """Checks that results have room for columns to keep: each needs a name that no other column has.
 
     Raises:
-        InputError: one has.
+        InputError: they have none.
     """
+    if keep and format_ == "openai":
+        raise InputError(
+            f"--keep {keep[0]}: OpenAI's lines have no place for it; choose another --format, or leave it out"
+        )
     of_results = {*_columns(kinds), *(["file_name"] if format_ == "png" else [])}
     for name in keep:
         if name in of_results:

@@ -40,7 +40,7 @@ def place_of(text: str) -> Place:
     kind, _, rest = text.partition("://")
     if kind.lower() in _LOCAL:
         host, _, path = rest.partition("/")
-        if host not in ("", "localhost"):
+        if host not in ("", "localhost") or "\0" in unquote(path):
             raise InputError(f"{text} must name a file of this machine by its whole path: {kind}:///PATH")
         return Path("/" + unquote(path))
     try:

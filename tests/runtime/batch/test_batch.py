@@ -98,6 +98,7 @@ def test_parquet_has_the_images_and_what_they_were_made_from(
         ({"prompt": "a ring", "num_images_per_prompt": 2}, "index", "webdataset"),
         ({"prompt": "a ring"}, "image", "parquet"),
         ({"prompt": "a ring"}, "stop", "parquet"),
+        ({"prompt": "a ring"}, "label", "openai"),
     ],
 )
 def test_a_kept_column_with_a_name_of_the_results_is_refused(

@@ -140,9 +140,15 @@ def test_a_pool_that_would_wait_for_ever_is_one_line(
         "error: 3 workers of 1 CPUs do not fit beside the reader, which takes 0.5: Ray has 3 CPUs, and the job would "
         "wait for ever; 2 fit: change --workers or --cpus-per-worker\n"
     )
-    code, _, said = run_command("run-batch", source, tmp_path / "out", bundle, "--workers", 3)
-    assert code == 2
-    assert "--workers and --gpus-per-worker need --ray or --ray-address" in said
+
+
+@pytest.mark.parametrize("name", ["--workers", "--cpus-per-worker", "--gpus-per-worker"])
+def test_an_option_of_ray_without_ray_is_refused(
+    bundle: Path, tmp_path: Path, run_command: RunCommand, name: str
+) -> None:
+    source = write(tmp_path / "prompts.txt", "a ring")
+    code, _, said = run_command("run-batch", source, tmp_path / "out", bundle, name, 1)
+    assert (code, said) == (2, f"error: {name} needs --ray or --ray-address; without them one pipeline runs\n")
 
 
 @pytest.mark.parametrize(

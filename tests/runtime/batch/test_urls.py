@@ -217,11 +217,10 @@ def test_a_file_url_is_a_path(bundle: Path, image: bytes, tmp_path: Path, run_co
     (out / "part-00000.parquet").rename(out / ".part-00000.parquet.tmp")  # as a killed run leaves it
     assert run_command("run-batch", source.as_uri(), out.as_uri(), *arguments)[0] == 3
     assert files_in(out) == files_in(folder / "as a path")
-    code, _, said = run_command("run-batch", source, "file://other/out", *arguments)
-    assert (code, said) == (
-        2,
-        "error: file://other/out must name a file of this machine by its whole path: file:///PATH\n",
-    )
+    for url in ("file://other/out", "file:///a%00b"):
+        code, _, said = run_command("run-batch", source, url, *arguments)
+        assert code == 2
+        assert said == f"error: {url} must name a file of this machine by its whole path: file:///PATH\n"
 
 
 @pytest.fixture
