@@ -223,16 +223,25 @@ def _checked(row: Row, error: str, missing: Mapping[str, Any] | None = None) -> 
 
 def _fault_of_values(values: Mapping[str, Any], kept: Mapping[str, Any]) -> str:
     """Returns what keeps values from being written as text."""
-    for name, value in (*values.items(), *kept.items()):
-        try:
-            json.dumps({name: value}, ensure_ascii=False, default=lambda _: "").encode()
-        except UnicodeEncodeError:
-            shown = name.encode(errors="backslashreplace").decode()
-            return f"{shown} is not valid Unicode; write it in UTF-8"
+    if not _is_unicode([values, kept]):
+        wrong = next(name for name, value in (*values.items(), *kept.items()) if not _is_unicode({name: value}))
+        shown = wrong.encode(errors="backslashreplace").decode()
+        return f"{shown} is not valid Unicode; write it in UTF-8"
     for name, value in kept.items():
         if _has_bytes(value):
             return f"--keep {name}: text can be kept, and the value has bytes; leave it out"
     return ""
+
+
+_to_json = json.JSONEncoder(ensure_ascii=False, default=lambda _: "").encode
+
+
+def _is_unicode(values: Any) -> bool:
+    try:
+        _to_json(values).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _has_bytes(value: Any) -> bool:

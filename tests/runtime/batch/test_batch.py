@@ -206,7 +206,7 @@ def test_every_id_has_a_file_name_of_its_own_that_fits(bundle: Path, tmp_path: P
     job = Job(write(tmp_path / "0.jsonl", {"id": "a b", "prompt": "a ring"}), tmp_path / "0", bundle, "png")
     run_job(job)
     (taken,) = (path.stem for path in (tmp_path / "0").rglob("*.png"))
-    ids = ["a b", taken, taken.replace("~", "-"), "a_b", *long, "é" * 512]
+    ids = list(dict.fromkeys(["a b", "a_b-c8687a08", taken, "a_b", *long, "é" * 512]))
     rows = [
         {"id": name, "prompt": "a ring", "num_images_per_prompt": 1 + (i % 2), "num_inference_steps": 2}
         for i, name in enumerate(ids)
