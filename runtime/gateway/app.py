@@ -23,7 +23,7 @@ from runtime.errors import DRAINING, InputError, ServiceError, line_of, one_line
 from runtime.gateway import chat, images
 from runtime.gateway.door import REQUEST_ID, Door
 from runtime.gateway.drawing import draw, stream
-from runtime.gateway.errors import ApiError, api_error
+from runtime.gateway.errors import ApiError, api_error, with_field
 from runtime.gateway.fetching import read_url
 from runtime.gateway.keys import ApiKey, KeyRing
 from runtime.gateway.metrics import Gauges
@@ -382,7 +382,7 @@ async def _on_invalid_body(request: Request, error: Exception) -> Response:
 
 
 def _logged(error: Exception) -> ApiError:
-    failure = api_error(error)
+    failure = with_field(api_error(error))
     if failure.status == 500:
         _LOG.error("a request failed: %s", one_line(error), exc_info=error)
     return failure

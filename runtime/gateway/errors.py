@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from runtime.errors import (
@@ -59,10 +59,7 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(500, "internal error; see the gateway's log", "internal_error")
     message = one_line(error)
     if isinstance(error, InputError):
-        word, _, rest = message.partition(" ")
-        field = FIELD_OF_ARGUMENT.get(word, word)
-        is_field = field in ImagesBody.model_fields or field in ChatBody.model_fields
-        return ApiError(400, f"{field} {rest}" if is_field else message, "invalid_value", field if is_field else None)
+        return ApiError(400, message, "invalid_value")
     if isinstance(error, QueueFullError):
         return ApiError(429, message, "rate_limit_exceeded", retry_after=error.retry_after or 1)
     if isinstance(error, DrainingError):
@@ -74,3 +71,12 @@ def api_error(error: BaseException) -> ApiError:
     if isinstance(error, ServiceError):
         return ApiError(503, message, "service_unavailable")
     return ApiError(500, message, "engine_error")
+
+
+def with_field(failure: ApiError) -> ApiError:
+    """Returns an error with the field that its message begins with, by the name that the client sent."""
+    word, _, rest = failure.message.partition(" ")
+    field = FIELD_OF_ARGUMENT.get(word, word)
+    if failure.param is not None or not (field in ImagesBody.model_fields or field in ChatBody.model_fields):
+        return failure
+    return replace(failure, message=f"{field} {rest}", param=field)

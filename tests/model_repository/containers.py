@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -20,6 +21,12 @@ from typing import Any
 from model_repository.client import Client
 from model_repository.schema import DRAIN_SECONDS
 from model_repository.server import TritonServer, free_port
+
+
+def listens(port: int) -> bool:
+    """Whether anybody takes connections there."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextmanager
@@ -51,6 +58,9 @@ def container(
         give_up = time.monotonic() + 60
         while not client.is_alive(5):
             assert process.poll() is None
+            assert time.monotonic() < give_up
+            time.sleep(0.1)
+        while not listens(ports[0]):  # HTTP begins after gRPC
             assert time.monotonic() < give_up
             time.sleep(0.1)
         yield f"127.0.0.1:{ports[0]}", client.url
