@@ -29,7 +29,7 @@ from export.quantization import GUIDANCE_SCALES, QUANTIZED_ROLES, QuantizationSe
 from latte.shapes.score import held_out_prompts, score_answers, score_drawing
 from runtime.backends import to_host
 from runtime.console import progress_bar, stdout
-from runtime.flow_time import DEFAULT_STEPS, initial_latents, time_grid
+from runtime.flow_time import initial_latents, time_grid
 from runtime.manifest import load_manifest
 from runtime.pipeline import LatteFlowPipeline
 
@@ -228,7 +228,7 @@ def int8(
             "1 shape",
             "2 shapes",
             "answers",
-            title=f"error allowed to an engine; speed of {DEFAULT_STEPS} guided steps against fp32",
+            title="error allowed to an engine; speed of the steps of a call against fp32",
         )
         for row in rows:
             faster = (f"{speedup(row, rows[0], n):.2f}x" for n in IMAGES)
