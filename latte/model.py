@@ -432,11 +432,15 @@ class LatteFlow(nn.Module):
     def encode_token_rows(self, rows: Sequence[Sequence[int]]) -> Prefix:
         """Encodes the token ids of prompts, see `tokenize`."""
         device = self.latents_mean.device
+        return self.encode_tokens(*(part.to(device) for part in self.pad(rows)))
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Returns token ids padded on the right, and their mask with 1 for tokens; both `[B, P]` int64, on the CPU."""
         width = max(map(len, rows))
         pad = self.tokenizer.pad_token_id or 0
-        input_ids = torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in rows], device=device)
-        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in rows], device=device)
-        return self.encode_tokens(input_ids, mask)
+        input_ids = torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in rows])
+        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in rows])
+        return input_ids, mask
 
     def encode_tokens(self, input_ids: Tensor, mask: Tensor) -> Prefix:
         """Returns the prefix of token ids.

@@ -124,7 +124,7 @@ class EmojiVlmStage(VlmStage):
     ) -> None:
         super().__init__(model.vlm, encoder, conversations)
         self.module = _AnswersAndLooks(model.vlm, self.module)
-        self.tokenize = model.tokenize
+        self.model = model
         self.catalogue = catalogue
         self.looks = looks_of(catalogue)
         one, other = model.tokenize(["a", "b"])
@@ -159,15 +159,9 @@ class EmojiVlmStage(VlmStage):
                 texts.append(text)
                 cut.append(text[:end])
                 looks.append(self.looks[emoji])
-        ids, beginnings = self.tokenize(texts), self.tokenize(cut)
-        width = max(map(len, ids))
-        input_ids = np.zeros((len(ids), width), np.int64)
-        mask = np.zeros((len(ids), width), np.int64)
-        for row, tokens in enumerate(ids):
-            input_ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
-        ends = [len(tokens) - self.tokens_behind - 1 for tokens in beginnings]
-        parts = (input_ids, mask, np.array(ends), np.stack(looks))
-        return NamedPrompts(*(torch.from_numpy(part) for part in parts))
+        input_ids, mask = self.model.pad(self.model.tokenize(texts))
+        ends = [len(tokens) - self.tokens_behind - 1 for tokens in self.model.tokenize(cut)]
+        return NamedPrompts(input_ids, mask, torch.tensor(ends), torch.from_numpy(np.stack(looks)))
 
 
 def sample_prompt(catalogue: Catalogue, rng: np.random.Generator) -> tuple[str, int, int]:

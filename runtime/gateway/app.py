@@ -97,25 +97,23 @@ class Gateway:
         if body.stream:
             return await self._streamed(request, self._image_events(body, drawing, key))
         place = self._place(body, request, key)
-        if place is None:
-            return JSONResponse(self._fresh(await self._drawn(body, drawing, request), body, request))
-        # An equal request that comes while the first is drawn waits for it, and is not drawn again.
         async with cancelled_by_disconnect(request):
-            await (lock := self._drawing.setdefault(place, asyncio.Lock())).acquire()
-        try:
-            result, found = self._results.get(place), "hit"
-            if result is None:
-                result, found = await self._drawn(body, drawing, request), "miss"
-                self._results.put(place, result, sum(len(item["b64_json"]) for item in result["data"]))
-        finally:
-            lock.release()
-        return JSONResponse(self._fresh(result, body, request), headers={RESULT_CACHE: found})
+            if place is None:
+                result, headers = await self._drawn(body, drawing, key), {}
+            else:
+                # An equal request that comes while the first is drawn waits for it, and is not drawn again.
+                async with self._drawing.setdefault(place, asyncio.Lock()):
+                    known, headers = self._results.get(place), {RESULT_CACHE: "hit"}
+                    if known is None:
+                        known, headers = await self._drawn(body, drawing, key), {RESULT_CACHE: "miss"}
+                        self._results.put(place, known, sum(len(item["b64_json"]) for item in known["data"]))
+                result = known
+        return JSONResponse(self._fresh(result, body, request), headers=headers)
 
-    async def _drawn(self, body: ImagesBody, drawing: GenerationRequest, request: Request) -> dict[str, Any]:
+    async def _drawn(self, body: ImagesBody, drawing: GenerationRequest, key: ApiKey | None) -> dict[str, Any]:
         """Draws, and returns the result with files."""
-        with self.settings.keys.quota(request.state.key, "draw", body.n):
-            async with cancelled_by_disconnect(request):
-                drawn = await draw(self.pulse, drawing, body)
+        with self.settings.keys.quota(key, "draw", body.n):
+            drawn = await draw(self.pulse, drawing, body)
         items = [{"b64_json": images.base64_text(file)} for file in drawn.files]
         return images.response_body(body, self.service.model, drawing.seed, items, drawn.usage)
 

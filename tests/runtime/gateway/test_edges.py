@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import re
 import socket
 import struct
@@ -244,4 +243,4 @@ def called_with(page: httpx2.Client, path: str) -> str:
             lines.append(line)
             if '"process_completed"' in line or "close_stream" in line:
                 break
-    return "\n".join(lines) + json.dumps(None)
+    return "\n".join(lines)
