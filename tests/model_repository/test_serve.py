@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -28,6 +29,8 @@ from tests.model_repository.test_service import difference, interruptible, metri
 from tests.tiny import scale_weight
 
 RunCommand = Callable[..., tuple[int, str, str]]
+MODEL_ENDED = "the process of the model latte_flow ended"
+TRITON_ENDED = r"the Triton server ended with code -\d+"  # it aborts, now and then, when its model's process is killed
 LONG = {"prompt": "a", "num_inference_steps": 200, "num_images": 4, "progress": True}
 ENDLESS = {"prompt": "a", "num_inference_steps": 200, "num_images": 16, "progress": True}
 
@@ -139,7 +142,7 @@ def test_a_killed_model_is_revived_and_a_second_signal_cleans_up_at_once(bundle:
         with pytest.raises(ServiceError):
             list(stream)
         told += process.stderr.read()
-        assert "ended; starting the server again" in told
+        assert re.search(rf"({MODEL_ENDED}|{TRITON_ENDED}); starting the server again", told)
         assert "Traceback" not in told
     assert left_behind(process, printed) == []
 
@@ -172,10 +175,7 @@ def test_a_server_that_dies_again_and_again_is_given_up(repository: Path, monkey
         (stub,) = server.stubs()
         os.kill(stub.pid, signal.SIGKILL)
         wait_for(lambda: not stub.lives)
-        assert supervisor.fault() in (
-            "the process of the model latte_flow ended",
-            "the Triton server ended with code -11",
-        )
+        assert re.fullmatch(f"{MODEL_ENDED}|{TRITON_ENDED}", str(supervisor.fault()))
         supervisor._restart("a fault")
         assert supervisor.fault() is None
         with pytest.raises(ServiceError, match="a fault; given up after 1 restarts in 300 s"):
@@ -231,7 +231,8 @@ def test_a_process_that_dies_while_it_is_replaced_loses_no_request_silently(repo
             assert not supervisor.look()
             time.sleep(0.5)
     (line,) = told
-    assert line.startswith("a process of the model latte_flow ended with requests in flight while it was replaced")
+    lost = "a process of the model latte_flow ended with requests in flight while it was replaced"
+    assert re.match(f"{lost}|{TRITON_ENDED}", line)
 
 
 def test_a_new_repository_reaches_a_server_that_has_the_folder_mounted(
