@@ -2,7 +2,8 @@
 
 A pretrained VLM knows it. One that is trained from nothing knows a name only by its tokens, and then each expert group
 has to learn 1,370 looks by itself, from the few keys and values of its layers: after 5,000 steps no emoji was right.
-So the values of every layer at the end of a name learn to tell the look linearly. The probes are discarded afterwards.
+So the values of every layer learn to tell the look linearly, at the end of a name and at one token behind it, where
+prompts say the place: which of two emoji is meant there is not known before. The probes are discarded afterwards.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from latte.model import LatteFlow
 from latte.training.conversations import ConversationEncoder, VlmBatch
 from latte.training.stage import Rows
 from latte.training.vlm import Conversations, VlmStage
+from runtime.errors import InputError
 
 CODE_SIZE = 96
 """Principal components of a look; they explain 95 % of the variance of thumbnails."""
 THUMBNAIL = 12
 """Height and width of the thumbnails, in pixels."""
-PROMPTS_PER_ROW = 8
-"""Prompts with a name for each conversation of a batch."""
-SHORT_SHARE = 0.5
-"""Share of prompts that are little more than a name."""
+NAMES_PER_PROMPT = 4
+"""Emoji that a prompt names around a caption, so that the tokens of the template cost less per name."""
 _BEFORE = ("", "a ", "the ", "a large ", "a small ", "a picture of a ", "draw a ", "big ", "tiny ")
-_AFTER = ("", " emoji", " on the left", " at the top", " in the middle", " on a navy background", ", big", " over teal")
+_AFTER = ("", " emoji", " on the left", " at the top", " in the middle", " on navy", ", big", " over teal")
+_BETWEEN = (", ", "; ", ". ", " and ", "\n")
 
 
 def looks_of(catalogue: Catalogue) -> np.ndarray:
@@ -61,16 +62,18 @@ def looks_of(catalogue: Catalogue) -> np.ndarray:
 
 @dataclass(frozen=True)
 class NamedPrompts:
-    """Prompts in the chat template that name an emoji each, padded on the right."""
+    """Prompts in the chat template that name emoji, padded on the right, and N tokens that tell a look each."""
 
     input_ids: Tensor
     """`[B, T]` int64."""
     attention_mask: Tensor
     """`[B, T]` int64."""
-    ends: Tensor
-    """Place of the last token of the name, `[B]` int64."""
+    rows: Tensor
+    """Index of the prompt of each of the tokens, `[N]` int64."""
+    places: Tensor
+    """Index of each of the tokens in its prompt, `[N]` int64."""
     looks: Tensor
-    """`[B, CODE_SIZE]` float32."""
+    """`[N, CODE_SIZE]` float32."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,10 @@ class EmojiVlmBatch:
 
 
 class _AnswersAndLooks(nn.Module):
-    """A VLM and its probes as one call: a batch to the logits of answers, and the looks that each layer tells."""
+    """A VLM and its probes as one call: a batch to the logits of answers, and the looks that each layer tells.
+
+    The looks are `[layers, N, CODE_SIZE]`.
+    """
 
     def __init__(self, vlm: Qwen2VLForConditionalGeneration, answers: nn.Module) -> None:
         super().__init__()
@@ -97,15 +103,14 @@ class _AnswersAndLooks(nn.Module):
         states = model(
             input_ids=prompts.input_ids,
             attention_mask=prompts.attention_mask,
-            position_ids=torch.arange(prompts.input_ids.shape[1], device=prompts.ends.device).expand(
+            position_ids=torch.arange(prompts.input_ids.shape[1], device=prompts.rows.device).expand(
                 3, *prompts.input_ids.shape
             ),
             output_hidden_states=True,
             use_cache=False,
         ).hidden_states  # the input of each layer, [B, T, hidden]
-        rows = torch.arange(len(prompts.ends), device=prompts.ends.device)
         told = [
-            probe(_normalised(layer.self_attn.v_proj(layer.input_layernorm(state[rows, prompts.ends]))))
+            probe(_normalised(layer.self_attn.v_proj(layer.input_layernorm(state[prompts.rows, prompts.places]))))
             for layer, probe, state in zip(model.layers, self.probes, states, strict=False)
         ]
         return self.answers(batch.conversations), torch.stack(told)  # [layers, B, CODE_SIZE]
@@ -127,8 +132,6 @@ class EmojiVlmStage(VlmStage):
         self.model = model
         self.catalogue = catalogue
         self.looks = looks_of(catalogue)
-        one, other = model.tokenize(["a", "b"])
-        self.tokens_behind = next(i for i in range(len(one)) if one[-1 - i] != other[-1 - i])
 
     def batch(self, index: int, rows: Rows) -> EmojiVlmBatch:  # type: ignore[override]
         return EmojiVlmBatch(super().batch(index, rows), self._prompts(index, rows))
@@ -152,36 +155,79 @@ class EmojiVlmStage(VlmStage):
         return {"answers": self.cross_entropy(logits, prepared.conversations), "looks": error}
 
     def _prompts(self, index: int, rows: Rows) -> NamedPrompts:
-        texts, cut, looks = [], [], []
+        tokens, places, looks = [], [], []
         for rng in rows.generators(2, index):
-            for _ in range(PROMPTS_PER_ROW):
-                text, end, emoji = sample_prompt(self.catalogue, rng)
-                texts.append(text)
-                cut.append(text[:end])
-                looks.append(self.looks[emoji])
-        input_ids, mask = self.model.pad(self.model.tokenize(texts))
-        ends = [len(tokens) - self.tokens_behind - 1 for tokens in self.model.tokenize(cut)]
-        return NamedPrompts(input_ids, mask, torch.tensor(ends), torch.from_numpy(np.stack(looks)))
+            text, mentions = sample_prompt(self.catalogue, rng)
+            try:
+                (ids,) = self.model.tokenize([text])
+            except InputError:  # one in many thousands is too long
+                continue
+            row = len(tokens)
+            tokens.append(ids)
+            ends = self._ends(ids, text)
+            for mention in mentions:
+                last = int(np.searchsorted(ends, mention.end))
+                until = len(ids) if mention.until == len(text) else int(np.searchsorted(ends, mention.until)) + 1
+                places += [(row, last), (row, int(rng.integers(last, until)))]
+                looks += [self.looks[mention.emoji]] * 2
+        input_ids, mask = self.model.pad(tokens)
+        return NamedPrompts(input_ids, mask, *torch.tensor(places).T, torch.from_numpy(np.stack(looks)))
+
+    def _ends(self, ids: Sequence[int], text: str) -> np.ndarray:
+        """Returns where each token of a prompt ends in its text; tokens of the chat template before it end below 0."""
+        lengths = [len(self.model.tokenizer.decode([token])) for token in ids]
+        whole = self.model.tokenizer.decode(ids)
+        return np.cumsum(lengths) - whole.rindex(text)
 
 
-def sample_prompt(catalogue: Catalogue, rng: np.random.Generator) -> tuple[str, int, int]:
-    """Samples a prompt with the name of an emoji; returns also where the name ends, and the index of the emoji."""
-    if rng.random() >= SHORT_SHARE:
-        scene = sample_scene(catalogue.names, rng)
-        text = caption(scene, catalogue, rng)[0]
-        for placed in scene.emoji:
-            emoji = catalogue.index(placed.name)
-            if (end := _end_of_name(text, (catalogue.emoji[emoji].name, *catalogue.emoji[emoji].synonyms))) is not None:
-                return text, end, emoji
+@dataclass(frozen=True)
+class Mention:
+    """An emoji that a text names."""
+
+    emoji: int
+    """Index in the catalogue."""
+    end: int
+    """Where the name ends, in characters."""
+    until: int
+    """Where the text about it ends: before the next name, or with the text."""
+
+
+def sample_prompt(catalogue: Catalogue, rng: np.random.Generator) -> tuple[str, list[Mention]]:
+    """Samples a prompt that names emoji: a caption among phrases that are little more than a name."""
+    parts = [_phrase(catalogue, rng) for _ in range(NAMES_PER_PROMPT)]
+    parts.insert(int(rng.integers(len(parts) + 1)), _caption(catalogue, rng))
+    text, mentions = "", []
+    for part, of_part in parts:
+        text += choose(rng, _BETWEEN) if text else ""
+        mentions += [Mention(one.emoji, one.end + len(text), one.until + len(text)) for one in of_part]
+        text += part
+    return text, mentions
+
+
+def _phrase(catalogue: Catalogue, rng: np.random.Generator) -> tuple[str, list[Mention]]:
     emoji = int(rng.integers(len(catalogue)))
-    name = choose(rng, (catalogue.emoji[emoji].name, *catalogue.emoji[emoji].synonyms))
-    text = choose(rng, _BEFORE) + name
-    return text + choose(rng, _AFTER), len(text), emoji
+    named = choose(rng, _BEFORE) + choose(rng, (catalogue.emoji[emoji].name, *catalogue.emoji[emoji].synonyms))
+    text = named + choose(rng, _AFTER)
+    return text, [Mention(emoji, len(named), len(text))]
 
 
-def _end_of_name(text: str, names: Sequence[str]) -> int | None:
-    """Returns where the longest of these names ends in a text that has it as words, or None."""
+def _caption(catalogue: Catalogue, rng: np.random.Generator) -> tuple[str, list[Mention]]:
+    scene = sample_scene(catalogue.names, rng)
+    text = caption(scene, catalogue, rng)[0]
+    found = []
+    for number in (catalogue.index(placed.name) for placed in scene.emoji):
+        emoji = catalogue.emoji[number]
+        if (span := _find(text, (emoji.name, *emoji.synonyms))) is not None:
+            found.append((*span, number))
+    found.sort()
+    starts = [start for start, *_ in found[1:]]
+    untils = [*(len(text[:start].rstrip()) for start in starts), len(text)]
+    return text, [Mention(number, end, max(end, until)) for (_, end, number), until in zip(found, untils, strict=True)]
+
+
+def _find(text: str, names: Sequence[str]) -> tuple[int, int] | None:
+    """Returns where the longest of these names is in a text that has it as words, or None."""
     for name in sorted(names, key=len, reverse=True):
         if (found := re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)) is not None:
-            return found.end()
+            return found.span()
     return None

@@ -27,7 +27,7 @@ from latte.training.settings import TrainSettings
 from latte.training.stage import Rows
 from latte.training.world import HELD_OUT_SEED, StageName
 
-NUM_GROUPS = 4
+NUM_GROUPS = 2
 """Number of expert groups, K."""
 MAX_PROMPT_TOKENS = 128
 LATENT_SIZE = (8, 8)

@@ -188,8 +188,16 @@ def test_prompts_end_where_the_name_does(world: Emoji, model_and_processor: tupl
     encoder = ConversationEncoder(model.tokenizer, processor)  # type: ignore[arg-type]
     prompts = world.vlm_stage(model, encoder).batch(0, ROWS).prompts
     looks = looks_of(world.catalogue)
-    for ids, end, look in zip(prompts.input_ids, prompts.ends, prompts.looks, strict=True):
+    texts = [model.tokenizer.decode(ids) for ids in prompts.input_ids]
+    for n, (row, place, look) in enumerate(zip(prompts.rows, prompts.places, prompts.looks, strict=True)):
         (emoji,) = np.flatnonzero((looks == look.numpy()).all(axis=1))
-        text = model.tokenizer.decode(ids[: int(end) + 1])
+        read = model.tokenizer.decode(prompts.input_ids[row, : int(place) + 1])
+        assert texts[row].startswith(read)
         names = (world.catalogue.emoji[emoji].name, *world.catalogue.emoji[emoji].synonyms)
-        assert text.endswith(names), (text, names)
+        if n % 2 == 0:
+            assert read.endswith(names), (read, names)
+            named = read
+        else:  # behind the name, and before the next
+            behind = read.removeprefix(named)
+            assert behind != read
+            assert not any(name in behind for name in world.catalogue.names), (read, named)
