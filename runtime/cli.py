@@ -8,13 +8,14 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from runtime.console import command_group, stderr
-from runtime.errors import LatteFlowError, MissingExtraError
+from runtime.console import command_group, stderr, stdout
+from runtime.errors import LatteFlowError, missing_extra
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,6 @@ COMMANDS = {
         "latte.fidelity.commands", "fidelity", "Measure Fréchet and kernel distance to held-out images.", "train"
     ),
 }
-OUR_PACKAGES = ("runtime", "latte", "export", "model_repository")
 
 
 class LazyGroup(TyperGroup):
@@ -96,12 +96,7 @@ def load_command(name: str) -> Any:
     try:
         function = getattr(import_module(command.module), command.function)  # or a group of commands
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in OUR_PACKAGES:
-            raise
-        raise MissingExtraError(
-            f"`latte-flow {name}` needs {error.name}, which is not installed; "
-            f'run: pip install "latte-flow[{command.extra}]"'
-        ) from error
+        raise missing_extra(name, error, command.extra) from error
     if isinstance(function, typer.Typer):
         return typer.main.get_command(function)
     single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -110,6 +105,21 @@ def load_command(name: str) -> Any:
 
 
 app = command_group("LaTtE-Flow from checkpoint to production: train, export, verify, generate, ask, serve.", LazyGroup)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        stdout.print(f"latte-flow {version('latte-flow')}", markup=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """All is done by the callback of the option, before a command is missed."""
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+OUR_PACKAGES = ("runtime", "latte", "export", "model_repository")
 DRAINING = "the service is shutting down"
 """Begins the message of a `DrainingError`. A client knows the error by it, since Triton has no code for it."""
 TRY_AGAIN = "try again in"
@@ -96,6 +97,22 @@ class DeadlineError(ServiceError):
 
 class CancelledError(ServiceError):
     """The client cancelled the request."""
+
+
+def missing_extra(command: str, error: ModuleNotFoundError, extras: str) -> MissingExtraError:
+    """Returns the error of a command that lacks a package.
+
+    Args:
+        extras: what installs it, such as "export,cpu".
+
+    Raises:
+        ModuleNotFoundError: the missing module is of this package, which no extra installs.
+    """
+    if (error.name or "").partition(".")[0] in OUR_PACKAGES:
+        raise error
+    return MissingExtraError(
+        f'`latte-flow {command}` needs {error.name}, which is not installed; run: pip install "latte-flow[{extras}]"'
+    )
 
 
 def one_line(error: BaseException) -> str:

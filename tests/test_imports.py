@@ -167,6 +167,17 @@ def test_a_service_without_tritonclient_names_its_extra(arguments: tuple[str, ..
     assert 'pip install "latte-flow[triton' in result.stderr
 
 
+def test_benchmarks_run_without_the_extras_of_others() -> None:
+    """After `make demo` all of them asked for tritonclient, and named extras that were there."""
+    listed = run_without({"tritonclient", "fastapi", "ray"}, "bench", "--help")
+    assert listed.returncode == 0, listed.stderr
+    assert "scale-out" in listed.stdout
+    result = run_without({"tritonclient"}, "bench", "gateway")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: `latte-flow bench gateway` needs tritonclient, which is not installed")
+    assert result.stderr.strip().endswith('run: pip install "latte-flow[export,cpu,gateway]"')
+
+
 def test_the_container_needs_no_client_library(tmp_path: Path) -> None:
     """It has `latte-flow[cpu]` only: for the drain before its end, its start, and the models that it serves."""
     blocked = HEAVY | {"tritonclient", "google", "latte", "export", "pytriton"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,10 @@ def test_every_command_has_help_with_an_example(name: str, run_command: RunComma
     assert code == 0
     assert "Example" in out
     assert f"latte-flow {name}" in out
+
+
+def test_the_version_is_printed(run_command: RunCommand) -> None:
+    assert run_command("--version") == (0, f"latte-flow {version('latte-flow')}\n", "")
 
 
 def test_an_unknown_command_is_said_so(run_command: RunCommand) -> None:
