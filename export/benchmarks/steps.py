@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from latte.checkpoint import load_checkpoint
 from latte.model import LatteFlow
 from latte.shapes.score import held_out_prompts, score_drawing
 from runtime.console import progress_bar, stdout
-from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, initial_latents, time_grid
+from runtime.flow_time import initial_latents, time_grid
 
 STEPS = (4, 8, 12, 20, 40)
 FINE_STEPS = 200
@@ -56,16 +56,19 @@ class SamplerResult:
     """Against many steps from the same noise, averaged over images."""
 
 
-def measure_steps(model: LatteFlow, prompts: int, distilled: LatteFlow | None = None) -> Iterator[SamplerResult]:
+def measure_steps(
+    model: LatteFlow, prompts: int, guidance_scale: float, distilled: LatteFlow | None = None
+) -> Iterator[SamplerResult]:
     """Measures every sampler with every number of steps, on the same prompts and noise.
 
     Args:
         distilled: a student of the model, to measure beside it.
     """
     texts = [text for text, _ in held_out_prompts(PSNR_IMAGES, 1, 1)]
-    fine = _draw(model, texts, range(PSNR_IMAGES), FINE_STEPS, {})
+    guided = partial(model.generate, guidance_scale=guidance_scale)
+    fine = _draw(guided, texts, range(PSNR_IMAGES), FINE_STEPS, {})
     sides = [
-        (sampler, steps, partial(_draw, model, steps=steps, options=SAMPLERS[sampler])) for sampler, steps in SETTINGS
+        (sampler, steps, partial(_draw, guided, steps=steps, options=SAMPLERS[sampler])) for sampler, steps in SETTINGS
     ]
     if distilled is not None:
         sides += [(DISTILLED, steps, partial(_draw_distilled, distilled, steps=steps)) for steps in DISTILLED_STEPS]
@@ -85,11 +88,13 @@ def rows_of(steps: int, options: dict[str, Any]) -> int:
 
 
 def _draw(
-    model: LatteFlow, texts: Sequence[str], seeds: Sequence[int], steps: int, options: dict[str, Any]
+    generate: Callable[..., np.ndarray],
+    texts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    options: dict[str, Any],
 ) -> np.ndarray:
-    return model.generate(
-        list(texts), seed=list(seeds), num_inference_steps=steps, guidance_scale=DEFAULT_GUIDANCE_SCALE, **options
-    )
+    return generate(list(texts), seed=list(seeds), num_inference_steps=steps, **options)
 
 
 def _draw_distilled(model: LatteFlow, texts: Sequence[str], seeds: Sequence[int], steps: int) -> np.ndarray:
@@ -127,6 +132,9 @@ def steps(
         str | None, typer.Option(help="A checkpoint that `latte-flow distill` made of it, to measure beside it.")
     ] = None,
     prompts: Annotated[int, typer.Option(help="Number of held-out prompts of each kind.", min=1)] = 100,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Guidance scale; by default the checkpoint's. A distilled one has its own.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of score and PSNR over cost to this file.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -140,21 +148,30 @@ def steps(
     """
     publisher = Publisher(as_json)
     model = load_checkpoint(checkpoint)
+    scale = model.config.sampling.guidance_scale if guidance_scale is None else guidance_scale
     student = None if distilled is None else load_checkpoint(distilled)
     with progress_bar() as progress:
         task = progress.add_task("draw", total=len(SETTINGS) + len(DISTILLED_STEPS) * (student is not None))
         found = []
-        for point in measure_steps(model, prompts, student):
+        for point in measure_steps(model, prompts, scale, student):
             found.append(point)
             progress.advance(task)
     if plot is not None:
         plot_steps(found, plot)
 
     def show() -> None:
-        table = Table("sampler", "steps", "expert rows", "1 shape", "2 shapes", "PSNR", title=f"{prompts} prompts each")
+        table = Table(
+            "sampler",
+            "steps",
+            "expert rows",
+            "1 shape",
+            "2 shapes",
+            "PSNR",
+            title=f"{prompts} prompts each, guidance {scale:g}",
+        )
         for point in found:
             shares = (f"{share:.1%}" for share in point.right)
             table.add_row(point.sampler, str(point.steps), str(point.rows), *shares, f"{point.psnr_db:.1f} dB")
         stdout.print(table)
 
-    publisher.publish({"prompts": prompts, "points": [asdict(p) for p in found]}, show)
+    publisher.publish({"prompts": prompts, "guidance_scale": scale, "points": [asdict(p) for p in found]}, show)

@@ -155,7 +155,8 @@ class EmojiVlmStage(VlmStage):
         return {"answers": self.cross_entropy(logits, prepared.conversations), "looks": error}
 
     def _prompts(self, index: int, rows: Rows) -> NamedPrompts:
-        tokens, places, looks = [], [], []
+        tokens: list[list[int]] = []
+        places, looks = [], []
         for rng in rows.generators(2, index):
             text, mentions = sample_prompt(self.catalogue, rng)
             try:
@@ -171,7 +172,8 @@ class EmojiVlmStage(VlmStage):
                 places += [(row, last), (row, int(rng.integers(last, until)))]
                 looks += [self.looks[mention.emoji]] * 2
         input_ids, mask = self.model.pad(tokens)
-        return NamedPrompts(input_ids, mask, *torch.tensor(places).T, torch.from_numpy(np.stack(looks)))
+        of_rows, of_tokens = torch.tensor(places).unbind(1)
+        return NamedPrompts(input_ids, mask, of_rows, of_tokens, torch.from_numpy(np.stack(looks)))
 
     def _ends(self, ids: Sequence[int], text: str) -> np.ndarray:
         """Returns where each token of a prompt ends in its text; tokens of the chat template before it end below 0."""

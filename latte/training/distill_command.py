@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from latte.checkpoint import resolve_checkpoint
+from latte.checkpoint import load_config, resolve_checkpoint
 from latte.data.source import open_data_set
 from latte.training.arguments import (
     BatchSize,
@@ -33,7 +33,6 @@ from latte.training.data_set import DataOptions, DataSetWorld
 from latte.training.distillation import Distillation
 from latte.training.run import RunOptions, run_stage
 from latte.training.settings import TrainSettings
-from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
 
 SETTINGS = TrainSettings(
     max_train_steps=8000, train_batch_size=64, learning_rate=5e-4, lr_warmup_steps=200, ema_decay=0.999
@@ -50,8 +49,12 @@ def distill(
         str,
         typer.Option(help="Numbers of sampling steps of the student, multiples of its groups; the default first."),
     ] = "4,8",
-    guidance_scale: Annotated[float, typer.Option(help="Guidance scale to build in.")] = DEFAULT_GUIDANCE_SCALE,
-    teacher_steps: Annotated[int, typer.Option(help="Number of sampling steps of the teacher.", min=1)] = DEFAULT_STEPS,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Guidance scale to build in; by default the teacher's.")
+    ] = None,
+    teacher_steps: Annotated[
+        int | None, typer.Option(help="Number of sampling steps of the teacher; by default its own.", min=1)
+    ] = None,
     groups: Annotated[
         str | None, typer.Option(help="Expert groups to distil, such as 2 or 0,1; all by default.")
     ] = None,
@@ -99,12 +102,18 @@ def distill(
     }
     world = drawn_world(data, seed) or DataSetWorld(open_data_set(data), DataOptions(), seed)
     settings = changed(SETTINGS, given)
+    teacher = resolve_checkpoint(checkpoint)
+    sampling = load_config(teacher).sampling
     options = RunOptions(
         groups=None if groups is None else tuple(numbers_of(groups, "--groups")),
         report_to=trackers_of(report_to or []),
         resume_from=state_of(resume_from_checkpoint, out),
         precision=precision,
         validation=validation_of(validation_prompts, validation_steps, None),
-        distillation=Distillation(tuple(numbers_of(steps, "--steps")), guidance_scale, teacher_steps),
+        distillation=Distillation(
+            steps=tuple(numbers_of(steps, "--steps")),
+            guidance_scale=sampling.guidance_scale if guidance_scale is None else guidance_scale,
+            teacher_steps=teacher_steps or sampling.num_inference_steps,
+        ),
     )
-    typer.echo(str(run_stage("flow", resolve_checkpoint(checkpoint), world, out, settings, options)))
+    typer.echo(str(run_stage("flow", teacher, world, out, settings, options)))

@@ -20,7 +20,7 @@ from latte.sampling import guided
 from latte.training.flow import Batches, FlowBatch, FlowStage, ImagesAndPrompts
 from latte.training.stage import Rows, row_noise
 from runtime.errors import InputError
-from runtime.flow_time import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, SamplingDefaults
+from runtime.flow_time import SamplingDefaults
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Distillation:
 
     steps: tuple[int, ...]
     """Numbers of sampling steps that the student is for, the default first; each a multiple of the number of groups."""
-    guidance_scale: float = DEFAULT_GUIDANCE_SCALE
+    guidance_scale: float
     """The teacher's guidance scale, which the student has built in."""
-    teacher_steps: int = DEFAULT_STEPS
+    teacher_steps: int
     """Number of sampling steps of the teacher."""
 
     def sampling(self) -> SamplingDefaults:

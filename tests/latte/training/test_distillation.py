@@ -129,6 +129,9 @@ def test_groups_that_are_not_trained_lead_as_the_teacher_does() -> None:
 
 def test_the_command_makes_a_student_that_is_nearer_to_its_teacher(tmp_path: Path) -> None:
     save_tiny(tmp_path / "teacher")
+    config = json.loads((tmp_path / "teacher" / "config.json").read_text(encoding="utf-8"))
+    config["sampling"] |= {"num_inference_steps": 8, "guidance_scale": 2.5}
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     images = tmp_path / "images"
     images.mkdir()
     for i in range(4):
@@ -136,7 +139,7 @@ def test_the_command_makes_a_student_that_is_nearer_to_its_teacher(tmp_path: Pat
         (images / f"{i}.txt").write_text(f"a wall of colour {i}\n", encoding="utf-8")
     arguments = [
         *(str(tmp_path / "teacher"), "--data", str(images), "--out", str(tmp_path / "run"), "--steps", "2,4"),
-        *("--teacher-steps", "8", "--max-train-steps", "120", "--train-batch-size", "8", "--learning-rate", "4e-3"),
+        *("--max-train-steps", "120", "--train-batch-size", "8", "--learning-rate", "4e-3"),
         *("--lr-warmup-steps", "0", "--validation-steps", "120", "--cpu"),
     ]
     load_command("distill").main(arguments, standalone_mode=False)
@@ -147,12 +150,12 @@ def test_the_command_makes_a_student_that_is_nearer_to_its_teacher(tmp_path: Pat
 
     student = load_checkpoint(tmp_path / "run" / "checkpoint")
     assert student.config.sampling == SamplingDefaults(
-        num_inference_steps=2, guidance_scale=3.0, guidance_distilled=True, allowed_steps=(2, 4)
+        num_inference_steps=2, guidance_scale=2.5, guidance_distilled=True, allowed_steps=(2, 4)
     )
     teacher = load_checkpoint(tmp_path / "teacher")
     prompt = "a wall of colour 2"
     prompts = [f"a wall of colour {i}" for i in range(8)]
-    wanted = teacher.generate(prompts, num_inference_steps=8, guidance_scale=3.0, output_type="latent")
+    wanted = teacher.generate(prompts, output_type="latent")
 
     def distance(model: LatteFlow, **options: object) -> float:
         latents = model.generate(prompts, output_type="latent", **options)  # type: ignore[arg-type]
@@ -161,7 +164,7 @@ def test_the_command_makes_a_student_that_is_nearer_to_its_teacher(tmp_path: Pat
     assert distance(student) < 0.9 * distance(teacher, num_inference_steps=2, guidance_scale=1.0)
     with pytest.raises(InputError, match="distilled for 2 or 4 steps, got num_inference_steps 20"):
         student.generate(prompt, num_inference_steps=20)
-    with pytest.raises(InputError, match="guidance of scale 3 built in, got guidance_scale 5; leave it out"):
+    with pytest.raises(InputError, match="guidance of scale 2.5 built in, got guidance_scale 5; leave it out"):
         student.generate(prompt, guidance_scale=5.0)
     with pytest.raises(InputError, match="without a negative prompt; leave it out"):
         student.generate(prompt, "a wall")
@@ -174,4 +177,4 @@ def test_the_command_makes_a_student_that_is_nearer_to_its_teacher(tmp_path: Pat
 
 def test_a_number_of_steps_must_fit_the_groups() -> None:
     with pytest.raises(InputError, match="--steps must be a multiple of the number of expert groups, 2; got 3"):
-        stage_of(Distillation(steps=(2, 3)))
+        stage_of(Distillation(steps=(2, 3), guidance_scale=3.0, teacher_steps=8))
