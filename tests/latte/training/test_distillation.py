@@ -164,7 +164,7 @@ def test_the_command_makes_a_student_that_is_nearer_to_its_teacher(tmp_path: Pat
     assert distance(student) < 0.9 * distance(teacher, num_inference_steps=2, guidance_scale=1.0)
     with pytest.raises(InputError, match="distilled for 2 or 4 steps, got num_inference_steps 20"):
         student.generate(prompt, num_inference_steps=20)
-    with pytest.raises(InputError, match="guidance of scale 2.5 built in, got guidance_scale 5; leave it out"):
+    with pytest.raises(InputError, match=r"guidance of scale 2\.5 built in, got guidance_scale 5; leave it out"):
         student.generate(prompt, guidance_scale=5.0)
     with pytest.raises(InputError, match="without a negative prompt; leave it out"):
         student.generate(prompt, "a wall")
