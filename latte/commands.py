@@ -34,7 +34,7 @@ from latte.emoji.score import exam as emoji_exam
 from latte.lora import is_adapter, merge_adapter
 from latte.merge import Embeddings
 from latte.merge import merge as merge_experts
-from latte.score import AnswerScore, DrawingScore, Exam, answer
+from latte.score import MAX_EXAMPLES, AnswerScore, DrawingScore, Exam, JudgedImage, answer
 from latte.shapes.score import EXAM as SHAPES_EXAM
 from latte.training.flow import equal_probability_boundaries
 from runtime.console import progress_bar, renamed_option, stdout
@@ -167,6 +167,8 @@ def _latent_size(vae: object, height: int, width: int) -> tuple[int, int]:
     return height // factor, width // factor
 
 
+MAX_FAILURES = 48
+"""Largest number of images on a sheet of wrong ones."""
 DEFAULT_GROUPS = 4
 """Number of expert groups of the paper's model."""
 
@@ -183,6 +185,9 @@ def score(
     guidance_scale: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of prompts, noise and questions.")] = 0,
     sheet: Annotated[Path | None, typer.Option(help="Write the first images to this PNG.")] = None,
+    examples: Annotated[
+        int, typer.Option(help="Number of images of each kind on the sheet.", min=1, max=MAX_EXAMPLES)
+    ] = 20,
     failures: Annotated[Path | None, typer.Option(help="Write the wrong images to this PNG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -221,12 +226,9 @@ def score(
             advance = _advancing(progress, f"ask: {name}", questions)
             answers[name] = score_answers(answer=ask, count=questions, seed=seed, on_progress=advance)
     if sheet is not None:
-        examples = [example for result in drawings.values() for example in result.examples]
-        _save_sheet([image for _, image in examples], [prompt for prompt, _ in examples], sheet)
+        _save_sheet([image for result in drawings.values() for image in result.examples[:examples]], sheet)
     if failures is not None:
-        wrong = [failure for result in drawings.values() for failure in result.failures][:48]
-        labels = [f"{failure.prompt}: {', '.join(failure.wrong)}" for failure in wrong]
-        _save_sheet([failure.image for failure in wrong], labels, failures)
+        _save_sheet([image for result in drawings.values() for image in result.failures][:MAX_FAILURES], failures)
     _report(exam, drawings, answers, as_json)
 
 
@@ -282,6 +284,7 @@ def _key(name: str) -> str:
     return "_".join(re.findall(r"\w+", name))
 
 
-def _save_sheet(images: Sequence[np.ndarray], labels: Sequence[str], path: Path) -> None:
+def _save_sheet(images: Sequence[JudgedImage], path: Path) -> None:
     if images:
-        save_png(contact_sheet([Image.fromarray(image) for image in images], labels, columns=8), path)
+        labels = [image.label for image in images]
+        save_png(contact_sheet([Image.fromarray(image.image) for image in images], labels, columns=8), path)

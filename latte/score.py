@@ -13,8 +13,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 BATCH = 50
 """Prompts or questions per batch."""
-EXAMPLES = 20
-"""Number of images that a score keeps as examples."""
+MAX_EXAMPLES = 100
+"""Largest number of images that a score keeps as examples."""
 
 SceneT = TypeVar("SceneT")
 Draw = Callable[[Sequence[str], Sequence[int]], np.ndarray]
@@ -26,14 +26,19 @@ Report = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Failure:
-    """An image that does not match its prompt."""
+class JudgedImage:
+    """An image of a prompt."""
 
     prompt: str
     seed: int
     image: np.ndarray
     wrong: tuple[str, ...]
     """The attributes that are wrong."""
+
+    @property
+    def label(self) -> str:
+        """The prompt, and what is wrong."""
+        return f"{self.prompt} | WRONG: {', '.join(self.wrong)}" if self.wrong else self.prompt
 
 
 @dataclass
@@ -45,9 +50,9 @@ class DrawingScore:
     """Number of images that have an attribute right, by attribute; `all` counts images without any error."""
     stated: dict[str, int] = field(default_factory=dict)
     """Number of prompts that state an attribute, by attribute."""
-    failures: list[Failure] = field(default_factory=list)
-    examples: list[tuple[str, np.ndarray]] = field(default_factory=list)
-    """The first prompts and their images, right or wrong."""
+    failures: list[JudgedImage] = field(default_factory=list)
+    examples: list[JudgedImage] = field(default_factory=list)
+    """The first images, right or wrong."""
 
     def share(self, attribute: str = "all") -> float:
         """Returns the share of images that have an attribute right, of those whose prompt states it."""
@@ -116,15 +121,16 @@ def score_prompts(
         images = draw_images([prompt for prompt, _ in part], seeds)
         verdicts = judge_images([stated for _, stated in part], images)
         for (prompt, _), image_seed, image, verdict in zip(part, seeds, images, verdicts, strict=True):
-            if len(result.examples) < EXAMPLES:
-                result.examples.append((prompt, image))
+            wrong = () if verdict["all"] else tuple(name for name in attributes if not verdict.get(name, True))
+            judged = JudgedImage(prompt, image_seed, image, wrong)
+            if len(result.examples) < MAX_EXAMPLES:
+                result.examples.append(judged)
             result.prompts += 1
             for attribute, right in verdict.items():
                 result.stated[attribute] = result.stated.get(attribute, 0) + 1
                 result.right[attribute] = result.right.get(attribute, 0) + right
             if not verdict["all"]:
-                wrong = tuple(name for name in attributes if not verdict.get(name, True))
-                result.failures.append(Failure(prompt, image_seed, image, wrong))
+                result.failures.append(judged)
         on_progress(len(part))
     return result
 
