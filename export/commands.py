@@ -37,7 +37,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="`shapes`, or a checkpoint folder.")],
+    checkpoint: Annotated[str, typer.Argument(help="The name of a shipped checkpoint, or a folder.")],
     bundle: Annotated[Path, typer.Argument(help="Folder for the bundle.")],
     precision: Annotated[Precision, typer.Option(help="Precision of weights and matrix products.")] = "fp32",
     opset: Annotated[int, typer.Option(help="ONNX operator set.", min=OPSETS[0], max=OPSETS[-1])] = 18,

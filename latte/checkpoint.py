@@ -36,6 +36,7 @@ from latte.precision import TORCH_DTYPES, cast_parameters
 from latte.shipped import shipped_checkpoints
 from runtime.errors import CheckpointError, InputError, one_line
 from runtime.files import make_writable_folder, permit_like_new, replaced_directory, write_text
+from runtime.flow_time import SamplingDefaults
 
 CLASS_OF_VAE = ("_class_name", "AutoencoderDC")
 """What diffusers writes into the config of the only autoencoder that is supported."""
@@ -65,11 +66,14 @@ def resolve_checkpoint(name_or_path: str | Path) -> Path:
     """
     shipped = shipped_checkpoints()
     path = shipped.get(str(name_or_path), Path(name_or_path))
+    known = ", ".join(sorted(shipped))
     if not path.is_dir():
-        known = ", ".join(sorted(shipped))
         raise CheckpointError(f"no checkpoint at {name_or_path}; expected a folder, or one of: {known}")
     if not (path / "config.json").is_file():
-        raise CheckpointError(f"{name_or_path} contains no config.json, so it is not a complete LaTtE-Flow checkpoint")
+        raise CheckpointError(
+            f"{name_or_path} contains no config.json, so it is not a complete LaTtE-Flow checkpoint; those that are "
+            f"installed are: {known}"
+        )
     return path
 
 
@@ -413,6 +417,7 @@ def assemble(
     latents_mean: tuple[float, ...] | None = None,
     latents_std: tuple[float, ...] | None = None,
     max_prompt_tokens: int = 512,
+    sampling: SamplingDefaults | None = None,
 ) -> LatteFlow:
     """Builds a LaTtE-Flow model from a VLM and an autoencoder; its flow layers are untrained.
 
@@ -424,6 +429,7 @@ def assemble(
         latents_mean: mean of each latent channel; 0 by default.
         latents_std: standard deviation of each latent channel; by default 1 / the autoencoder's `scaling_factor`.
         max_prompt_tokens: limit of a prompt in tokens, including the chat template.
+        sampling: how it is sampled when a caller says nothing; by default as any model is.
 
     Raises:
         InputError: the parts do not fit together.
@@ -441,6 +447,7 @@ def assemble(
                 "latents_mean": latents_mean or (0.0,) * channels,
                 "latents_std": latents_std or (1.0 / vae.config.scaling_factor,) * channels,
                 "max_prompt_tokens": max_prompt_tokens,
+                "sampling": sampling or SamplingDefaults(),
             }
         )
     except ValidationError as error:

@@ -174,7 +174,7 @@ DEFAULT_GROUPS = 4
 
 
 def score(
-    checkpoint: Annotated[str, typer.Argument(help="`shapes`, or a checkpoint folder.")] = "shapes",
+    checkpoint: Annotated[str, typer.Argument(help="The name of a shipped checkpoint, or a folder.")] = "shapes",
     data: Annotated[
         str,
         typer.Option(help="What it was trained on: `shapes`, or the package that `latte-flow data emoji` fetched."),
@@ -199,7 +199,7 @@ def score(
     Examples:
       latte-flow score
       latte-flow score shapes --prompts 100 --questions 0 --failures wrong.png
-      latte-flow score emoji/checkpoint --data data/emoji-package --prompts 100
+      latte-flow score emoji --data data/emoji-package --prompts 100
     """
     exam = _exam(data)
     path = resolve_checkpoint(checkpoint)
@@ -287,4 +287,6 @@ def _key(name: str) -> str:
 def _save_sheet(images: Sequence[JudgedImage], path: Path) -> None:
     if images:
         labels = [image.label for image in images]
-        save_png(contact_sheet([Image.fromarray(image.image) for image in images], labels, columns=8), path)
+        save_png(
+            contact_sheet([Image.fromarray(image.image) for image in images], labels, columns=min(8, len(images))), path
+        )

@@ -119,7 +119,7 @@ def _options(
         bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
-    """All is done by the callback of the option, before a command is missed."""
+    """The option's callback does the work, before a missing command is reported."""
 
 
 def main() -> None:

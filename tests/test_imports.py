@@ -172,10 +172,12 @@ def test_benchmarks_run_without_the_extras_of_others() -> None:
     listed = run_without({"tritonclient", "fastapi", "ray"}, "bench", "--help")
     assert listed.returncode == 0, listed.stderr
     assert "scale-out" in listed.stdout
-    result = run_without({"tritonclient"}, "bench", "gateway")
+    result = run_without({"tritonclient"}, "bench", "gateway", "bundle", "--requests", 8)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: `latte-flow bench gateway` needs tritonclient, which is not installed")
     assert result.stderr.strip().endswith('run: pip install "latte-flow[export,cpu,gateway]"')
+    result = run_without({"tritonclient"}, "bench", "soak")
+    assert result.stderr.strip().endswith('run: pip install "latte-flow[export,cpu,triton]"')
 
 
 def test_the_container_needs_no_client_library(tmp_path: Path) -> None:

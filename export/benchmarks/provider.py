@@ -114,7 +114,7 @@ def provider(
     name: Annotated[
         str, typer.Argument(metavar="PROVIDER", help=f"Provider to measure; one of {', '.join(PROVIDERS)}.")
     ] = "cuda",
-    checkpoint: Annotated[str, typer.Option(help="`shapes`, or a checkpoint folder.")] = "shapes",
+    checkpoint: Annotated[str, typer.Option(help="The name of a shipped checkpoint, or a folder.")] = "shapes",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for bundles, images and report.")] = Path("bench"),
     rounds: Annotated[int, typer.Option(help="Number of calls of each kind.", min=1)] = 9,
 ) -> None:

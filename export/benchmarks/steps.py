@@ -62,7 +62,7 @@ def measure_steps(
     """Measures every sampler with every number of steps, on the same prompts and noise.
 
     Args:
-        distilled: a student of the model, to measure beside it.
+        distilled: a student of the model, to compare with it.
     """
     texts = [text for text, _ in held_out_prompts(PSNR_IMAGES, 1, 1)]
     guided = partial(model.generate, guidance_scale=guidance_scale)
@@ -76,13 +76,13 @@ def measure_steps(
         right = tuple(score_drawing(draw, prompts, shapes).share() for shapes in (1, 2))
         images = draw(texts, range(PSNR_IMAGES))
         psnr = [psnr_db(image, expected) or 0.0 for image, expected in zip(images, fine, strict=True)]
-        rows = steps if sampler == DISTILLED else rows_of(steps, SAMPLERS[sampler])
+        rows = steps if sampler == DISTILLED else rows_of(steps, guidance_scale, SAMPLERS[sampler])
         yield SamplerResult(sampler, steps, rows, (right[0], right[1]), float(np.mean(psnr)))
 
 
-def rows_of(steps: int, options: dict[str, Any]) -> int:
+def rows_of(steps: int, guidance_scale: float, options: dict[str, Any]) -> int:
     """Returns the expert rows for one image: one for each evaluation of the velocity, two with guidance."""
-    start, end = options.get("guidance_interval", (0.0, 1.0))
+    start, end = (1.0, 0.0) if guidance_scale == 1.0 else options.get("guidance_interval", (0.0, 1.0))
     rows = sum(2 if start <= t < end else 1 for t in time_grid(steps, options.get("shift", 1.0))[:-1])
     return rows * (2 if options.get("solver") == "heun" else 1)
 
@@ -129,7 +129,7 @@ def plot_steps(results: Sequence[SamplerResult], path: Path) -> None:
 def steps(
     checkpoint: Annotated[str, typer.Argument(help="`shapes`, or a checkpoint trained like it.")] = "shapes",
     distilled: Annotated[
-        str | None, typer.Option(help="A checkpoint that `latte-flow distill` made of it, to measure beside it.")
+        str | None, typer.Option(help="A checkpoint that `latte-flow distill` made of it, to compare with it.")
     ] = None,
     prompts: Annotated[int, typer.Option(help="Number of held-out prompts of each kind.", min=1)] = 100,
     guidance_scale: Annotated[

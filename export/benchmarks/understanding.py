@@ -144,7 +144,7 @@ def _reference_answer(reference: Reference, image: np.ndarray, new_tokens: int) 
 
 @app.command(no_args_is_help=False)
 def understanding(
-    checkpoint: Annotated[str, typer.Argument(help="`shapes`, or a checkpoint folder.")] = "shapes",
+    checkpoint: Annotated[str, typer.Argument(help="The name of a shipped checkpoint, or a folder.")] = "shapes",
     bundle: Annotated[Path | None, typer.Option(help="Its bundle; by default one is exported for the run.")] = None,
     new_tokens: Annotated[int, typer.Option(help="Number of tokens of each answer.", min=2)] = 64,
     rounds: Annotated[int, typer.Option(help="Number of answers of each side.", min=1)] = 9,

@@ -1,9 +1,10 @@
 """What the VLM of `emoji` learns besides conversations: what the emoji that a prompt names look like.
 
 A pretrained VLM knows it. One that is trained from nothing knows a name only by its tokens, and then each expert group
-has to learn 1,370 looks by itself, from the few keys and values of its layers: after 5,000 steps no emoji was right.
-So the values of every layer learn to tell the look linearly, at the end of a name and at one token behind it, where
-prompts say the place: which of two emoji is meant there is not known before. The probes are discarded afterwards.
+has to learn 1,370 looks by itself, from the few keys and values of its layers: after 5,600 steps no emoji was right.
+So the values of every layer learn to tell the look linearly, at the end of a name and at one token from there to the
+next name: prompts mostly say the place there, and only there is known which of two emoji is where. The probes are
+discarded afterwards.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class _AnswersAndLooks(nn.Module):
             probe(_normalised(layer.self_attn.v_proj(layer.input_layernorm(state[prompts.rows, prompts.places]))))
             for layer, probe, state in zip(model.layers, self.probes, states, strict=False)
         ]
-        return self.answers(batch.conversations), torch.stack(told)  # [layers, B, CODE_SIZE]
+        return self.answers(batch.conversations), torch.stack(told)  # [layers, N, CODE_SIZE]
 
 
 def _normalised(values: Tensor) -> Tensor:
@@ -122,7 +123,11 @@ def _normalised(values: Tensor) -> Tensor:
 
 
 class EmojiVlmStage(VlmStage):
-    """Trains the language model with the answers' cross-entropy, and the error of the looks that its values tell."""
+    """Trains the language model with the answers' cross-entropy, and the error of the looks that its values tell.
+
+    Parts of a batch (processes, accumulated passes) are weighted by their answers' tokens, so the error of the looks is
+    averaged over parts nearly, not exactly, as over one batch.
+    """
 
     def __init__(
         self, model: LatteFlow, encoder: ConversationEncoder, conversations: Conversations, catalogue: Catalogue
@@ -157,13 +162,8 @@ class EmojiVlmStage(VlmStage):
     def _prompts(self, index: int, rows: Rows) -> NamedPrompts:
         tokens: list[list[int]] = []
         places, looks = [], []
-        for rng in rows.generators(2, index):
-            text, mentions = sample_prompt(self.catalogue, rng)
-            try:
-                (ids,) = self.model.tokenize([text])
-            except InputError:  # one in many thousands is too long
-                continue
-            row = len(tokens)
+        for row, rng in enumerate(rows.generators(2, index)):
+            text, mentions, ids = self._fitting_prompt(rng)
             tokens.append(ids)
             ends = self._ends(ids, text)
             for mention in mentions:
@@ -175,8 +175,19 @@ class EmojiVlmStage(VlmStage):
         of_rows, of_tokens = torch.tensor(places).unbind(1)
         return NamedPrompts(input_ids, mask, of_rows, of_tokens, torch.from_numpy(np.stack(looks)))
 
+    def _fitting_prompt(self, rng: np.random.Generator) -> tuple[str, list[Mention], list[int]]:
+        """Returns a prompt with its tokens; one in many thousands is too long for the model, and sampled again."""
+        for names in range(NAMES_PER_PROMPT, -1, -1):
+            text, mentions = sample_prompt(self.catalogue, rng, names)
+            try:
+                return text, mentions, self.model.tokenize([text])[0]
+            except InputError:
+                if names == 0:
+                    raise
+        raise AssertionError("unreachable")
+
     def _ends(self, ids: Sequence[int], text: str) -> np.ndarray:
-        """Returns where each token of a prompt ends in its text; tokens of the chat template before it end below 0."""
+        """Returns where each token of a prompt ends in its text; those of the template before it end at 0 or below."""
         lengths = [len(self.model.tokenizer.decode([token])) for token in ids]
         whole = self.model.tokenizer.decode(ids)
         return np.cumsum(lengths) - whole.rindex(text)
@@ -194,9 +205,11 @@ class Mention:
     """Where the text about it ends: before the next name, or with the text."""
 
 
-def sample_prompt(catalogue: Catalogue, rng: np.random.Generator) -> tuple[str, list[Mention]]:
-    """Samples a prompt that names emoji: a caption among phrases that are little more than a name."""
-    parts = [_phrase(catalogue, rng) for _ in range(NAMES_PER_PROMPT)]
+def sample_prompt(
+    catalogue: Catalogue, rng: np.random.Generator, names: int = NAMES_PER_PROMPT
+) -> tuple[str, list[Mention]]:
+    """Samples a prompt that names emoji: a caption among `names` phrases that are little more than a name."""
+    parts = [_phrase(catalogue, rng) for _ in range(names)]
     parts.insert(int(rng.integers(len(parts) + 1)), _caption(catalogue, rng))
     text, mentions = "", []
     for part, of_part in parts:

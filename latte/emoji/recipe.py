@@ -94,7 +94,7 @@ class Emoji:
             ema_decay=0.995,
         ),
         "flow": TrainSettings(
-            max_train_steps=16000,
+            max_train_steps=9000,
             train_batch_size=64,
             learning_rate=1.5e-3,
             optimizer="muon",

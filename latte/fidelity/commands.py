@@ -34,7 +34,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def fidelity(
-    checkpoint: Annotated[str, typer.Argument(help="`shapes`, or a checkpoint folder.")],
+    checkpoint: Annotated[str, typer.Argument(help="The name of a shipped checkpoint, or a folder.")],
     data: Annotated[str, typer.Option(help="Data set of images with captions, as for `train`.")],
     split: Annotated[str, typer.Option(help="Split of the data with held-out images.")] = "test",
     count: Annotated[int, typer.Option(help="Number of held-out images, and of generated ones.", min=4)] = 2048,

@@ -57,7 +57,7 @@ FRESH = "new"
 def train(
     checkpoint: Annotated[
         str,
-        typer.Argument(help="A checkpoint folder, `shapes`, or `new`: an untrained model for the data."),
+        typer.Argument(help="The name of a shipped checkpoint, a folder, or `new`: an untrained model for the data."),
     ],
     out: OutFolder,
     data: Annotated[
@@ -164,7 +164,7 @@ def train(
       latte-flow train my-checkpoint --data my-images --out run --mixed-precision bf16
       latte-flow train my-checkpoint --data my-images --out run --validation-prompts "a red bus" --validation-steps 1000
       latte-flow train shapes --data shapes --out finer --max-train-steps 2000 --learning-rate 2e-4
-      latte-flow train new --data data/emoji-package --stage all --out emoji --mixed-precision bf16
+      latte-flow train new --data data/emoji-package --stage all --out run --mixed-precision bf16
       latte-flow train new --data shapes --stage all --out run --mixed-precision bf16
       latte-flow train paper --data shapes --out run --train-batch-size 64 --mixed-precision bf16 --dry-run
       torchrun --nproc-per-node 8 $(which latte-flow) train my-checkpoint --data my-images --out run

@@ -40,7 +40,7 @@ SETTINGS = TrainSettings(
 
 
 def distill(
-    checkpoint: Annotated[str, typer.Argument(help="The teacher: `shapes`, or a checkpoint folder.")],
+    checkpoint: Annotated[str, typer.Argument(help="The teacher: the name of a shipped checkpoint, or a folder.")],
     out: OutFolder,
     data: Annotated[
         str, typer.Option(help="What the teacher was trained on: see `latte-flow train --help`.")

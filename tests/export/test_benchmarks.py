@@ -205,7 +205,9 @@ def test_steps_are_scored_and_compared_with_many(
     options = ("--prompts", 4, "--plot", tmp_path / "steps.png", "--distilled", "shapes", "--json")
     code, out, error = run_command("bench", "steps", *options)
     assert code == 0, error
-    points = {(point["sampler"], point["steps"]): point for point in json.loads(out)["points"]}
+    report = json.loads(out)
+    assert report["guidance_scale"] == 2.0  # the checkpoint's
+    points = {(point["sampler"], point["steps"]): point for point in report["points"]}
     assert {setting: point["rows"] for setting, point in points.items()} == dict(
         zip((*settings, ("distilled", 2), ("distilled", 8)), (8, 40, 16, 30, 2, 8), strict=True)
     )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+from PIL import Image
 from typer.testing import CliRunner
 
 from latte.checkpoint import save_checkpoint
@@ -24,6 +25,7 @@ from latte.emoji.score import held_out_prompts, score_answers, score_drawing
 from latte.emoji.vision import token_labels
 from latte.emoji.vlm import EmojiConversations, emoji_tokenizer, texts_of
 from latte.model import LatteFlow
+from latte.score import JudgedImage
 from latte.training.autoencoder import AutoencoderStage
 from latte.training.conversations import ConversationEncoder
 from latte.training.stage import Rows, Stage
@@ -171,33 +173,46 @@ def test_a_checkpoint_is_scored_on_the_world(
     save_checkpoint(model, processor, checkpoint)  # type: ignore[arg-type]
     app = typer.Typer()
     app.command()(score)
-    few = ["--prompts", "2", "--questions", "3", "--num-inference-steps", "4", "--json"]
+    sheets = {name: tmp_path / f"{name}.png" for name in ("sheet", "failures")}
+    few = ["--prompts", "2", "--questions", "3", "--num-inference-steps", "4", "--examples", "1", "--json"]
+    few += [text for name, path in sheets.items() for text in (f"--{name}", str(path))]
     result = CliRunner().invoke(app, [str(checkpoint), "--data", str(package), *few])
     assert result.exit_code == 0, result.output
     report = json.loads(result.output.splitlines()[-1])
     assert report["1_emoji"]["prompts"] == 2
     assert report["1_emoji"]["all"] == report["2_emoji"]["all"] == report["1_emoji_unseen_words"]["all"] == 0
     assert report["answers"]["questions"] == report["what_is_this"]["questions"] == 3
+    with Image.open(sheets["sheet"]) as sheet, Image.open(sheets["failures"]) as failures:
+        assert sheet.width < failures.width  # 3 examples, and 6 images that are all wrong
 
     refused = CliRunner().invoke(app, [str(checkpoint), "--data", str(tmp_path)])
     assert "--data must be shapes, or a package" in str(refused.exception)
 
 
-def test_prompts_end_where_the_name_does(world: Emoji, model_and_processor: tuple[LatteFlow, object]) -> None:
+def test_an_image_is_labelled_with_what_is_wrong() -> None:
+    image = np.zeros((64, 64, 3), np.uint8)
+    assert JudgedImage("a cat", 0, image, ("emoji", "place")).label == "a cat | WRONG: emoji, place"
+    assert JudgedImage("a cat", 0, image, ()).label == "a cat"
+
+
+def test_looks_are_told_where_a_name_ends_and_up_to_the_next(
+    world: Emoji, model_and_processor: tuple[LatteFlow, object]
+) -> None:
     model, processor = model_and_processor
     encoder = ConversationEncoder(model.tokenizer, processor)  # type: ignore[arg-type]
     prompts = world.vlm_stage(model, encoder).batch(0, ROWS).prompts
     looks = looks_of(world.catalogue)
-    texts = [model.tokenizer.decode(ids) for ids in prompts.input_ids]
+    all_behind = ""
     for n, (row, place, look) in enumerate(zip(prompts.rows, prompts.places, prompts.looks, strict=True)):
         (emoji,) = np.flatnonzero((looks == look.numpy()).all(axis=1))
         read = model.tokenizer.decode(prompts.input_ids[row, : int(place) + 1])
-        assert texts[row].startswith(read)
         names = (world.catalogue.emoji[emoji].name, *world.catalogue.emoji[emoji].synonyms)
         if n % 2 == 0:
             assert read.endswith(names), (read, names)
             named = read
-        else:  # behind the name, and before the next
+        else:
+            assert read.startswith(named)
             behind = read.removeprefix(named)
-            assert behind != read
             assert not any(name in behind for name in world.catalogue.names), (read, named)
+            all_behind += behind
+    assert all_behind

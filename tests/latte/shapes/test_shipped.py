@@ -15,6 +15,7 @@ import torch
 from latte.checkpoint import load_checkpoint, load_image_processor, resolve_checkpoint
 from latte.model import LatteFlow
 from latte.score import answer
+from latte.shapes.recipe import GUIDANCE_SCALE
 from latte.shapes.score import score_answers, score_drawing
 
 SAMPLE = 80
@@ -48,6 +49,10 @@ def test_held_out_prompts_are_drawn_right_in_every_attribute(name: str, count: i
 
     result = score_drawing(draw, SAMPLE, shapes=count)  # type: ignore[arg-type]
     assert result.share() >= less_chance(bar), [(failure.prompt, failure.wrong) for failure in result.failures]
+
+
+def test_its_guidance_scale_is_that_of_its_recipe_and_of_its_page(shapes: LatteFlow) -> None:
+    assert shapes.config.sampling.guidance_scale == GUIDANCE_SCALE == 2.0
 
 
 def test_it_answers_questions_about_held_out_images(shapes: LatteFlow, folder: Path) -> None:
