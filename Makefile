@@ -80,9 +80,9 @@ format: $(TEST_READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(DEMO_READY): pyproject.toml constraints.txt
+$(DEMO_READY): pyproject.toml constraints.txt emoji/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(PIP) ".[cpu,export]"
+	$(BIN)/python $(PIP) ".[cpu,export]" --editable ./emoji
 	touch $@
 
 $(TEST_READY): $(DEMO_READY)
@@ -90,4 +90,4 @@ $(TEST_READY): $(DEMO_READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-gpu build dist demo bench-gpu gpu-day.json *.egg-info
+	rm -rf $(VENV) .venv-gpu build emoji/build emoji/*.egg-info dist demo bench-gpu gpu-day.json *.egg-info

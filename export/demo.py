@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from export.bundle import OnStage, export_bundle
+from latte.shipped import shipped_checkpoints
 from runtime.files import make_writable_folder
 from runtime.images import contact_sheet, save_png
 from runtime.manifest import ParityRow
@@ -28,6 +29,16 @@ PROMPTS = (
     "on a beige background, a large green diamond to the right of a medium red square",
 )
 ASKED_IMAGE = 1
+EMOJI_PROMPTS = (
+    "a large red apple on a navy background",
+    "a large octopus in the middle on a peach background",
+    "a small rocket at the top right on a purple background",
+    "draw a big birthday cake at the bottom, on teal",
+    "a cat face to the left of a dog face on a green background",
+    "a crescent moon above a house on a navy background",
+    "a strawberry at the top left and a banana at the bottom right on a lavender background",
+    "on maroon, a large jack-o-lantern on the left",
+)
 QUESTIONS = ("describe the image", "what colour is the star?", "where is the star?", "what is the background colour?")
 TRAJECTORY_STEPS = 20
 TRAJECTORY_EVERY = 2
@@ -45,7 +56,7 @@ class DemoResult:
 
 
 def run_demo(out: Path, seed: int, on_stage: OnStage) -> DemoResult:
-    """Writes `bundle/`, its distilled form `bundle-4step/`, and pictures of what they draw and answer into `out`."""
+    """Writes bundles of the installed checkpoints, and images of what they draw and answer, into `out`."""
     make_writable_folder(out)
     result = DemoResult()
     current, started = "", time.perf_counter()
@@ -78,8 +89,16 @@ def run_demo(out: Path, seed: int, on_stage: OnStage) -> DemoResult:
         save_png(contact_sheet([asked] * len(labels), labels, columns=len(labels)), out / "answers.png")
     stage("draw in 20 steps and in 4")
     save_png(_side_by_side(list(bundles.values()), seed), out / "steps.png")
-    stage("")
     result.files = [out / name for name in ("grid.png", "trajectory.png", "answers.png", "steps.png")]
+    if "emoji" in shipped_checkpoints():
+        bundle = out / "bundle-emoji"
+        _, failed = export_bundle("emoji", bundle, force=True, on_stage=partial(stage, of="emoji"))
+        result.failed += failed
+        with LatteFlowPipeline.from_pretrained(bundle) as pipe:
+            stage(f"draw {len(EMOJI_PROMPTS)} images of emoji")
+            save_png(contact_sheet(pipe(EMOJI_PROMPTS, seed=seed).images, EMOJI_PROMPTS), out / "emoji.png")
+        result.files.append(out / "emoji.png")
+    stage("")
     return result
 
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from latte.shipped import shipped_checkpoints
+from latte.shipped import ENTRY_POINTS, shipped_checkpoints
 from model_repository.container import KEY_FILE, KEY_VARIABLE
 from model_repository.schema import DRAIN_SECONDS
 from runtime.cli import load_command
@@ -47,18 +47,30 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     source = out / "source"
     subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", ROOT, source], check=True)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out, source]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        out,
+        source,
+        source / "emoji",
+    ]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
-    return next(out.glob("*.whl"))
+    return next(out.glob("latte_flow-*.whl"))
 
 
 def test_the_wheel_holds_the_packages_and_the_shipped_checkpoints_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     top = {name.partition("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == PACKAGES | {"latte_flow.py"}
-    for checkpoint in shipped_checkpoints():
+    for checkpoint in ("shapes", "shapes-4step"):
         folder = f"latte/checkpoints/{checkpoint}/"
         assert {name.removeprefix(folder) for name in names if name.startswith(folder)} == SHIPPED_FILES
+    assert wheel.stat().st_size < 95_000_000
     source = wheel.parent / "source"
     modules = {str(path.relative_to(source)) for package in PACKAGES for path in (source / package).rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules | {"latte_flow.py"}
@@ -66,9 +78,19 @@ def test_the_wheel_holds_the_packages_and_the_shipped_checkpoints_and_nothing_el
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-@pytest.mark.parametrize("path", shipped_checkpoints().values(), ids=shipped_checkpoints())
-def test_a_shipped_checkpoint_is_under_30_mb(path: Path) -> None:
-    assert sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) < 30_000_000
+def test_the_wheel_of_emoji_holds_its_checkpoint_and_says_so(wheel: Path) -> None:
+    archive = zipfile.ZipFile(next(wheel.parent.glob("latte_flow_emoji-*.whl")))
+    names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    files = {f"latte_flow_emoji/emoji/{name}" for name in SHIPPED_FILES}
+    assert names == files | {"latte_flow_emoji/__init__.py"}
+    (declared,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+    assert archive.read(declared).decode().split("\n\n")[0] == f"[{ENTRY_POINTS}]\nemoji = latte_flow_emoji\n"
+
+
+@pytest.mark.parametrize(("name", "megabytes"), [("shapes", 30), ("shapes-4step", 30), ("emoji", 60)])
+def test_a_shipped_checkpoint_is_small(name: str, megabytes: int) -> None:
+    path = shipped_checkpoints()[name]
+    assert sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) < 1_000_000 * megabytes
 
 
 def test_the_readme_says_that_this_is_an_independent_implementation() -> None:

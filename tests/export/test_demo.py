@@ -34,13 +34,13 @@ ANSWERS = {
 
 def test_it_prints_where_its_images_are(demo: tuple[Path, str]) -> None:
     folder, out = demo
-    for name in ("grid.png", "trajectory.png", "answers.png", "steps.png"):
+    for name in ("grid.png", "trajectory.png", "answers.png", "steps.png", "emoji.png"):
         assert str(folder / name) in out
         with Image.open(folder / name) as image:
             assert min(image.size) > 200
 
 
-@pytest.mark.parametrize("name", ["bundle", "bundle-4step"])
+@pytest.mark.parametrize("name", ["bundle", "bundle-4step", "bundle-emoji"])
 def test_its_bundles_are_verified(demo: tuple[Path, str], name: str) -> None:
     parity = load_manifest(demo[0] / name).parity
     assert parity
