@@ -47,19 +47,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     source = out / "source"
     subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", ROOT, source], check=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--wheel-dir",
-        out,
-        source,
-        source / "emoji",
-    ]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out]
+    subprocess.run([*command, source, source / "emoji"], check=True, capture_output=True, timeout=300)
     return next(out.glob("latte_flow-*.whl"))
 
 

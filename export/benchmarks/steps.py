@@ -160,15 +160,8 @@ def steps(
         plot_steps(found, plot)
 
     def show() -> None:
-        table = Table(
-            "sampler",
-            "steps",
-            "expert rows",
-            "1 shape",
-            "2 shapes",
-            "PSNR",
-            title=f"{prompts} prompts each, guidance {scale:g}",
-        )
+        title = f"{prompts} prompts each, guidance {scale:g}"
+        table = Table("sampler", "steps", "expert rows", "1 shape", "2 shapes", "PSNR", title=title)
         for point in found:
             shares = (f"{share:.1%}" for share in point.right)
             table.add_row(point.sampler, str(point.steps), str(point.rows), *shares, f"{point.psnr_db:.1f} dB")

@@ -175,16 +175,17 @@ class EmojiVlmStage(VlmStage):
         of_rows, of_tokens = torch.tensor(places).unbind(1)
         return NamedPrompts(input_ids, mask, of_rows, of_tokens, torch.from_numpy(np.stack(looks)))
 
-    def _fitting_prompt(self, rng: np.random.Generator) -> tuple[str, list[Mention], list[int]]:
+    def _fitting_prompt(
+        self, rng: np.random.Generator, names: int = NAMES_PER_PROMPT
+    ) -> tuple[str, list[Mention], list[int]]:
         """Returns a prompt with its tokens; one in many thousands is too long for the model, and sampled again."""
-        for names in range(NAMES_PER_PROMPT, -1, -1):
-            text, mentions = sample_prompt(self.catalogue, rng, names)
-            try:
-                return text, mentions, self.model.tokenize([text])[0]
-            except InputError:
-                if names == 0:
-                    raise
-        raise AssertionError("unreachable")
+        text, mentions = sample_prompt(self.catalogue, rng, names)
+        try:
+            return text, mentions, self.model.tokenize([text])[0]
+        except InputError:
+            if names == 0:
+                raise
+            return self._fitting_prompt(rng, names - 1)
 
     def _ends(self, ids: Sequence[int], text: str) -> np.ndarray:
         """Returns where each token of a prompt ends in its text; those of the template before it end at 0 or below."""
