@@ -203,6 +203,10 @@ class TritonServer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        # Only its parent can wait for a stub, which takes a moment to end after its signal.
+        give_up = time.monotonic() + EXIT_SECONDS
+        while self.stubs() and time.monotonic() < give_up:
+            time.sleep(0.01)
         # A stub that was killed leaves its region behind.
         for region in self.regions():
             region.unlink(missing_ok=True)

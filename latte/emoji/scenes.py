@@ -122,7 +122,12 @@ def _is_one_in_ten(key: str) -> bool:
 
 
 def sample_scene(
-    names: Sequence[str], rng: np.random.Generator, *, held_out: bool = False, count: int | None = None
+    names: Sequence[str],
+    rng: np.random.Generator,
+    *,
+    held_out: bool = False,
+    count: int | None = None,
+    size: str | None = None,
 ) -> Scene:
     """Samples a random scene.
 
@@ -130,9 +135,10 @@ def sample_scene(
         names: the emoji to choose from.
         held_out: whether the scene is one that training never renders: a held-out emoji, or a held-out pair of emoji.
         count: number of emoji, 1 or 2; by default one as often as two.
+        size: of the emoji if there is one; by default large as often as small. Two are always small.
     """
     while True:
-        scene = _sample_any(names, rng, count if count is not None else int(rng.integers(1, 3)))
+        scene = _sample_any(names, rng, count if count is not None else int(rng.integers(1, 3)), size)
         if not held_out and not is_held_out(scene):
             return scene
         # Two emoji are scored on the pair, whatever their places.
@@ -145,7 +151,7 @@ def sample_scene(
 def sample_busy_scene(names: Sequence[str], rng: np.random.Generator) -> Scene:
     """Samples a scene that is not held out, for stages that only learn what emoji look like.
 
-    Half the scenes have one large emoji, half have four small ones in the corners, which teach as much as four images.
+    Half the scenes have one emoji, half have four small ones in the corners, which teach as much as four images.
     """
     if rng.random() < 0.5:
         return sample_scene(names, rng, count=1)
@@ -177,10 +183,10 @@ def with_another_emoji(scene: Scene, names: Sequence[str], rng: np.random.Genera
             return result
 
 
-def _sample_any(names: Sequence[str], rng: np.random.Generator, count: int) -> Scene:
+def _sample_any(names: Sequence[str], rng: np.random.Generator, count: int, size: str | None) -> Scene:
     background = choose(rng, tuple(BACKGROUNDS))
     if count == 1:
-        return Scene((Placed(choose(rng, names), choose(rng, SIZES), choose(rng, PLACES)),), background)
+        return Scene((Placed(choose(rng, names), size or choose(rng, SIZES), choose(rng, PLACES)),), background)
     places = PLACES_OF_TWO[rng.integers(len(PLACES_OF_TWO))]
     first = int(rng.integers(len(names)))
     second = (first + 1 + int(rng.integers(len(names) - 1))) % len(names)
