@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from export.components import Component
-from export.fusion import fuse_for_onnxruntime
+from export.fusion import divide_by_roots, fuse_for_onnxruntime
 from runtime.errors import BundleError
 from runtime.manifest import EngineEntry, Precision, file_entry
 
@@ -73,6 +73,8 @@ def save_engine(model: ir.Model, folder: Path, *, fuse: bool = False) -> list[st
     ONNX checks the graph as written, which contains no path except the name of the other file. With `fuse` it is then
     rewritten for ONNX Runtime, whose operators ONNX's checker does not know.
     """
+    if not fuse:  # which looks for the other form
+        divide_by_roots(model)
     files = write_files(model, folder)
     onnx.checker.check_model(str(folder / GRAPH_FILE), full_check=True)
     return write_files(fuse_for_onnxruntime(model), folder) if fuse else files

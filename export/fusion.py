@@ -1,4 +1,4 @@
-"""ONNX Runtime's own operators in place of several of ONNX: `latte-flow export --fuse`."""
+"""Graphs that ONNX Runtime fuses by itself, and graphs of its own fused operators: `latte-flow export --fuse`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,26 @@ import contextlib
 import os
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from export.graphs import CONSTANT, quiet_exporter
+
+
+def divide_by_roots(model: ir.Model) -> None:
+    """Writes x·(1/√y), which is what PyTorch exports an RMS norm to, as x/√y, in place.
+
+    It is plain ONNX still, and the form of an RMS norm of which ONNX Runtime makes one operator instead of seven.
+    """
+    for node in model.graph:
+        root = node.inputs[0] if node.op_type == "Reciprocal" else None
+        if root is None or (producer := root.producer()) is None or producer.op_type != "Sqrt":
+            continue
+        for product, place in tuple(node.outputs[0].uses()):
+            if product.op_type == "Mul":
+                product.op_type = "Div"
+                product.replace_input_with(0, product.inputs[1 - place])
+                product.replace_input_with(1, root)
+    RemoveUnusedNodesPass()(model)
 
 
 def fuse_for_onnxruntime(model: ir.Model) -> ir.Model:
