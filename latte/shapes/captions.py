@@ -85,6 +85,12 @@ def caption(scene: Scene, rng: np.random.Generator, *, full: bool = False) -> tu
     return _tidy(text), stated
 
 
+def short_caption(scene: Scene) -> tuple[str, Scene]:
+    """Returns a caption that says no more of a scene's first shape than its colour and kind, and the scene as stated."""
+    shape = replace(scene.shapes[0], size=None, cell=None)
+    return _tidy(_name(shape)), Scene((shape,), None, None)
+
+
 def _name(shape: Shape) -> str:
     return f"a {shape.size or ''} {shape.colour} {shape.kind}"
 

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 import numpy as np
 
 from latte.score import Answer, AnswerScore, Draw, DrawingScore, Exam, Report, score_prompts, score_questions
-from latte.shapes.captions import caption, describe, unseen_phrasing
+from latte.shapes.captions import caption, describe, short_caption, unseen_phrasing
 from latte.shapes.questions import DESCRIBE, questions
 from latte.shapes.reader import ATTRIBUTES, judge, read_image
 from latte.shapes.scenes import Scene, draw, sample_scene
 
 
-def held_out_prompts(count: int, shapes: int, seed: int, *, unseen_words: bool = False) -> list[tuple[str, Scene]]:
-    """Returns prompts that state every attribute of held-out scenes, with the scenes as stated.
+Phrasing = Literal["plain", "unseen", "short"]
+"""How prompts are phrased: plain captions, or sentences that training never uses, both of which state every attribute;
+or only a colour and a kind, as in "a red star"."""
 
-    Args:
-        unseen_words: take sentences that training never uses, instead of plain captions.
-    """
+
+def held_out_prompts(count: int, shapes: int, seed: int, phrasing: Phrasing = "plain") -> list[tuple[str, Scene]]:
+    """Returns prompts of held-out scenes, with the scenes as stated. Short ones are of the first shape only."""
     rng = np.random.default_rng([seed, shapes])
     scenes = [sample_scene(rng, held_out=True, count=shapes) for _ in range(count)]
-    return [unseen_phrasing(scene, rng) if unseen_words else caption(scene, rng, full=True) for scene in scenes]
+    if phrasing == "short":
+        return [short_caption(scene) for scene in scenes]
+    return [unseen_phrasing(scene, rng) if phrasing == "unseen" else caption(scene, rng, full=True) for scene in scenes]
 
 
 def score_drawing(
@@ -31,8 +35,7 @@ def score_drawing(
     shapes: int,
     seed: int = 0,
     on_progress: Report = lambda _: None,
-    *,
-    unseen_words: bool = False,
+    phrasing: Phrasing = "plain",
 ) -> DrawingScore:
     """Scores images of held-out prompts by their pixels.
 
@@ -41,9 +44,8 @@ def score_drawing(
         count: number of prompts.
         shapes: number of shapes in each prompt, 1 or 2.
         on_progress: called after each batch with its number of prompts.
-        unseen_words: take prompts in sentences that training never uses.
     """
-    prompts = held_out_prompts(count, shapes, seed, unseen_words=unseen_words)
+    prompts = held_out_prompts(count, shapes, seed, phrasing)
 
     def judge_images(scenes: Sequence[Scene], images: np.ndarray) -> list[dict[str, bool]]:
         return [judge(scene, read_image(image)) for scene, image in zip(scenes, images, strict=True)]
@@ -99,7 +101,8 @@ EXAM = Exam(
     {
         "1 shape": partial(score_drawing, shapes=1),
         "2 shapes": partial(score_drawing, shapes=2),
-        "1 shape, unseen words": partial(score_drawing, shapes=1, unseen_words=True),
+        "1 shape, unseen words": partial(score_drawing, shapes=1, phrasing="unseen"),
+        "1 shape, colour and kind only": partial(score_drawing, shapes=1, phrasing="short"),
     },
     {"answers": score_answers},
 )

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from latte.shapes.captions import caption, describe, rephrase, unseen_phrasing
+from latte.shapes.captions import caption, describe, rephrase, short_caption, unseen_phrasing
 from latte.shapes.questions import questions
 from latte.shapes.reader import judge, read_image
 from latte.shapes.scenes import (
@@ -123,6 +123,15 @@ def test_scored_scenes_are_held_out_and_varied(count: int) -> None:
     assert all(is_held_out(scene) for scene in scenes)
     assert {shape.kind for scene in scenes for shape in scene.shapes} == set(KINDS)
     assert {shape.colour for scene in scenes for shape in scene.shapes} == set(COLOURS)
+
+
+def test_a_short_caption_says_colour_and_kind_only() -> None:
+    scene = Scene((Shape("star", "orange", "large", "top left"),), "navy")
+    text, stated = short_caption(scene)
+    assert text == "an orange star"
+    assert judge(stated, read_image(draw(scene)))["all"]
+    for other in (replace(scene.shapes[0], colour="blue"), replace(scene.shapes[0], kind="ring")):
+        assert not judge(stated, read_image(draw(Scene((other,), "white"))))["all"]
 
 
 @pytest.mark.parametrize("count", [1, 2])
