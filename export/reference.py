@@ -33,6 +33,8 @@ STEPS = 8
 ANSWER_TOKENS = 4
 PROMPTS = ("a", "a small red circle", "a large green star above a small blue square on a white background", "")
 """Those that are longer than the model allows lose their last words."""
+LOWEST_SCALES = (6.0, -4.0, 0.0)
+"""Random guidance scales of each row of the solver's cases begin here; their range is 4."""
 SCALES = (3.0, 1.0, 5.0, 1.5)
 """Guidance scale of each prompt."""
 QUESTIONS = (((3, 4), (5, 2)), PROMPTS[1]), (((2, 2),), "what is this?"), ((), "what colour is it?")
@@ -193,7 +195,8 @@ class Reference:
             timesteps.append(start + (end - start) * torch.rand(rows, generator=generator))
             velocities.append(model.flow(latents, timesteps[-1], prefix.kv[group], prefix.mask, group).numpy())
         velocity = torch.randn((2 * rows, *shape), generator=generator)
-        scale, length = 1 + 4 * torch.rand(rows, generator=generator), 0.01 + torch.rand(rows, generator=generator)
+        lowest = torch.tensor(LOWEST_SCALES[:rows])
+        scale, length = lowest + 4 * torch.rand(rows, generator=generator), 0.01 + torch.rand(rows, generator=generator)
         solver_feed = {
             "latents": latents,
             "velocity": velocity,

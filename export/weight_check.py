@@ -5,6 +5,8 @@ Comparing outputs cannot show a small error of a weight: in INT8 it disappears i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -147,7 +149,25 @@ def quantization_faults(graph: ir.Model) -> list[str]:
             )
         if not right:
             faults.append(f"{weight}, which has other scales than it was quantised with")
+        elif producer is not None and not is_of_float8 and not _is_of_each_row(producer.inputs[0]):
+            faults.append(f"{weight}, which are not divided by the largest magnitude of each row")
     return faults
+
+
+def _is_of_each_row(divided: ir.Value | None) -> bool:
+    """Returns whether a value is x / max(max |x|, a constant), with the largest magnitude over the last axis only."""
+
+    def made_by(value: ir.Value | None, op_type: str) -> Sequence[ir.Value | None]:
+        node = None if value is None else value.producer()
+        return node.inputs if node is not None and node.op_type == op_type else ()
+
+    match made_by(divided, "Div"):
+        case (x, magnitude):
+            largest = next(iter(made_by(magnitude, "Max")), None)
+            match made_by(largest, "ReduceMax"):
+                case (absolute, axes) if axes is not None and axes.const_value is not None:
+                    return axes.const_value.numpy().tolist() == [-1] and tuple(made_by(absolute, "Abs")) == (x,)
+    return False
 
 
 def is_float8(weight: np.ndarray, found: np.ndarray, scales: np.ndarray) -> bool:

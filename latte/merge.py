@@ -71,6 +71,11 @@ def merge(base: Path, experts: Sequence[Path], target: Path, embeddings: Embeddi
                     f"{sources[group]} and {expert} have both trained group {group}; give one of them"
                 )
             sources[group] = expert
+    if config.sampling.guidance_distilled and not load_config(base).sampling.guidance_distilled and base in sources:
+        raise CheckpointError(
+            f"the experts are distilled and group {sources.index(base)} is not; give a checkpoint that "
+            "`distill --groups` made for each group"
+        )
     taken = "same"
     merged = {}
     for name, weight in start.items():
@@ -89,12 +94,14 @@ def merge(base: Path, experts: Sequence[Path], target: Path, embeddings: Embeddi
 
 
 def _common_config(base: Path, experts: Sequence[Path]) -> LatteFlowConfig:
-    """Returns the experts' config, which is the base's, but for statistics of latents that the base does not have."""
+    """Returns the experts' config: the base's, but for statistics of latents that it lacks, and how students sample."""
     configs = {path: load_config(path) for path in (base, *experts)}
     start, expected = configs[base], configs[experts[0]]
     if not has_latents_statistics(start):
         update = {"latents_mean": expected.latents_mean, "latents_std": expected.latents_std}
         start = start.model_copy(update=update)
+    if expected.sampling.guidance_distilled:
+        start = start.model_copy(update={"sampling": expected.sampling})
     for path in experts:
         for name, value in configs[path]:
             if value != getattr(start, name):

@@ -76,6 +76,11 @@ class ExpertSchedule(BaseModel):
             raise ValueError(f"flow time must be in [0, 1], got {t}")
 
 
+def is_same_fp32(first: float, second: float) -> bool:
+    """Returns whether two numbers are the same in fp32, the type in which the service takes them."""
+    return bool(np.float32(first) == np.float32(second))
+
+
 class SamplingDefaults(BaseModel):
     """How a model is sampled where the caller says nothing, and what its weights can do.
 
@@ -97,7 +102,10 @@ class SamplingDefaults(BaseModel):
     allowed_steps: tuple[int, ...] | None = Field(default=None, description="numbers of steps; None: any")
 
     @model_validator(mode="after")
-    def _allows_its_default(self) -> SamplingDefaults:
+    def _is_possible(self) -> SamplingDefaults:
+        start, end = self.guidance_interval
+        if not 0 <= start < end <= 1:
+            raise ValueError(f"guidance_interval must be flow times 0 <= start < end <= 1, got [{start:g}, {end:g})")
         if self.allowed_steps is not None and self.num_inference_steps not in self.allowed_steps:
             raise ValueError(f"num_inference_steps {self.num_inference_steps} is not in {list(self.allowed_steps)}")
         return self
@@ -129,9 +137,9 @@ class SamplingDefaults(BaseModel):
             raise InputError(
                 f"this model is distilled for {counts} steps, got num_inference_steps {num_inference_steps}"
             )
-        if self.allowed_steps is not None and shift != self.shift:
+        if self.allowed_steps is not None and not is_same_fp32(shift, self.shift):
             raise InputError(f"this model is distilled for steps with shift {self.shift:g}, got {shift:g}")
-        if self.guidance_distilled and guidance_scale != self.guidance_scale:
+        if self.guidance_distilled and not is_same_fp32(guidance_scale, self.guidance_scale):
             raise InputError(
                 f"this model has guidance of scale {self.guidance_scale:g} built in, got guidance_scale "
                 f"{guidance_scale:g}; leave it out, or use the model that it was distilled from"

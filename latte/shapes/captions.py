@@ -86,7 +86,7 @@ def caption(scene: Scene, rng: np.random.Generator, *, full: bool = False) -> tu
 
 
 def short_caption(scene: Scene) -> tuple[str, Scene]:
-    """Returns a caption that says no more of a scene's first shape than its colour and kind, and the scene as stated."""
+    """Returns a caption of the colour and the kind of a scene's first shape only, and the scene as stated."""
     shape = replace(scene.shapes[0], size=None, cell=None)
     return _tidy(_name(shape)), Scene((shape,), None, None)
 

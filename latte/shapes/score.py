@@ -14,7 +14,6 @@ from latte.shapes.questions import DESCRIBE, questions
 from latte.shapes.reader import ATTRIBUTES, judge, read_image
 from latte.shapes.scenes import Scene, draw, sample_scene
 
-
 Phrasing = Literal["plain", "unseen", "short"]
 """How prompts are phrased: plain captions, or sentences that training never uses, both of which state every attribute;
 or only a colour and a kind, as in "a red star"."""

@@ -33,6 +33,8 @@ from latte.training.data_set import DataOptions, DataSetWorld
 from latte.training.distillation import Distillation
 from latte.training.run import RunOptions, run_stage
 from latte.training.settings import TrainSettings
+from runtime.errors import InputError
+from runtime.flow_time import LARGEST_GUIDANCE_SCALE
 
 SETTINGS = TrainSettings(
     max_train_steps=8000, train_batch_size=64, learning_rate=5e-4, lr_warmup_steps=200, ema_decay=0.999
@@ -104,15 +106,21 @@ def distill(
     settings = changed(SETTINGS, given)
     teacher = resolve_checkpoint(checkpoint)
     sampling = load_config(teacher).sampling
+    scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
+    if not abs(scale) <= LARGEST_GUIDANCE_SCALE:  # nan is neither
+        raise InputError(
+            f"--guidance-scale must be from {-LARGEST_GUIDANCE_SCALE:g} to {LARGEST_GUIDANCE_SCALE:g}, got {scale:g}"
+        )
     options = RunOptions(
         groups=None if groups is None else tuple(numbers_of(groups, "--groups")),
+        freeze_embeddings=groups is not None,  # other runs distil the other groups with the same
         report_to=trackers_of(report_to or []),
         resume_from=state_of(resume_from_checkpoint, out),
         precision=precision,
         validation=validation_of(validation_prompts, validation_steps, None),
         distillation=Distillation(
             steps=tuple(numbers_of(steps, "--steps")),
-            guidance_scale=sampling.guidance_scale if guidance_scale is None else guidance_scale,
+            guidance_scale=scale,
             teacher_steps=teacher_steps or sampling.num_inference_steps,
         ),
     )

@@ -70,6 +70,9 @@ class DistillationStage(FlowStage):
         if model.config.sampling.guidance_distilled:
             raise InputError("the checkpoint is distilled already; give the one that it was made from")
         self.how = how
+        counts = ", ".join(map(str, how.steps))
+        self.name = f"flow in {counts} steps with guidance {how.guidance_scale:g} of {how.teacher_steps}"
+        self._sampling_of_teacher = model.config.sampling
         self.teacher = copy.deepcopy(model.flow).requires_grad_(False).eval()
         self.autocast = False
         """Whether the teacher computes in bf16; the loop says so when it prepares a batch."""
@@ -169,10 +172,10 @@ class DistillationStage(FlowStage):
         start, end = self.model.config.schedule.interval(group)
         count = max(1, round(self.how.teacher_steps * (end - start)))
         rows = range(len(x))
-        scales = x.new_full((len(x),), self.how.guidance_scale)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False):
             for time in equal_parts((start, end), count)[:-1]:
                 t = x.new_full((len(x),), time)
+                scales = x.new_full((len(x),), self._sampling_of_teacher.row_scale(self.how.guidance_scale, time))
                 conditional, unconditional = (
                     self.teacher(x, t, prefix.kv[group], prefix.mask, group).float()
                     for prefix in (prepared.prefix, prepared.empty)

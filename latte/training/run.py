@@ -140,6 +140,11 @@ def run_stage(
 def _make_stage(name: StageName, model: LatteFlow, checkpoint: Path, world: World, options: RunOptions) -> Stage:
     if name == "flow":
         if options.distillation is None:
+            if model.config.sampling.guidance_distilled:
+                raise InputError(
+                    f"{checkpoint} is distilled, which training on images would undo; train the checkpoint that it was "
+                    "made from, and distil that again"
+                )
             stage = world.flow_stage(model)
         else:
             stage = DistillationStage(model, world.captioned_images(model), options.distillation)

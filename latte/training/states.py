@@ -144,16 +144,24 @@ def load_state(
                 raise CheckpointError(f"{path} contains other parameters than the model has; use another folder")
             with torch.no_grad():
                 for name, p in trained.parameters.items():
-                    p.copy_(placed_like(file.get_tensor(f"parameter.{name}"), p))
+                    p.copy_(placed_like(_finite(file, f"parameter.{name}", path), p))
                     if name in trained.average:
-                        trained.average[name].copy_(placed_like(file.get_tensor(f"average.{name}"), p))
+                        trained.average[name].copy_(placed_like(_finite(file, f"average.{name}", path), p))
                     for key in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer"):
                         if f"optimizer.{key}.{name}" in names:
-                            value = file.get_tensor(f"optimizer.{key}.{name}")
+                            value = _finite(file, f"optimizer.{key}.{name}", path)
                             trained.moments(p)[key] = value if key == "step" else placed_like(value, p)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from error
     return int(metadata.get("step", 0)), float(metadata.get("seconds", 0.0))
+
+
+def _finite(file: Any, name: str, path: Path) -> Tensor:
+    """Returns a tensor of a state's file, none of which was written with a value that is not finite."""
+    value: Tensor = file.get_tensor(name)
+    if not bool(value.isfinite().all()):
+        raise CheckpointError(f"{path} is damaged: {name} is not finite; delete it to go on from the state before")
+    return value
 
 
 def _check_origin(

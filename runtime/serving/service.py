@@ -131,5 +131,6 @@ class LocalService:
 
 def warm_up(pipeline: LatteFlowPipeline) -> None:
     """Loads and runs every engine once, so that the first request is as fast as later ones."""
-    images = pipeline("", num_inference_steps=pipeline.manifest.schedule.num_groups, seed=0, output_type="np").images
+    steps = pipeline.manifest.sampling.nearest_steps(pipeline.manifest.schedule.num_groups)
+    images = pipeline("", num_inference_steps=steps, seed=0, output_type="np").images
     pipeline.ask(images[0], "?", max_new_tokens=2)

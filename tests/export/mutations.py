@@ -296,6 +296,14 @@ def coarser_activations(model: onnx.ModelProto) -> None:
     assert chosen
 
 
+def one_range(model: onnx.ModelProto) -> None:
+    """Divides activations by the largest magnitude of the whole tensor, not of each row."""
+    chosen = [node for node in model.graph.node if node.op_type == "ReduceMax"]
+    for node in chosen:
+        del node.input[1]
+    assert chosen
+
+
 def become(kind: str) -> Callable[[onnx.NodeProto], None]:
     """Replaces an operator by one with the same inputs."""
 
@@ -372,6 +380,9 @@ MUTATIONS = (
     Mutation("attention scores are not scaled", number("expert_1", 8**-0.5, 1.0)),
     # schedule and guidance
     Mutation("guidance is a tenth too weak", on_input("solver_step", "guidance_scale", [("Mul", 0.9)])),
+    Mutation("guidance is at most 5", on_input("solver_step", "guidance_scale", [("Min", 5.0)])),
+    Mutation("guidance is at least 1", on_input("solver_step", "guidance_scale", [("Max", 1.0)])),
+    Mutation("the likeliest token is the next one", on_output("vlm", "best_token", [("Add", 1)])),
     Mutation("guidance has no unconditional row", on_input("solver_step", "unconditional_row", [("Mul", 0)])),
     Mutation("steps are 1 % too short", on_input("solver_step", "step_size", [("Mul", 0.99)])),
     Mutation("steps go backwards", on_input("solver_step", "velocity", [("Neg", None)])),
@@ -433,6 +444,7 @@ MUTATIONS = (
     ),
     Mutation("the manifest gives another precision", document("manifest.json", other_precision)),
     Mutation("activations come back with another scale", graph("expert_0", coarser_activations), only=OF_8_BITS),
+    Mutation("activations have one range", graph("expert_0", one_range), only=("int8",)),
     Mutation("weights have another number of bits", document("manifest.json", other_range), only=("int8",)),
     Mutation("fewer products are quantised", document("manifest.json", fewer_products), only=OF_8_BITS),
     Mutation("the checkpoint is another", document("manifest.json", lambda m: m.update(checkpoint_sha256="0" * 64))),

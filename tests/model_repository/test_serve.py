@@ -23,6 +23,8 @@ from model_repository.layout import write_repository
 from model_repository.server import TritonServer
 from model_repository.supervisor import Supervisor
 from runtime.errors import InputError, ServiceError
+from runtime.flow_time import SamplingDefaults
+from runtime.manifest import load_manifest, save_manifest
 from runtime.pipeline import LatteFlowPipeline
 from runtime.serving.requests import Limits
 from tests.model_repository.test_service import difference, interruptible, metrics, stubs_of, wait_for
@@ -109,6 +111,16 @@ def test_an_address_that_the_server_cannot_listen_on_is_one_clear_line(bundle: P
     code, out, error = run_command("serve", bundle, "--host", "::1")
     assert (code, out) == (2, "")
     assert error.strip() == "error: the bundled Triton server listens on IPv4 only, got '::1'; use 127.0.0.1 or 0.0.0.0"
+
+
+def test_a_distilled_service_is_alive_and_takes_its_own_guidance_scale(bundle_copy: Path) -> None:
+    """It was asked for one step without guidance, which it cannot do; and 2.2 is another number in fp32."""
+    sampling = SamplingDefaults(num_inference_steps=4, guidance_scale=2.2, guidance_distilled=True, allowed_steps=(4,))
+    save_manifest(load_manifest(bundle_copy).model_copy(update={"sampling": sampling}), bundle_copy)
+    with served(bundle_copy) as (_, printed):
+        client = Client(printed["grpc"])
+        assert client.is_alive()
+        assert len(client.generate("a red star", guidance_scale=2.2)) == 1
 
 
 def test_a_killed_model_is_revived_and_a_second_signal_cleans_up_at_once(bundle: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from latte.model import LatteFlow
 from model_repository.schema import DrawRequest, read_request
@@ -63,6 +64,12 @@ def test_the_service_draws_what_the_pipeline_draws(distilled: LatteFlowPipeline)
             service.submit(GenerationRequest("a red circle"), lambda handle, event: None)
         handles = service.scheduler.submit(request)
         np.testing.assert_array_equal(handles.result(60)[0], expected)
+
+
+@pytest.mark.parametrize("interval", [(0.75, 0.25), (0.5, 0.5), (0.5, 9.0), (-0.1, 1.0), (float("nan"), 1.0)])
+def test_an_interval_that_is_none_is_refused(interval: tuple[float, float]) -> None:
+    with pytest.raises(ValidationError, match="0 <= start < end <= 1"):
+        SamplingDefaults(guidance_interval=interval)
 
 
 @pytest.mark.parametrize("interval", [(0.0, 0.5), (0.3, 0.8)])

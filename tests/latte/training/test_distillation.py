@@ -12,13 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from latte.checkpoint import load_checkpoint
+from latte.checkpoint import load_checkpoint, load_config
+from latte.merge import merge
 from latte.model import LatteFlow
 from latte.training.distillation import Distillation, DistillationBatch, DistillationStage
 from latte.training.log import LOG
 from latte.training.stage import Rows, row_noise
 from runtime.cli import load_command
-from runtime.errors import InputError
+from runtime.errors import CheckpointError, InputError
 from runtime.flow_time import SamplingDefaults
 from tests.tiny import save_tiny, tiny_model
 
@@ -168,11 +169,61 @@ def test_the_command_makes_a_student_that_is_nearer_to_its_teacher(tmp_path: Pat
         student.generate(prompt, guidance_scale=5.0)
     with pytest.raises(InputError, match="without a negative prompt; leave it out"):
         student.generate(prompt, "a wall")
+    again = ["--data", str(images), "--out", str(tmp_path / "run"), "--steps", "2", "--cpu"]
+    with pytest.raises(CheckpointError, match=r"the stage was flow in 2, 4 steps .* is flow in 2 steps"):
+        load_command("distill").main([str(tmp_path / "teacher"), *again], standalone_mode=False)
+    with pytest.raises(InputError, match="which training on images would undo"):
+        load_command("train").main(
+            [str(tmp_path / "run" / "checkpoint"), "--data", str(images), "--out", str(tmp_path / "plain"), "--cpu"],
+            standalone_mode=False,
+        )
     with pytest.raises(InputError, match="is distilled already"):
         load_command("distill").main(
             [str(tmp_path / "run" / "checkpoint"), "--data", str(images), "--out", str(tmp_path / "again"), "--cpu"],
             standalone_mode=False,
         )
+
+
+@pytest.mark.parametrize("scale", ["nan", "1e9"])
+def test_a_guidance_scale_that_is_none_is_refused(tmp_path: Path, scale: str) -> None:
+    save_tiny(tmp_path / "teacher")
+    with pytest.raises(InputError, match="--guidance-scale must be from"):
+        load_command("distill").main(
+            [str(tmp_path / "teacher"), "--out", str(tmp_path / "run"), "--guidance-scale", scale],
+            standalone_mode=False,
+        )
+
+
+def test_a_teacher_guides_in_its_own_interval_only() -> None:
+    model = copy.deepcopy(teacher_model())
+    first = model.config.schedule.interval(0)
+    sampling = model.config.sampling.model_copy(update={"guidance_interval": first})
+    model.config = model.config.model_copy(update={"sampling": sampling})
+    how = Distillation(steps=(2,), guidance_scale=3.0, teacher_steps=8)
+    stage = DistillationStage(model, Walls(), how)
+    prepared = stage.prepare(stage.batch(0, Rows(0, range(4), 4)), CPU)
+    x = noise_of(prepared)
+    unguided, _ = stage_of(Distillation(steps=(2,), guidance_scale=1.0, teacher_steps=8))
+    guided, _ = stage_of(how)
+    with torch.no_grad():
+        assert torch.equal(stage._teach(prepared, 0, x), guided._teach(prepared, 0, x))
+        assert torch.equal(stage._teach(prepared, 1, x), unguided._teach(prepared, 1, x))
+
+
+def test_groups_that_were_distilled_apart_are_merged(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "teacher")
+    students = []
+    for group in (0, 1):
+        out = tmp_path / f"run-{group}"
+        arguments = ["--data", "shapes", "--out", str(out), "--steps", "2", "--groups", str(group), "--cpu"]
+        arguments += ["--max-train-steps", "2", "--train-batch-size", "4"]
+        load_command("distill").main([str(tmp_path / "teacher"), *arguments], standalone_mode=False)
+        students.append(out / "checkpoint")
+    with pytest.raises(CheckpointError, match="group 1 is not"):
+        merge(tmp_path / "teacher", students[:1], tmp_path / "half")
+    merged = merge(tmp_path / "teacher", students, tmp_path / "merged")
+    assert (merged.sources, merged.embeddings) == (tuple(students), "same")
+    assert load_config(tmp_path / "merged").sampling.allowed_steps == (2,)
 
 
 def test_a_number_of_steps_must_fit_the_groups() -> None:

@@ -173,6 +173,18 @@ def test_a_state_that_cannot_be_read_is_not_the_only_one(tmp_path: Path, capsys:
         train(make_stage("autoencoder"), settings(4), tmp_path)
 
 
+def test_a_state_with_damaged_values_is_named(tmp_path: Path) -> None:
+    """It became a checkpoint of values that are not finite, and the good state before it was removed."""
+    train(make_stage("autoencoder"), settings(2, checkpointing_steps=1), tmp_path)
+    path = tmp_path / "checkpoint-2" / STATE
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 :] = b"\xff" * (len(content) - len(content) // 2)
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"is damaged: .* is not finite; delete it"):
+        train(make_stage("autoencoder"), settings(3), tmp_path)
+    assert [state.name for state in states_of(tmp_path)] == ["checkpoint-2", "checkpoint-1"]
+
+
 def test_a_save_that_is_cut_off_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(make_stage("autoencoder"), settings(2), tmp_path)
     before = (tmp_path / "checkpoint-2" / STATE).read_bytes()
