@@ -292,7 +292,7 @@ def _rows_of_answers(
     kv = answerer.key_values(output.kv, mask)
     for step in range(ANSWER_TOKENS):
         if output.best_token is not None:
-            best = [int(token) for token in np.argmax(output.logits.numpy(), axis=-1)]
+            best = np.argmax(output.logits.numpy(), axis=-1).tolist()
             what = f"token {step + 1} of {len(cases)} answers, the likeliest by the logits"
             yield equality_row("answer", what, output.best_token.numpy().tolist(), best)
         for row, (case, name) in enumerate(zip(cases, names, strict=True)):

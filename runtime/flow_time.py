@@ -190,11 +190,11 @@ def time_grid(num_inference_steps: int, shift: float = DEFAULT_SHIFT) -> list[fl
     return [t / (t + shift * (1 - t)) for t in times] if shift != 1.0 else times
 
 
-def check_guidance_scale(scale: float) -> None:
+def check_guidance_scale(scale: float, name: str = "guidance_scale") -> None:
     """Raises `InputError` for a scale with which latents leave the range of fp32, or of any image."""
     if not abs(scale) <= LARGEST_GUIDANCE_SCALE:
         largest = f"{LARGEST_GUIDANCE_SCALE:g}"
-        raise InputError(f"guidance_scale must be from -{largest} to {largest}, got {scale:g}")
+        raise InputError(f"{name} must be from -{largest} to {largest}, got {scale:g}")
 
 
 def check_seeds(seeds: Sequence[int]) -> None:

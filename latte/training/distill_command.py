@@ -33,8 +33,7 @@ from latte.training.data_set import DataOptions, DataSetWorld
 from latte.training.distillation import Distillation
 from latte.training.run import RunOptions, run_stage
 from latte.training.settings import TrainSettings
-from runtime.errors import InputError
-from runtime.flow_time import LARGEST_GUIDANCE_SCALE
+from runtime.flow_time import check_guidance_scale
 
 SETTINGS = TrainSettings(
     max_train_steps=8000, train_batch_size=64, learning_rate=5e-4, lr_warmup_steps=200, ema_decay=0.999
@@ -107,10 +106,7 @@ def distill(
     teacher = resolve_checkpoint(checkpoint)
     sampling = load_config(teacher).sampling
     scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
-    if not abs(scale) <= LARGEST_GUIDANCE_SCALE:  # nan is neither
-        raise InputError(
-            f"--guidance-scale must be from {-LARGEST_GUIDANCE_SCALE:g} to {LARGEST_GUIDANCE_SCALE:g}, got {scale:g}"
-        )
+    check_guidance_scale(scale, "--guidance-scale")
     options = RunOptions(
         groups=None if groups is None else tuple(numbers_of(groups, "--groups")),
         freeze_embeddings=groups is not None,  # other runs distil the other groups with the same

@@ -42,7 +42,7 @@ class Stage(Protocol):
 
     @property
     def name(self) -> str:
-        """Its name, of which there is one for each part of the model."""
+        """Its name: the part of the model, and what a resumed run must share besides settings."""
 
     @property
     def steps_per_batch(self) -> int:
