@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from latte.config import LatteFlowConfig
 from latte.sampling import SampleStep, guided, sample
+from runtime.arguments import numbers_for_each
 from runtime.errors import InputError
 from runtime.flow_time import (
     check_finite,
@@ -513,13 +514,11 @@ class LatteFlow(nn.Module):
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-        scale_list = (
-            [guidance_scale] * len(prompts)
-            if guidance_scale is None or isinstance(guidance_scale, (int, float))
-            else list(guidance_scale)
-        )
+        defaults = self.config.sampling.guided_in(guidance_interval)
+        scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        scale_list = numbers_for_each("guidance_scale", scale, len(prompts))
         seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-        for name, values in (("negative_prompt", negatives), ("guidance_scale", scale_list), ("seed", seeds)):
+        for name, values in (("negative_prompt", negatives), ("seed", seeds)):
             if len(values) != len(prompts):
                 raise InputError(
                     f"{name} must be one value or one for each of {len(prompts)} prompts, got {len(values)}"
@@ -527,7 +526,7 @@ class LatteFlow(nn.Module):
         if output_type not in ("np", "latent"):
             raise InputError(f'output_type must be "np" or "latent", got {output_type!r}')
         samplings = [
-            self.config.sampling.choose(num_inference_steps, scale, shift, negative)
+            defaults.choose(num_inference_steps, scale, shift, negative)
             for scale, negative in zip(scale_list, negatives, strict=True)
         ]
         for sampling in samplings:
@@ -538,11 +537,11 @@ class LatteFlow(nn.Module):
         result = self.sample(
             prompts,
             negatives,
-            [1.0 if self.config.sampling.guidance_distilled else sampling.guidance_scale for sampling in samplings],
+            [1.0 if defaults.guidance_distilled else sampling.guidance_scale for sampling in samplings],
             latents,
             time_grid(samplings[0].num_inference_steps, samplings[0].shift),
             solver,
-            self.config.sampling.guidance_interval if guidance_interval is None else guidance_interval,
+            defaults.guidance_interval,
             callback_on_step_end,
         )
         on_host = result.float().cpu().numpy()

@@ -47,7 +47,10 @@ class DrawingScore:
 
     prompts: int = 0
     right: dict[str, int] = field(default_factory=dict)
-    """Number of images that have an attribute right, by attribute; `all` counts images without any error."""
+    """Number of images that have an attribute right, by attribute.
+
+    `all` counts images without any error, `as stated` those that also may show more than the prompt states.
+    """
     stated: dict[str, int] = field(default_factory=dict)
     """Number of prompts that state an attribute, by attribute."""
     failures: list[JudgedImage] = field(default_factory=list)
@@ -90,7 +93,7 @@ class Exam:
     """What the checkpoints of a world are scored on."""
 
     attributes: Sequence[str]
-    """What is judged of an image, besides "all"."""
+    """What is judged of an image, besides "all"; the last is whether it shows nothing that its prompt does not state."""
     drawings: Mapping[str, ScoreDrawings]
     """By kind of prompts."""
     answers: Mapping[str, ScoreAnswers]
@@ -111,7 +114,7 @@ def score_prompts(
         draw_images: generates images from prompts.
         prompts: each with the scene that it states.
         judge_images: says for each scene and image, `[B, 64, 64, 3]` uint8, which attributes are right, and `all`.
-        attributes: the attributes that a failure may name.
+        attributes: the attributes that a failure may name; see `Exam`.
         on_progress: called after each batch with its number of prompts.
     """
     result = DrawingScore()
@@ -126,7 +129,8 @@ def score_prompts(
             if len(result.examples) < MAX_EXAMPLES:
                 result.examples.append(judged)
             result.prompts += 1
-            for attribute, right in verdict.items():
+            as_stated = all(right for name, right in verdict.items() if name not in ("all", attributes[-1]))
+            for attribute, right in {**verdict, "as stated": as_stated}.items():
                 result.stated[attribute] = result.stated.get(attribute, 0) + 1
                 result.right[attribute] = result.right.get(attribute, 0) + right
             if not verdict["all"]:

@@ -39,6 +39,10 @@ NegativePrompt = Annotated[str, typer.Option(help="What the image should not sho
 Steps = Annotated[int | None, typer.Option(help="Number of sampling steps.")]
 GuidanceScale = Annotated[float | None, typer.Option(help="Guidance scale; 1 disables guidance and halves the cost.")]
 Shift = Annotated[float | None, typer.Option(help="Time-grid shift; try 2 with few steps.")]
+GuidanceInterval = Annotated[
+    tuple[float, float] | None,
+    typer.Option(metavar="START END", help="Flow times with guidance; 0 0.75 leaves out the last quarter."),
+]
 MaxNewTokens = Annotated[int, typer.Option(help="Largest number of tokens of the answer.")]
 
 
@@ -50,6 +54,7 @@ def generate(
     num_inference_steps: Steps = None,
     guidance_scale: GuidanceScale = None,
     shift: Shift = None,
+    guidance_interval: GuidanceInterval = None,
     num_images_per_prompt: Annotated[int, typer.Option(help="Number of images for each prompt.")] = 1,
     seed: Annotated[int | None, typer.Option(help="Seed of the first image; the others count up.")] = None,
     provider: Provider = "cpu",
@@ -70,6 +75,7 @@ def generate(
       latte-flow generate bundle "a blue star" "a green ring" --seed 7 --num-images-per-prompt 4 --grid
       latte-flow generate bundle "a pink cross" --num-inference-steps 40 --guidance-scale 5 --json
       latte-flow generate bundle "a green cross" --num-inference-steps 4 --shift 2
+      latte-flow generate bundle "a green ring" --guidance-interval 0 0.75
       latte-flow generate bundle "a red star" --trace trace.json
     """
     trace = renamed_option("--profile", profile, "--trace", trace)
@@ -85,6 +91,7 @@ def generate(
                 prompts,
                 negative_prompt=negative_prompt,
                 **sampling._asdict(),
+                guidance_interval=guidance_interval,
                 num_images_per_prompt=num_images_per_prompt,
                 seed=seed,
                 callback_on_step_end=lambda *_: progress.advance(task),
@@ -100,6 +107,7 @@ def generate(
             negative_prompt=negative_prompt,
             seed=image_seed,
             **sampling._asdict(),
+            guidance_interval=guidance_interval,
             bundle_hash=bundle_hash,
         )
         path = out / f"{index:03d}-{_slug(prompt)}-{image_seed}.png"

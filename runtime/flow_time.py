@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from runtime.arguments import whole_number
 from runtime.errors import EngineError, InputError
 
 DEFAULT_STEPS = 20
@@ -23,6 +24,8 @@ DEFAULT_SHIFT = 1.0
 LARGEST_GUIDANCE_SCALE = 100.0
 LARGEST_SHIFT = 100.0
 LARGEST_SEED = 2**63 - 1
+LARGEST_LATENT = 1e6
+"""Largest magnitude of a latent, which is about 1 in an image: beyond, norms of the decoder overflow."""
 
 
 class ExpertSchedule(BaseModel):
@@ -103,9 +106,7 @@ class SamplingDefaults(BaseModel):
 
     @model_validator(mode="after")
     def _is_possible(self) -> SamplingDefaults:
-        start, end = self.guidance_interval
-        if not 0 <= start < end <= 1:
-            raise ValueError(f"guidance_interval must be flow times 0 <= start < end <= 1, got [{start:g}, {end:g})")
+        check_guidance_interval(self.guidance_interval)
         if self.allowed_steps is not None and self.num_inference_steps not in self.allowed_steps:
             raise ValueError(f"num_inference_steps {self.num_inference_steps} is not in {list(self.allowed_steps)}")
         return self
@@ -123,7 +124,9 @@ class SamplingDefaults(BaseModel):
             InputError: the weights cannot do it.
         """
         chosen = Sampling(
-            self.num_inference_steps if num_inference_steps is None else num_inference_steps,
+            self.num_inference_steps
+            if num_inference_steps is None
+            else whole_number("num_inference_steps", num_inference_steps),
             self.guidance_scale if guidance_scale is None else guidance_scale,
             self.shift if shift is None else shift,
         )
@@ -149,6 +152,22 @@ class SamplingDefaults(BaseModel):
                 "this model has guidance built in, without a negative prompt; leave it out, or use the model that it "
                 "was distilled from"
             )
+
+    def guided_in(self, guidance_interval: tuple[float, float] | None) -> SamplingDefaults:
+        """Returns these defaults with guidance at other flow times, [start, end); None changes nothing.
+
+        Raises:
+            InputError: it is no such interval, or the weights have guidance built in.
+        """
+        if guidance_interval is None:
+            return self
+        check_guidance_interval(guidance_interval)
+        if self.guidance_distilled:
+            raise InputError(
+                "this model has guidance built in at all times, got guidance_interval; leave it out, or use the model "
+                "that it was distilled from"
+            )
+        return self.model_copy(update={"guidance_interval": tuple(map(float, guidance_interval))})
 
     def row_scale(self, guidance_scale: float, t: float) -> float:
         """Returns the scale that combines an image's rows at time t: 1, for a single row, without guidance there."""
@@ -190,6 +209,13 @@ def time_grid(num_inference_steps: int, shift: float = DEFAULT_SHIFT) -> list[fl
     return [t / (t + shift * (1 - t)) for t in times] if shift != 1.0 else times
 
 
+def check_guidance_interval(interval: Sequence[float]) -> None:
+    """Raises `InputError` for what is no interval of flow times."""
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+        shown = " to ".join(f"{t:g}" for t in interval)
+        raise InputError(f"guidance_interval must be flow times 0 <= start < end <= 1, got {shown}")
+
+
 def check_guidance_scale(scale: float, name: str = "guidance_scale") -> None:
     """Raises `InputError` for a scale with which latents leave the range of fp32, or of any image."""
     if not abs(scale) <= LARGEST_GUIDANCE_SCALE:
@@ -205,13 +231,19 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 
 def check_finite(latents: np.ndarray) -> None:
-    """Raises `EngineError` for latents `[B, C, H, W]` that are not finite: they would decode to one flat colour."""
-    if not np.isfinite(latents).all():
-        broken = [i for i, row in enumerate(latents) if not np.isfinite(row).all()]
+    """Raises `EngineError` for latents `[B, C, H, W]` that would decode to one flat colour: not finite, or huge."""
+    broken = [i for i, row in enumerate(latents) if not is_decodable(row)]
+    if broken:
+        fault = "beyond what decodes to an image" if np.isfinite(latents).all() else "not finite numbers"
         raise EngineError(
-            f"the latents of {len(broken)} of {len(latents)} images are not finite numbers (image {broken[0]} is the "
-            "first); try a smaller guidance scale, or an fp32 bundle"
+            f"the latents of {len(broken)} of {len(latents)} images are {fault} (image {broken[0]} is the first); try "
+            "a smaller guidance scale, or an fp32 bundle"
         )
+
+
+def is_decodable(latents: np.ndarray) -> bool:
+    """Returns whether all latents are finite and small enough to be decoded."""
+    return bool((np.abs(latents) <= LARGEST_LATENT).all())  # NaN is not
 
 
 def check_moved(noise: np.ndarray, latents: np.ndarray) -> None:

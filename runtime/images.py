@@ -195,8 +195,10 @@ def drawing_metadata(
     guidance_scale: float,
     shift: float,
     bundle_hash: str,
+    guidance_interval: tuple[float, float] | None = None,
 ) -> dict[str, str]:
     """Returns what a PNG says of how it was drawn."""
+    interval = {} if guidance_interval is None else {"guidance_interval": "{:g} {:g}".format(*guidance_interval)}
     return {
         "prompt": prompt,
         "negative_prompt": negative_prompt,
@@ -204,6 +206,7 @@ def drawing_metadata(
         "num_inference_steps": str(num_inference_steps),
         "guidance_scale": str(guidance_scale),
         "shift": str(shift),
+        **interval,
         "bundle": bundle_hash,
         "Software": "latte-flow",
     }

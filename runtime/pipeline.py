@@ -15,16 +15,19 @@ import numpy as np
 from PIL import Image
 
 from runtime.answers import DEFAULT_MAX_NEW_TOKENS, Answerer, AnswerSettings
+from runtime.arguments import numbers_for_each, text_for_each, text_list, whole_number
 from runtime.backends import Backend, Value, open_backend, to_host
 from runtime.chat import ChatProcessor, Message, user_message
 from runtime.engines import EngineSet
 from runtime.errors import InputError
 from runtime.flow_time import (
+    SamplingDefaults,
     check_finite,
     check_guidance_scale,
     check_moved,
     check_seeds,
     initial_latents,
+    is_decodable,
     time_grid,
 )
 from runtime.images import ImageInput
@@ -124,6 +127,7 @@ class LatteFlowPipeline:
         num_inference_steps: int | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         shift: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         generator: np.random.Generator | None = None,
@@ -142,6 +146,8 @@ class LatteFlowPipeline:
                 halves the cost.
             shift: time-grid shift, as in diffusers' flow-matching schedulers. Above 1 the steps are shorter near the
                 noise; try 2 with few steps.
+            guidance_interval: flow times [start, end) with guidance (arXiv 2404.07724); elsewhere the scale is 1, which
+                halves the cost of those steps. Default: the model's, mostly all times.
             seed: one for each image, or an int s for s, s + 1, … An image depends only on its own seed.
             generator: draws the noise of all images in order, instead of seeds.
             latents: the noise itself, `[B, C, H, W]` float32.
@@ -152,15 +158,15 @@ class LatteFlowPipeline:
         Raises:
             InputError: an argument cannot work.
         """
-        prompts = _as_list("prompt", prompt)
-        if num_images_per_prompt < 1:
+        prompts = text_list("prompt", prompt)
+        if whole_number("num_images_per_prompt", num_images_per_prompt) < 1:
             raise InputError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
         if output_type not in ("pil", "np", "latent"):
             raise InputError(f'output_type must be "pil", "np" or "latent", got {output_type!r}')
-        negatives = _one_for_each("negative_prompt", negative_prompt or "", str, len(prompts))
-        defaults = self.manifest.sampling
+        negatives = text_for_each("negative_prompt", negative_prompt or "", len(prompts))
+        defaults = self.manifest.sampling.guided_in(guidance_interval)
         scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-        scales = _one_for_each("guidance_scale", scale, (int, float), len(prompts))
+        scales = numbers_for_each("guidance_scale", scale, len(prompts))
         sampling, *_ = [
             defaults.choose(num_inference_steps, each, shift, negative)
             for each, negative in zip(scales, negatives, strict=True)
@@ -171,7 +177,7 @@ class LatteFlowPipeline:
         )
         noise, seeds = self._noise(len(prompts), seed, generator, latents, height, width)
         clock = _Clock()
-        parts = self._parts(prompts, negatives, scales, times)
+        parts = self._parts(prompts, negatives, scales, times, defaults)
         clock.lap("prefix")
         on_step = None if callback_on_step_end is None else _adapt(self, callback_on_step_end)
         final: Value = noise
@@ -282,10 +288,11 @@ class LatteFlowPipeline:
         negative_prompts: Sequence[str],
         guidance_scales: Sequence[float],
         times: Sequence[float],
+        defaults: SamplingDefaults,
     ) -> list[tuple[Sampler, int, int]]:
         """Returns samplers for parts of a time grid, each with its first and last index: guidance ends and begins."""
         encoded = self.encode_prompts(prompts)
-        scales_at = [tuple(self.manifest.sampling.row_scale(scale, t) for scale in guidance_scales) for t in times[:-1]]
+        scales_at = [tuple(defaults.row_scale(scale, t) for scale in guidance_scales) for t in times[:-1]]
         samplers = {scales: self._sampler(encoded, negative_prompts, scales) for scales in dict.fromkeys(scales_at)}
         parts = []
         first = 0
@@ -353,12 +360,17 @@ class LatteFlowPipeline:
                 raise InputError(f"latents must have shape {(count, *shape)}, got {latents.shape}")
             if not np.isfinite(latents).all():
                 raise InputError("latents must be finite numbers, got NaN or infinity")
+            if not is_decodable(latents):
+                raise InputError(f"latents must be noise of variance 1, got a magnitude of {np.abs(latents).max():g}")
             return np.ascontiguousarray(latents, np.float32), [None] * count
         if generator is not None:
             return generator.standard_normal((count, *shape), np.float32), [None] * count
         if seed is None:
             seed = int(np.random.SeedSequence().generate_state(1)[0])
-        seeds = [seed + i for i in range(count)] if isinstance(seed, (int, np.integer)) else [int(s) for s in seed]
+        if isinstance(seed, Iterable):
+            seeds = [whole_number("seed", each) for each in seed]
+        else:
+            seeds = [whole_number("seed", seed) + i for i in range(count)]
         if len(seeds) != count:
             raise InputError(f"seed must be one number or one for each of {count} images, got {len(seeds)}")
         check_seeds(seeds)
@@ -425,7 +437,7 @@ def _conversations(
         raise InputError("there is no question; give one, or messages")
     if isinstance(question, str):
         return [[user_message(_image_list(images), question)]], True
-    questions = _as_list("question", question)
+    questions = text_list("question", question)
     about = [None] * len(questions) if images is None else list(images)
     if len(about) != len(questions):
         raise InputError(f"images must have one entry for each of {len(questions)} questions, got {len(about)}")
@@ -436,24 +448,6 @@ def _image_list(images: Any) -> list[ImageInput]:
     if images is None:
         return []
     return list(images) if isinstance(images, (list, tuple)) else [images]
-
-
-def _as_list(name: str, value: str | Sequence[str]) -> list[str]:
-    if not isinstance(value, Iterable):
-        raise InputError(f"{name} must be text or a list of texts, got {type(value).__name__}")
-    values = [value] if isinstance(value, str) else list(value)
-    if not values:
-        raise InputError(f"{name} is an empty list; give at least one")
-    return values
-
-
-def _one_for_each(name: str, value: Any, kind: type | tuple[type, ...], count: int) -> list[Any]:
-    if isinstance(value, kind):
-        return [value] * count
-    values = list(value)
-    if len(values) != count:
-        raise InputError(f"{name} must be one value or one for each of {count} prompts, got {len(values)}")
-    return values
 
 
 class _Clock:

@@ -12,6 +12,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 RUNTIME_PARTS_OF_LATTE = {
+    "runtime.arguments",
     "runtime.console",
     "runtime.errors",
     "runtime.files",
@@ -50,7 +51,7 @@ def test_packages_import_only_what_the_design_allows(package: str) -> None:
 
 LAYERS_OF_RUNTIME = (
     {"errors"},
-    {"files", "console", "machine", "flow_time", "stopwatch"},
+    {"files", "console", "machine", "flow_time", "stopwatch", "arguments"},
     {"manifest", "images"},
     {"plans", "image_processor", "backends", "doctor"},
     {"rows", "engines", "language", "chat", "tracing"},

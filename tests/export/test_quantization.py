@@ -82,7 +82,7 @@ def test_an_int8_bundle_is_computed_in_integer_products_and_verifies(
     assert 1e-6 < relative_error(draw(exported), draw(bundle)) < 0.1
 
 
-@pytest.fixture(scope="module", params=["fp32", "fp16", "int8", "int8 in 7 bits"])
+@pytest.fixture(scope="module", params=["fp32", "fp16", "fp8", "int8", "int8 in 7 bits"])
 def in_every_precision(
     request: pytest.FixtureRequest, checkpoint: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
@@ -90,8 +90,8 @@ def in_every_precision(
     folder = tmp_path_factory.mktemp("precision") / "bundle"
     if request.param == "fp32":
         return bundle
-    if request.param == "fp16":
-        export_bundle(checkpoint, folder, precision="fp16", verify=False)
+    if request.param in ("fp16", "fp8"):
+        export_bundle(checkpoint, folder, precision=request.param, verify=False)
         return folder
     shutil.copytree(bundle, folder)
     manifest = load_manifest(folder)

@@ -21,6 +21,7 @@ def test_generate_writes_pngs_that_say_how_they_were_made(
     bundle: Path, tmp_path: Path, run_command: RunCommand
 ) -> None:
     arguments = ("--seed", 3, "--num-inference-steps", 2, "--guidance-scale", 2.5, "--num-images-per-prompt", 2)
+    arguments += ("--guidance-interval", 0, 0.75)  # type: ignore[assignment]
     code, out, _ = run_command("generate", bundle, "a red circle", "a ring", "-o", tmp_path, *arguments, "--grid")
     assert code == 0
     files = [Path(line) for line in out.splitlines()]
@@ -35,6 +36,7 @@ def test_generate_writes_pngs_that_say_how_they_were_made(
         text = image.text
     assert text["prompt"] == "a ring"
     assert (text["seed"], text["num_inference_steps"], text["guidance_scale"]) == ("5", "2", "2.5")
+    assert text["guidance_interval"] == "0 0.75"
     assert text["bundle"] == load_manifest(bundle).bundle_hash()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(file.name for file in files)
 
@@ -57,6 +59,7 @@ def test_json_is_one_object_on_stdout(bundle: Path, tmp_path: Path, run_command:
         (("--guidance-scale", "nan"), "guidance_scale must be from -100 to 100"),
         (("--provider", "tpu"), "unknown provider 'tpu'"),
         (("--num-images-per-prompt", 0), "at least 1"),
+        (("--guidance-interval", 0.5, 2), "guidance_interval must be flow times 0 <= start < end <= 1, got 0.5 to 2"),
         (("--seed", -4), "a seed must be from 0 to"),
     ],
 )

@@ -129,6 +129,28 @@ def test_latents_that_are_not_finite_are_no_image(pipe: LatteFlowPipeline) -> No
         pipe(["a", "b"], num_inference_steps=2, callback_on_step_end=overflow)
 
 
+def test_latents_that_no_decoder_takes_are_no_image(pipe: LatteFlowPipeline) -> None:
+    """They decoded to a grey image without a word: the norms of the decoder overflow."""
+
+    def replace(_: object, step: int, *__: object) -> dict[str, np.ndarray] | None:
+        return {"latents": np.full((1, 4, 6, 8), 1e30, np.float32)} if step == 1 else None
+
+    with pytest.raises(EngineError, match="latents of 1 of 1 images are beyond what decodes to an image"):
+        pipe("a", num_inference_steps=2, callback_on_step_end=replace)
+
+
+def test_numbers_of_numpy_are_numbers(pipe: LatteFlowPipeline) -> None:
+    plain = latents_of(pipe, PROMPTS, seed=[3, 4], guidance_scale=[2.0, 2.0], num_inference_steps=2)
+    of_numpy = latents_of(
+        pipe,
+        PROMPTS,
+        seed=np.array([3, 4]),
+        guidance_scale=np.float32(2),
+        num_inference_steps=np.int64(2),
+    )
+    assert np.array_equal(plain, of_numpy)
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
@@ -143,6 +165,12 @@ def test_latents_that_are_not_finite_are_no_image(pipe: LatteFlowPipeline) -> No
         (("a",), {"latents": np.zeros((1, 4, 6), np.float32)}, r"latents must have shape \(1, 4, 6, 8\), got"),
         (("a",), {"latents": np.zeros((2, 4, 6, 8), np.float32)}, "latents must have shape"),
         (("a",), {"latents": np.full((1, 4, 6, 8), np.nan, np.float32)}, "latents must be finite"),
+        (("a",), {"latents": np.full((1, 4, 6, 8), 1e9, np.float32)}, r"noise of variance 1, got a magnitude of 1e\+09"),
+        (("a",), {"guidance_scale": "3"}, "guidance_scale must be a number, or one for each prompt, got '3'"),
+        (("a",), {"num_inference_steps": 8.0}, "num_inference_steps must be a whole number, got 8.0"),
+        (("a",), {"guidance_interval": (0.5, 0.5)}, r"guidance_interval must be flow times .*, got 0.5 to 0.5"),
+        (("a",), {"seed": 1.0}, "seed must be a whole number, got 1.0"),
+        (("a",), {"seed": [1.5]}, "seed must be a whole number, got 1.5"),
         (("a",), {"seed": 1, "generator": np.random.default_rng(0)}, "exclude each other"),
         (("a",), {"seed": [1, 2]}, "one for each of 1 images, got 2"),
         (("a",), {"seed": -1}, "a seed must be from 0 to 9223372036854775807, got -1"),

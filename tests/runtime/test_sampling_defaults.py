@@ -47,6 +47,7 @@ def test_the_pipeline_draws_with_one_row_and_the_models_steps(
         ({"guidance_scale": 5.0}, "guidance of scale 3 built in, got guidance_scale 5; leave it out"),
         ({"negative_prompt": "blue"}, "without a negative prompt; leave it out"),
         ({"shift": 2.0}, "distilled for steps with shift 1, got 2"),
+        ({"guidance_interval": (0.0, 0.5)}, "guidance built in at all times, got guidance_interval; leave it out"),
     ):
         with pytest.raises(InputError, match=line):
             latents_of(distilled, **wrong)
@@ -73,8 +74,13 @@ def test_an_interval_that_is_none_is_refused(interval: tuple[float, float]) -> N
 
 
 @pytest.mark.parametrize("interval", [(0.0, 0.5), (0.3, 0.8)])
-def test_guidance_by_interval(bundle_copy: Path, model: LatteFlow, interval: tuple[float, float]) -> None:
-    """The runtime draws what the reference draws, in the pipeline and in a service that mixes guided and other rows."""
+def test_guidance_by_interval(
+    bundle_copy: Path, model: LatteFlow, pipe: LatteFlowPipeline, interval: tuple[float, float]
+) -> None:
+    """The runtime draws what the reference draws, in the pipeline and in a service that mixes guided and other rows.
+
+    A call may ask for an interval, and a bundle may have one by default.
+    """
     sampling = SamplingDefaults(guidance_interval=interval)
     save_manifest(load_manifest(bundle_copy).model_copy(update={"sampling": sampling}), bundle_copy)
     prompts, scales = ["a red circle", "a blue star", "a ring"], [3.0, 1.0, 5.0]
@@ -106,6 +112,8 @@ def test_guidance_by_interval(bundle_copy: Path, model: LatteFlow, interval: tup
                 for prompt, scale, seed in zip(prompts, scales, [4, 9, 2], strict=True)
             ]
             served = [handle.result(60)[0] for handle in handles]
+    asked = {"guidance_scale": scales, "guidance_interval": interval, "output_type": "latent"}
+    np.testing.assert_array_equal(pipe(prompts, **asked, **options).images, latents)  # type: ignore[arg-type]
     assert rows == [5 if interval[0] <= i / 8 < interval[1] else 3 for i in range(8)]
     assert np.linalg.norm(latents - expected) <= 1e-5 * np.linalg.norm(expected)
     np.testing.assert_allclose(np.stack(served).astype(int), images.astype(int), atol=1)
