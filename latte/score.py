@@ -93,7 +93,7 @@ class Exam:
     """What the checkpoints of a world are scored on."""
 
     attributes: Sequence[str]
-    """What is judged of an image, besides "all"; the last is whether it shows nothing that its prompt does not state."""
+    """What is judged of an image, besides "all"; the last is whether it shows nothing but what its prompt states."""
     drawings: Mapping[str, ScoreDrawings]
     """By kind of prompts."""
     answers: Mapping[str, ScoreAnswers]

@@ -165,7 +165,11 @@ def test_numbers_of_numpy_are_numbers(pipe: LatteFlowPipeline) -> None:
         (("a",), {"latents": np.zeros((1, 4, 6), np.float32)}, r"latents must have shape \(1, 4, 6, 8\), got"),
         (("a",), {"latents": np.zeros((2, 4, 6, 8), np.float32)}, "latents must have shape"),
         (("a",), {"latents": np.full((1, 4, 6, 8), np.nan, np.float32)}, "latents must be finite"),
-        (("a",), {"latents": np.full((1, 4, 6, 8), 1e9, np.float32)}, r"noise of variance 1, got a magnitude of 1e\+09"),
+        (
+            ("a",),
+            {"latents": np.full((1, 4, 6, 8), 1e9, np.float32)},
+            r"noise of variance 1, got a magnitude of 1e\+09",
+        ),
         (("a",), {"guidance_scale": "3"}, "guidance_scale must be a number, or one for each prompt, got '3'"),
         (("a",), {"num_inference_steps": 8.0}, "num_inference_steps must be a whole number, got 8.0"),
         (("a",), {"guidance_interval": (0.5, 0.5)}, r"guidance_interval must be flow times .*, got 0.5 to 0.5"),
