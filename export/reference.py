@@ -37,7 +37,13 @@ LOWEST_SCALES = (6.0, -4.0, 0.0)
 """Random guidance scales of each row of the solver's cases begin here; their range is 4."""
 SCALES = (3.0, 1.0, 5.0, 1.5)
 """Guidance scale of each prompt."""
-QUESTIONS = (((3, 4), (5, 2)), PROMPTS[1]), (((2, 2),), "what is this?"), ((), "what colour is it?")
+FAR_TOKENS = 5
+"""Tokens at the end of the VLM's context."""
+QUESTIONS = (
+    (((3, 4), (5, 2), (1, 17), (2, 1), (1, 2)), PROMPTS[1]),
+    (((2, 2),), "what is this?"),
+    ((), "what colour is it?"),
+)
 """Sizes of the images in tokens, and the question. They are answered as one batch."""
 DIALOGUE = (
     {"role": "system", "content": "Be brief."},
@@ -70,6 +76,18 @@ class EngineCase:
     """The step of `solver_step`, `[R, C, H, W]` float32: the next latents minus those before."""
     images: np.ndarray
     """The decoded latents, `[R, height, width, 3]` uint8."""
+
+
+@dataclass(frozen=True)
+class FarCase:
+    """A few tokens at the last positions of the VLM's context, as the last words of a long conversation have them."""
+
+    input_ids: np.ndarray
+    """`[1, FAR_TOKENS]` int64."""
+    position_ids: np.ndarray
+    """`[3, 1, FAR_TOKENS]` int64; time, row and column differ."""
+    kv: tuple[np.ndarray, ...]
+    """Per expert group, `[M, 2, 1, Hkv, FAR_TOKENS, D]` float32."""
 
 
 @dataclass(frozen=True)
@@ -225,6 +243,17 @@ class Reference:
         ids = torch.randint(0, len(self.model.tokenizer), (rows, longest), generator=generator)
         ids[ids == self.model.vlm.config.image_token_id] = 0  # an image token without an image has no embedding
         return ids, (torch.arange(longest)[None] < lengths[:, None]).long()
+
+    @cached_property
+    def far_case(self) -> FarCase:
+        """Random tokens at the end of the context."""
+        context = self.model.vlm.config.text_config.max_position_embeddings
+        ids, mask = self._random_prompts(1, FAR_TOKENS, torch.Generator().manual_seed(1))
+        last = torch.tensor([context, context * 2 // 3, context // 2])
+        positions = (last[:, None] - FAR_TOKENS + torch.arange(FAR_TOKENS))[:, None].clamp(min=0)
+        with torch.no_grad():
+            kv = self.model.encode_tokens(ids, mask, positions).kv
+        return FarCase(ids.numpy(), positions.numpy(), tuple(part.numpy() for part in kv))
 
     @cached_property
     def sampling(self) -> SamplingCase:

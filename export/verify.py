@@ -35,7 +35,7 @@ from export.parity import (
     psnr_row,
     relative_row,
 )
-from export.reference import ANSWER_TOKENS, DIALOGUE, SCALES, EngineCase, QuestionCase, Reference
+from export.reference import ANSWER_TOKENS, DIALOGUE, SCALES, EngineCase, FarCase, QuestionCase, Reference
 from export.weight_check import differing_weights, foreign_types, precision_of, quantized_products
 from export.weights import ALWAYS_FP32
 from export.widened import is_widened_by, widened_bundle
@@ -194,6 +194,7 @@ def _engine_rows(pipeline: LatteFlowPipeline, reference: Reference, tolerances: 
     cases = reference.engine_cases if _takes_all_latents(pipeline, reference) else reference.fixed_size_cases
     for case in cases:
         yield from _language_rows(pipeline, case, tolerances)
+    yield from _far_rows(pipeline, reference.far_case, tolerances)
     for group in range(pipeline.manifest.schedule.num_groups):
         name = f"expert_{group}"
         for case in cases:
@@ -241,6 +242,16 @@ def _language_rows(pipeline: LatteFlowPipeline, case: EngineCase, tolerances: To
         for index, part in enumerate(("keys", "values")):
             pair = (value[:, index] * kept, expected[:, index] * kept)
             yield relative_row("engine", f"vlm {part}, {case.size}", *pair, tolerances.engine, group=group)
+
+
+def _far_rows(pipeline: LatteFlowPipeline, case: FarCase, tolerances: Tolerances) -> Iterator[ParityRow]:
+    seen = np.ones_like(case.input_ids, bool)
+    outputs = LanguageModel(pipeline.engines).forward(case.input_ids, seen, case.position_ids)
+    for group, expected in enumerate(case.kv):
+        value = outputs.kv[group].numpy()
+        for index, part in enumerate(("keys", "values")):
+            what = f"vlm {part}, at the end of the context"
+            yield relative_row("engine", what, value[:, index], expected[:, index], tolerances.engine, group=group)
 
 
 def _sampling_rows(pipeline: LatteFlowPipeline, reference: Reference, tolerances: Tolerances) -> Iterator[ParityRow]:

@@ -443,14 +443,16 @@ class LatteFlow(nn.Module):
         mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in rows])
         return input_ids, mask
 
-    def encode_tokens(self, input_ids: Tensor, mask: Tensor) -> Prefix:
+    def encode_tokens(self, input_ids: Tensor, mask: Tensor, positions: Tensor | None = None) -> Prefix:
         """Returns the prefix of token ids.
 
         Args:
             input_ids: `[B, P]` int64, padded on the right.
             mask: 1 for tokens, 0 for padding, `[B, P]` int64.
+            positions: M-RoPE positions, `[3, B, P]` int64; by default 0, 1, …
         """
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand(3, *input_ids.shape)  # [3, B, P]
+        if positions is None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand(3, *input_ids.shape)
         cache = self.vlm.model.language_model(
             input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True
         ).past_key_values

@@ -365,8 +365,11 @@ MUTATIONS = (
     Mutation("the VLM sees the padding", on_input("vlm", "attention_mask", [("Or", None)])),
     Mutation("the VLM has no positions", on_input("vlm", "position_ids", [("Mul", 0)])),
     Mutation("the VLM takes columns for rows", on_input("vlm", "position_ids", [("Gather", (0, [0, 2, 1]))])),
+    Mutation("the VLM's positions end at 127", on_input("vlm", "position_ids", [("Min", 127)])),
     Mutation("the VLM looks ahead", rewired("vlm", "LessOrEqual", 0, swap_inputs)),
     Mutation("images see each other", on_input("vision_encoder", "image_ids", [("Mul", 0)])),
+    Mutation("the fifth image and the sixth see each other", on_input("vision_encoder", "image_ids", [("Min", 4)])),
+    Mutation("the vision tower's positions end at 31", on_input("vision_encoder", "position_ids", [("Min", 31)])),
     Mutation(
         "the vision tower takes columns for rows", on_input("vision_encoder", "position_ids", [("Gather", (2, [1, 0]))])
     ),
