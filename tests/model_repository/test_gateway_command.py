@@ -28,7 +28,7 @@ def test_the_command_serves_and_ends_when_what_it_draws_is_drawn(bundle: Path) -
         drawing = threading.Thread(target=draw)
         drawing.start()
         while "latte_flow_pending_images 8.0" not in httpx2.get(f"{url}/metrics").text:
-            pass
+            assert drawing.is_alive()
         process.send_signal(signal.SIGTERM)
         drawing.join(120)
         assert answers == [200]

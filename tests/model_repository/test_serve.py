@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -51,6 +52,11 @@ def served(
         assert [] not in lines, process.communicate()[1]
         yield process, {line[0]: line[1] for line in lines}
     finally:
+        for _ in range(2):  # the second signal ends what still drains
+            if process.poll() is None:
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.communicate(timeout=15)
         process.kill()
         process.communicate()
 
@@ -147,6 +153,7 @@ def test_a_killed_model_is_revived_and_a_second_signal_cleans_up_at_once(bundle:
         told = ""
         while "interrupt again to stop at once" not in told:
             told += process.stderr.readline()
+            assert process.poll() is None, told
         time.sleep(0.5)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)

@@ -113,6 +113,7 @@ def test_new_requests_are_refused_until_the_last_one_has_finished(bundle: Path) 
                 httpx2.post, f"{door.url}{IMAGES}", json={"prompt": "a", "num_inference_steps": 1}, timeout=60
             )
             while not service.scheduler.pending:
+                assert not drawing.done()
                 time.sleep(0.01)
             door.gateway.draining = door.server.should_exit = True
             statuses = []

@@ -240,6 +240,7 @@ def test_a_key_is_needed_and_has_its_quota(bundle: Path, tmp_path: Path) -> None
         )
         slow.start()
         while not service.scheduler.pending:
+            assert slow.is_alive()
             time.sleep(0.01)
         with pytest.raises(openai.RateLimitError, match="the key 'alice' has 2 of 2 images open") as caught:
             client.images.generate(prompt="a", extra_body=STEPS)
