@@ -168,9 +168,9 @@ def _latent_size(vae: object, height: int, width: int) -> tuple[int, int]:
 
 
 MAX_FAILURES = 48
-ROW_NAMES = {"all": "all that is stated, and nothing else", "as stated": "all that is stated"}
-"""Of the rows that count more than one attribute."""
 """Largest number of images on a sheet of wrong ones."""
+ROW_NAMES = {"all": "all attributes, and nothing else", "attributes": "all attributes"}
+"""Of the rows that count more than one attribute."""
 DEFAULT_GROUPS = 4
 """Number of expert groups of the paper's model."""
 
@@ -250,7 +250,7 @@ def _advancing(progress: Progress, name: str, total: int) -> Callable[[int], Non
 def _report(
     exam: Exam, drawings: Mapping[str, DrawingScore], answers: Mapping[str, AnswerScore], as_json: bool
 ) -> None:
-    parts = ("all", "as stated", *exam.attributes)
+    parts = ("all", "attributes", *exam.attributes)
     if as_json:
         report: dict[str, object] = {
             _key(name): {
@@ -267,7 +267,7 @@ def _report(
         table = Table("right in the image", *drawings, title="Held-out prompts")
         for part in parts:
             cells = [f"{r.share(part):.1%} of {r.stated[part]}" if part in r.stated else "" for r in drawings.values()]
-            table.add_row(ROW_NAMES.get(part, part), *cells, end_section=part == "as stated")
+            table.add_row(ROW_NAMES.get(part, part), *cells, end_section=part == "attributes")
         stdout.print(table)
     if answers:
         table = Table("question about", "right", title="Held-out questions about rendered images")

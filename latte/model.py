@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from latte.config import LatteFlowConfig
 from latte.sampling import SampleStep, guided, sample
-from runtime.arguments import numbers_for_each
+from runtime.arguments import numbers_for_each, seeds_for_each, text_for_each, text_list
 from runtime.errors import InputError
 from runtime.flow_time import (
     check_finite,
@@ -514,17 +514,12 @@ class LatteFlow(nn.Module):
             InputError: an argument cannot work, such as a prompt that is too long or a list of another length.
             EngineError: the latents are not finite, or the flow layers are untrained.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        prompts = text_list("prompt", prompt)
+        negatives = text_for_each("negative_prompt", negative_prompt, len(prompts))
         defaults = self.config.sampling.guided_in(guidance_interval)
         scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
         scale_list = numbers_for_each("guidance_scale", scale, len(prompts))
-        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-        for name, values in (("negative_prompt", negatives), ("seed", seeds)):
-            if len(values) != len(prompts):
-                raise InputError(
-                    f"{name} must be one value or one for each of {len(prompts)} prompts, got {len(values)}"
-                )
+        seeds = seeds_for_each("seed", seed, len(prompts))
         if output_type not in ("np", "latent"):
             raise InputError(f'output_type must be "np" or "latent", got {output_type!r}')
         samplings = [

@@ -49,7 +49,7 @@ class DrawingScore:
     right: dict[str, int] = field(default_factory=dict)
     """Number of images that have an attribute right, by attribute.
 
-    `all` counts images without any error, `as stated` those that also may show more than the prompt states.
+    `all` counts images without any error, `attributes` those that may have specks, blur or faint traces besides.
     """
     stated: dict[str, int] = field(default_factory=dict)
     """Number of prompts that state an attribute, by attribute."""
@@ -93,7 +93,7 @@ class Exam:
     """What the checkpoints of a world are scored on."""
 
     attributes: Sequence[str]
-    """What is judged of an image, besides "all"; the last is whether it shows nothing but what its prompt states."""
+    """What is judged of an image, besides "all"; the last is whether it is free of specks, blur and faint traces."""
     drawings: Mapping[str, ScoreDrawings]
     """By kind of prompts."""
     answers: Mapping[str, ScoreAnswers]
@@ -129,8 +129,8 @@ def score_prompts(
             if len(result.examples) < MAX_EXAMPLES:
                 result.examples.append(judged)
             result.prompts += 1
-            as_stated = all(right for name, right in verdict.items() if name not in ("all", attributes[-1]))
-            for attribute, right in {**verdict, "as stated": as_stated}.items():
+            named = all(right for name, right in verdict.items() if name not in ("all", attributes[-1]))
+            for attribute, right in {**verdict, "attributes": named}.items():
                 result.stated[attribute] = result.stated.get(attribute, 0) + 1
                 result.right[attribute] = result.right.get(attribute, 0) + right
             if not verdict["all"]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from runtime.arguments import whole_number
+from runtime.arguments import numbers_for_each, real_number, whole_number
 from runtime.errors import EngineError, InputError
 
 DEFAULT_STEPS = 20
@@ -127,8 +127,8 @@ class SamplingDefaults(BaseModel):
             self.num_inference_steps
             if num_inference_steps is None
             else whole_number("num_inference_steps", num_inference_steps),
-            self.guidance_scale if guidance_scale is None else guidance_scale,
-            self.shift if shift is None else shift,
+            self.guidance_scale if guidance_scale is None else real_number("guidance_scale", guidance_scale),
+            self.shift if shift is None else real_number("shift", shift),
         )
         self.check(*chosen, negative_prompt)
         return chosen
@@ -161,13 +161,13 @@ class SamplingDefaults(BaseModel):
         """
         if guidance_interval is None:
             return self
-        check_guidance_interval(guidance_interval)
+        start, end = check_guidance_interval(guidance_interval)
         if self.guidance_distilled:
             raise InputError(
                 "this model has guidance built in at all times, got guidance_interval; leave it out, or use the model "
                 "that it was distilled from"
             )
-        return self.model_copy(update={"guidance_interval": tuple(map(float, guidance_interval))})
+        return self.model_copy(update={"guidance_interval": (start, end)})
 
     def row_scale(self, guidance_scale: float, t: float) -> float:
         """Returns the scale that combines an image's rows at time t: 1, for a single row, without guidance there."""
@@ -209,11 +209,17 @@ def time_grid(num_inference_steps: int, shift: float = DEFAULT_SHIFT) -> list[fl
     return [t / (t + shift * (1 - t)) for t in times] if shift != 1.0 else times
 
 
-def check_guidance_interval(interval: Sequence[float]) -> None:
-    """Raises `InputError` for what is no interval of flow times."""
-    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
-        shown = " to ".join(f"{t:g}" for t in interval)
-        raise InputError(f"guidance_interval must be flow times 0 <= start < end <= 1, got {shown}")
+def check_guidance_interval(interval: Sequence[float]) -> tuple[float, float]:
+    """Returns start and end of an interval of flow times, or raises `InputError`."""
+    if not isinstance(interval, Iterable) or isinstance(interval, str):
+        raise InputError(f"guidance_interval must be a pair of flow times, start and end, got {interval!r}")
+    times = list(interval)
+    if len(times) != 2:
+        raise InputError(f"guidance_interval must be a pair of flow times, start and end, got {len(times)} numbers")
+    start, end = numbers_for_each("guidance_interval", times, 2)
+    if not 0 <= start < end <= 1:
+        raise InputError(f"guidance_interval must be flow times 0 <= start < end <= 1, got {start:g} to {end:g}")
+    return start, end
 
 
 def check_guidance_scale(scale: float, name: str = "guidance_scale") -> None:

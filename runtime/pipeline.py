@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from runtime.answers import DEFAULT_MAX_NEW_TOKENS, Answerer, AnswerSettings
-from runtime.arguments import numbers_for_each, text_for_each, text_list, whole_number
+from runtime.arguments import numbers_for_each, seeds_for_each, text_for_each, text_list, whole_number
 from runtime.backends import Backend, Value, open_backend, to_host
 from runtime.chat import ChatProcessor, Message, user_message
 from runtime.engines import EngineSet
@@ -348,12 +348,15 @@ class LatteFlowPipeline:
         geometry = self.manifest.geometry
         factor = geometry.vae_scale_factor
         for name, pixels in (("height", height), ("width", width)):
-            if pixels is not None and (pixels < factor or pixels % factor):
+            if pixels is not None and (whole_number(name, pixels) < factor or pixels % factor):
                 raise InputError(f"{name} must be a positive multiple of {factor} pixels, got {pixels}")
         rows = geometry.latent_size[0] if height is None else height // factor
         columns = geometry.latent_size[1] if width is None else width // factor
         shape = (geometry.latent_channels, rows, columns)
         if latents is not None:
+            latents = np.asarray(latents)
+            if latents.dtype.kind not in "fiu":
+                raise InputError(f"latents must be an array of numbers, got one of {latents.dtype}")
             if height is None and width is None and latents.ndim == 4:
                 shape = (geometry.latent_channels, latents.shape[2], latents.shape[3])
             if latents.shape != (count, *shape) or 0 in latents.shape:
@@ -363,16 +366,13 @@ class LatteFlowPipeline:
             if not is_decodable(latents):
                 raise InputError(f"latents must be noise of variance 1, got a magnitude of {np.abs(latents).max():g}")
             return np.ascontiguousarray(latents, np.float32), [None] * count
+        if generator is not None and not isinstance(generator, np.random.Generator):
+            raise InputError(f"generator must be a numpy.random.Generator, got {type(generator).__name__}")
         if generator is not None:
             return generator.standard_normal((count, *shape), np.float32), [None] * count
         if seed is None:
             seed = int(np.random.SeedSequence().generate_state(1)[0])
-        if isinstance(seed, Iterable):
-            seeds = [whole_number("seed", each) for each in seed]
-        else:
-            seeds = [whole_number("seed", seed) + i for i in range(count)]
-        if len(seeds) != count:
-            raise InputError(f"seed must be one number or one for each of {count} images, got {len(seeds)}")
+        seeds = seeds_for_each("seed", seed, count)
         check_seeds(seeds)
         return initial_latents(seeds, shape), list(seeds)
 
@@ -399,9 +399,15 @@ def _form(manifest: Manifest) -> tuple[Any, ...]:
 def _adapt(pipeline: LatteFlowPipeline, callback: Callback) -> Callable[[SamplerStep], np.ndarray | None]:
     def on_step(step: SamplerStep) -> np.ndarray | None:
         result = callback(pipeline, step.index, step.t, _OnDemand(step))
-        if result is None or "latents" not in result:
+        if result is None or result.get("latents") is None:
             return None
-        return np.ascontiguousarray(result["latents"], np.float32)
+        latents = np.asarray(result["latents"])
+        if latents.dtype.kind not in "fiu" or latents.shape != tuple(step.latents.shape):
+            expected = f"an array of numbers of shape {tuple(step.latents.shape)}"
+            raise InputError(
+                f"callback_on_step_end must return latents as {expected}, got {latents.dtype} of shape {latents.shape}"
+            )
+        return np.ascontiguousarray(latents, np.float32)
 
     return on_step
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class RowReader:
     root: Path | None
     """The folder that paths of images must not leave; None for a data set that is not local."""
     has_questions: bool = False
+    needs_questions: bool = False
+    """Whether a row without questions cannot be used."""
 
     def name(self, row: Mapping[str, Any], number: int) -> str:
         """Returns what to call a row in messages.
@@ -66,11 +68,14 @@ class RowReader:
         """Reads a row, its image's bytes included.
 
         Raises:
-            BadRowError: it has no image or no caption.
+            BadRowError: it has no image or no caption, or no questions where they are needed.
         """
         cell = row.get(self.image_column) or {}
         captions = self.captions.read(row, cell.get("path"))
-        return Record(self.name(row, number), captions, self._questions(row), self._bytes(cell))
+        asked = self._questions(row)
+        if self.needs_questions and not asked:
+            raise BadRowError("it has no questions")
+        return Record(self.name(row, number), captions, asked, self._bytes(cell))
 
     def _bytes(self, cell: Mapping[str, Any]) -> bytes:
         data, path = cell.get("bytes"), cell.get("path")
@@ -95,7 +100,8 @@ class RowReader:
     def _questions(self, row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
         if not self.has_questions:
             return ()
-        return tuple((item["question"], item["answer"]) for item in row[QUESTIONS] or ())
+        pairs = ((item["question"], item["answer"]) for item in row[QUESTIONS] or ())
+        return tuple((question, answer) for question, answer in pairs if question and answer)
 
 
 class ImageTextDataSet:
@@ -114,6 +120,12 @@ class ImageTextDataSet:
         keys |= {captions.column.partition(".")[0]} if captions.column else set()
         keys |= {"__key__", "__url__"} & set(table.column_names)
         self._captions = None if streamed else table.select_columns(sorted(keys))
+
+    def asking(self) -> ImageTextDataSet:
+        """Returns the same data set without the rows that have no questions."""
+        return ImageTextDataSet(
+            self.name, self.table, replace(self.reader, needs_questions=True), streamed=self.streamed
+        )
 
     def __len__(self) -> int:
         """Number of rows; a `TypeError` for a stream."""
@@ -230,7 +242,7 @@ def open_data_set(
     image = _image_column(spec, features, image_column, datasets)
     captions = _caption_source(spec, features, files, caption_column, class_column, checked, names, datasets)
     root = None if files is None else files.root
-    reader = RowReader(image, captions, root, QUESTIONS in features)
+    reader = RowReader(image, captions, root, _are_questions(features.get(QUESTIONS)))
     kept = {image, QUESTIONS, "__key__", "__url__", (captions.column or "").partition(".")[0]} & set(features)
     table = table.select_columns(sorted(kept)).cast_column(image, datasets.Image(decode=False))
     try:
@@ -340,6 +352,12 @@ def _feature_of(features: Mapping[str, Any], column: str) -> Any:
 def _is_text(feature: Any) -> bool:
     inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else feature)
     return getattr(inner, "dtype", None) in ("string", "large_string", "string_view")
+
+
+def _are_questions(feature: Any) -> bool:
+    """Returns whether a column is of lists of records of a question and an answer, both text."""
+    record = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else None)
+    return isinstance(record, Mapping) and all(_is_text(record.get(name)) for name in ("question", "answer"))
 
 
 def _columns(features: Mapping[str, Any]) -> str:

@@ -57,10 +57,27 @@ def fetch(out: Path, tarball: Path | None = None) -> Path:
 def is_package(folder: Path) -> bool:
     """Returns whether a folder is what `fetch` makes."""
     try:
-        _check_identity(json.loads((folder / "package.json").read_text(encoding="utf-8")), folder)
+        return is_named_package(folder)
+    except InputError:
+        return False
+
+
+def is_named_package(folder: Path) -> bool:
+    """Returns whether a folder says that it is the package.
+
+    Raises:
+        InputError: it says so, but is of another version, or incomplete.
+    """
+    try:
+        package = json.loads((folder / "package.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return (folder / "emoji.json").is_file()
+    if not isinstance(package, dict) or package.get("name") != NAME:
+        return False
+    _check_identity(package, folder)
+    if not (folder / "emoji.json").is_file():
+        raise InputError(f"{folder} has no emoji.json; fetch the package again: latte-flow data emoji")
+    return True
 
 
 def _check_identity(package: object, source: Path) -> None:

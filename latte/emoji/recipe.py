@@ -79,6 +79,7 @@ class Emoji:
 
     name = "emoji"
     num_rows = None
+    identity: ClassVar[Mapping[str, str]] = {"world": name}
     settings: ClassVar[Mapping[StageName, TrainSettings]] = {
         "autoencoder": TrainSettings(
             max_train_steps=1600,

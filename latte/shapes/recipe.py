@@ -50,6 +50,7 @@ class Shapes:
 
     name = "shapes"
     num_rows = None
+    identity: ClassVar[Mapping[str, str]] = {"world": name}
     settings: ClassVar[Mapping[StageName, TrainSettings]] = {
         "autoencoder": TrainSettings(max_train_steps=6000, train_batch_size=32, learning_rate=1e-3, ema_decay=0.995),
         "vision": TrainSettings(max_train_steps=800, train_batch_size=64, learning_rate=1.5e-3, optimizer="muon"),

@@ -13,7 +13,7 @@ import typer
 from pydantic import ValidationError
 
 from latte.checkpoint import save_checkpoint
-from latte.emoji.package import is_package
+from latte.emoji.package import is_named_package
 from latte.emoji.recipe import Emoji
 from latte.emoji.recipe import untrained as untrained_emoji
 from latte.shapes.recipe import Shapes
@@ -51,7 +51,7 @@ def drawn_world(data: str, seed: int) -> Shapes | Emoji | None:
     """Returns the world whose scenes are drawn as they are needed; None for a data set."""
     if data == Shapes.name:
         return Shapes(seed)
-    return Emoji(Path(data), seed) if is_package(Path(data)) else None
+    return Emoji(Path(data), seed) if is_named_package(Path(data)) else None
 
 
 def validation_of(prompts: list[str] | None, steps: int | None, split: str | None) -> ValidationOptions | None:

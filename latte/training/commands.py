@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -50,6 +51,8 @@ from runtime.errors import InputError
 Stages = Literal["autoencoder", "vision", "vlm", "flow", "all"]
 Scheduler = Literal["cosine", "linear", "constant"]
 Sharding = Literal["none", "fsdp2"]
+SPLIT = "train"
+"""The split to train on."""
 FRESH = "new"
 """The checkpoint to name for a model that is trained from nothing."""
 
@@ -67,7 +70,7 @@ def train(
             "package that `latte-flow data emoji` fetched: scenes that are drawn as they are needed."
         ),
     ],
-    split: Annotated[str, typer.Option(help="Split of the data.")] = "train",
+    split: Annotated[str, typer.Option(help="Split of the data.")] = SPLIT,
     streaming: Annotated[
         bool, typer.Option("--streaming", help="Read the data in order, without a copy on the disk.")
     ] = False,
@@ -197,9 +200,23 @@ def train(
         raise InputError("--max-train-steps and --num-train-epochs exclude each other; give one")
     world: World
     if (drawn := drawn_world(data, seed)) is not None:
-        if streaming or cache_latents is not None or validation_split is not None:
-            flags = "--streaming, --cache-latents and --validation-split"
-            raise InputError(f"{flags} are for data sets; {data} is drawn as it is needed")
+        for_data_sets = {
+            "streaming": streaming,
+            "cache_latents": cache_latents is not None,
+            "validation_split": validation_split is not None,
+            "split": split != SPLIT,
+            "image_column": image_column is not None,
+            "caption_column": caption_column is not None,
+            "class_column": class_column is not None,
+            "class_names": class_names is not None,
+            "template": bool(template),
+            "resolution": resolution is not None and not dry_run,
+            "crop": crop != DataOptions.crop,
+            "random_flip": random_flip,
+            "caption_dropout": caption_dropout != DataOptions.caption_dropout,
+            "shuffle_buffer": shuffle_buffer != DataOptions.shuffle_buffer,
+        }
+        _refuse(for_data_sets, f"is for data sets, and {data} is drawn as it is needed")
         world = drawn
     else:
         opened = partial(
@@ -218,10 +235,24 @@ def train(
         how = DataOptions(size, crop, random_flip, caption_dropout, shuffle_buffer, cache_latents, workers)
         world = DataSetWorld(opened(split), how, seed, held_out)
     chosen = None if groups is None else numbers_of(groups, "--groups")
+    if stage not in ("flow", "all"):
+        of_the_flow_layers = {
+            "groups": groups is not None,
+            "freeze_embeddings": freeze_embeddings,
+            "timestep_sampling": timestep_sampling != RunOptions.timestep_sampling,
+            "cache_latents": cache_latents is not None,
+            "validation_prompts": bool(validation_prompts),
+            "validation_steps": validation_steps is not None,
+            "validation_split": validation_split is not None,
+            "dry_run": dry_run,
+        }
+        _refuse(of_the_flow_layers, f"is for the flow layers, and the stage is {stage}")
     if dry_run:
         if lora_rank is not None:
             raise InputError("--dry-run counts a training of whole layers; leave out --lora-rank")
         sizes = _sizes_of(checkpoint, world, seed)
+        if resolution is not None:
+            sizes = sizes.at(*size_of(resolution))
         _dry_run(checkpoint, sizes, world, changed(settings_of(world, "flow"), given), chosen, num_train_epochs)
         return
     stages = STAGES if stage == "all" else (stage,)
@@ -241,6 +272,13 @@ def train(
     for name in stages:
         source = run_stage(name, source, world, out / name if stage == "all" else out, settings[name], options)
     typer.echo(str(source))
+
+
+def _refuse(given: Mapping[str, bool], reason: str) -> None:
+    """Raises `InputError` if one of these options is given."""
+    for name, is_given in given.items():
+        if is_given:
+            raise InputError(f"--{name.replace('_', '-')} {reason}; leave it out")
 
 
 def _sizes_of(checkpoint: str, world: World, seed: int) -> Sizes:

@@ -85,11 +85,25 @@ class DataSetWorld:
         return self.data_set.name
 
     @property
+    def identity(self) -> dict[str, str]:
+        options, captions = self.options, self.data_set.reader.captions
+        said: dict[str, Any] = {
+            "world": "data set",
+            "resolution": options.resolution,
+            "crop": options.crop,
+            "random_flip": options.random_flip,
+            "caption_dropout": options.caption_dropout,
+            "captions": captions.column or captions.kind,
+            "templates": list(captions.templates) if captions.kind == "class" else None,
+        }
+        return {name: str(value) for name, value in said.items()}
+
+    @property
     def num_rows(self) -> int | None:
         return None if self.data_set.streamed else len(self.data_set)
 
     def images(self, model: LatteFlow) -> Batches:
-        return self.captioned_images(model)
+        return CountedBatches(self.captioned_images(model), self.name)
 
     def captioned_images(self, model: LatteFlow, *, held_out: bool = False) -> ImageTextBatches | StreamedBatches:
         options = self.options
@@ -105,7 +119,12 @@ class DataSetWorld:
         raise InputError(f"{self.name} has no labels of tokens, so it cannot train a vision tower")
 
     def vlm_stage(self, model: LatteFlow, encoder: ConversationEncoder) -> VlmStage:
-        return VlmStage(model.vlm, encoder, DataSetConversations(self.captioned_images(model), self.seed))
+        options = self.options
+        batches = batches_of(
+            self.data_set.asking(), self._policy(model), seed=self.seed, shuffle_buffer=options.shuffle_buffer
+        )
+        counted = CountedBatches(batches, self.name)
+        return VlmStage(model.vlm, encoder, DataSetConversations(counted, self.seed))
 
     def flow_stage(self, model: LatteFlow) -> DataSetFlowStage:
         folder = self.options.cache_latents
@@ -149,10 +168,23 @@ class DataSetFlowStage(FlowStage):
         return super().prepare(batch, device)
 
 
+class CountedBatches:
+    """Batches of which bad rows are named and counted as they are made, in each process that makes them."""
+
+    def __init__(self, batches: ImageTextBatches | StreamedBatches, name: str) -> None:
+        self.batches = batches
+        self.bad_rows = BadRows(name)
+
+    def batch(self, index: int, rows: range, total: int) -> ImageTextBatch:
+        batch = self.batches.batch(index, rows, total)
+        self.bad_rows.add(batch)
+        return batch
+
+
 class DataSetConversations:
     """Conversations about the images of a data set."""
 
-    def __init__(self, batches: ImageTextBatches | StreamedBatches, seed: int) -> None:
+    def __init__(self, batches: CountedBatches, seed: int) -> None:
         self.batches, self.seed = batches, seed
 
     def batch(self, index: int, rows: range, total: int) -> list[Conversation]:

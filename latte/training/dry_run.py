@@ -7,7 +7,7 @@ the time is an estimate: operations divided by a rate.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from latte.training.run import frozen_dtype
 from latte.training.settings import TrainSettings
 from latte.training.states import rows_of_a_step
 from runtime.console import stdout
+from runtime.errors import InputError
 
 PAPER_NAME = "paper"
 """The name of the paper's sizes, of which there is no checkpoint."""
@@ -56,6 +57,18 @@ class Sizes:
         path = Path(checkpoint)
         vlm = Qwen2VLConfig.from_pretrained(path / "vlm", local_files_only=True)
         return cls(load_config(path), vlm, AutoencoderDC.load_config(path / "vae", local_files_only=True))
+
+    def at(self, height: int, width: int) -> Sizes:
+        """Returns the configs for images of another size in pixels.
+
+        Raises:
+            InputError: it is no multiple of the autoencoder's factor.
+        """
+        factor = self.flow.vae_scale_factor
+        if height % factor or width % factor:
+            raise InputError(f"--resolution must be multiples of {factor} pixels, got {height}x{width}")
+        latent_size = (height // factor, width // factor)
+        return replace(self, flow=self.flow.model_copy(update={"latent_size": latent_size}))
 
 
 @dataclass(frozen=True)

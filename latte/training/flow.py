@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from latte.model import FlowTransformer, LatteFlow, Prefix, group_of_weight
 from latte.training.stage import Rows, row_noise
+from runtime.console import stderr
 from runtime.errors import InputError
 
 TimestepSampling = Literal["uniform", "logit_normal"]
@@ -74,6 +75,7 @@ class FlowStage:
         self.batches = batches
         self.groups = tuple(range(model.config.schedule.num_groups))
         self.timestep_sampling: TimestepSampling = "uniform"
+        self._too_long: set[str] = set()
 
     @property
     def steps_per_batch(self) -> int:
@@ -114,12 +116,23 @@ class FlowStage:
         if self.model.latents_mean.device != device:
             self.model.to(device)
         ids = batch.token_ids
-        prefix = self.model.encode_prompts(batch.prompts) if ids is None else self.model.encode_token_rows(ids)
+        prefix = self.model.encode_token_rows(list(map(self._tokens, batch.prompts)) if ids is None else ids)
         return FlowBatch(self._latents(batch, device), prefix)
 
     def prepare_to_validate(self, batch: ImagesAndPrompts, device: torch.device) -> FlowBatch:
         """Prepares a batch for `error_at` alone, without what a world's own losses need."""
         return FlowStage.prepare(self, batch, device)
+
+    def _tokens(self, prompt: str) -> list[int]:
+        """Returns the token ids of a prompt; one that is too long is named once, and trained on as if it were empty."""
+        try:
+            return self.model.tokenize([prompt])[0]
+        except InputError as error:
+            if prompt not in self._too_long:
+                self._too_long.add(prompt)
+                line = f"left out the caption {prompt[:60]!r}...: {error}"
+                stderr.print(line, style="yellow", markup=False, soft_wrap=True)
+            return self.model.tokenize([""])[0]
 
     def _latents(self, batch: ImagesAndPrompts, device: torch.device) -> Tensor:
         if batch.latents is not None:

@@ -6,9 +6,10 @@ The loop is the same whatever the number of processes: rows of a step are number
 
 from __future__ import annotations
 
+import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ from latte.training.states import (
     hash_of_frozen,
     load_state,
     newest_state,
+    put_aside_after,
     rows_of_a_step,
     save_state,
     whole,
@@ -117,6 +119,7 @@ def train(
     accelerator: Accelerator | None = None,
     validation: Validation | None = None,
     resume_from: Path | None = None,
+    identity: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """Trains a stage for `settings.max_train_steps` steps, resuming from the newest state in `run_dir` if there is one.
 
@@ -125,7 +128,8 @@ def train(
 
     Args:
         accelerator: see `make_accelerator`.
-        resume_from: a state to start from instead of the newest.
+        resume_from: a state to start from instead of the newest; states after it are put aside, as `left-<step>`.
+        identity: what else a resumed run must not change, by name.
 
     Returns:
         the trained parameters by name, whole and on the CPU: the average with `ema_decay`. The stage's module has them
@@ -139,7 +143,7 @@ def train(
     """
     make_writable_folder(run_dir)
     accelerator = accelerator or make_accelerator(settings)
-    return _Run(stage, settings, run_dir, accelerator, validation).finish(resume_from)
+    return _Run(stage, settings, run_dir, accelerator, validation, identity or {}).finish(resume_from)
 
 
 class _Run:
@@ -152,7 +156,9 @@ class _Run:
         run_dir: Path,
         accelerator: Accelerator,
         validation: Validation | None,
+        identity: Mapping[str, str],
     ) -> None:
+        self.identity = identity
         self.stage, self.settings, self.run_dir = stage, settings, run_dir
         self.accelerator, self.validation = accelerator, validation
         self.device: torch.device = accelerator.device
@@ -175,8 +181,17 @@ class _Run:
         settings, accelerator = self.settings, self.accelerator
         if (state := resume_from or newest_state(self.run_dir)) is not None:
             self.step, self.seconds_before = load_state(
-                state, self.trained, self.stage.name, settings, accelerator.num_processes, self.frozen_hash
+                state,
+                self.trained,
+                self.stage.name,
+                settings,
+                accelerator.num_processes,
+                self.frozen_hash,
+                self.identity,
             )
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                put_aside_after(self.run_dir, self.step)
             self.saved_step = self.step
         log = RunLog(self.run_dir / LOG, self.step) if accelerator.is_main_process else None
         last_save = time.monotonic()
@@ -286,6 +301,7 @@ class _Run:
             "settings": self.settings.model_dump_json(),
             "rows": str(rows_of_a_step(self.settings, self.accelerator.num_processes)),
             "frozen": self.frozen_hash,
+            "identity": json.dumps(dict(self.identity)),
         }
         limit = self.settings.checkpoints_total_limit
         save_state(self.run_dir, self.trained, metadata, limit, self.accelerator.is_main_process)
@@ -325,10 +341,13 @@ class _Run:
 
     @contextmanager
     def _stopped_by_signals(self) -> Iterator[None]:
-        """Lets SIGTERM and Ctrl-C stop the run after the step in progress; a second Ctrl-C stops it at once."""
+        """Lets SIGTERM and Ctrl-C stop the run after the step in progress; a Ctrl-C after that stops it at once.
+
+        SIGTERM may come twice, to a process and to its group.
+        """
 
         def stop(number: int, frame: FrameType | None) -> None:
-            if self.stopping:
+            if self.stopping and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.stopping = True
 

@@ -123,7 +123,10 @@ def run_stage(
         held_out = world.captioned_images(model, held_out=True)
         what = FlowValidation(stage, held_out, run_dir, options.validation, accelerator)
         validation = Validation(options.validation.every, what.run)
-    trained = train(stage, settings, run_dir, accelerator, validation, options.resume_from)
+    identity = dict(world.identity)
+    if name == "flow":
+        identity["timestep_sampling"] = options.timestep_sampling
+    trained = train(stage, settings, run_dir, accelerator, validation, options.resume_from, identity)
     if adapter is not None:
         if accelerator.is_main_process:
             save_adapter(adapter, checkpoint, run_dir / ADAPTER)

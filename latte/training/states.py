@@ -29,6 +29,8 @@ from runtime.files import make_writable_folder, permit_like_new
 
 STATE = "state.safetensors"
 PREFIX = "checkpoint-"
+LEFT = "left-"
+"""Begins the name of a state that a run went back from."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,17 @@ def states_of(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)), reverse=True)
 
 
+def put_aside_after(run_dir: Path, step: int) -> None:
+    """Renames the states after a step, from which a run went back, so that no later run goes on from them."""
+    for folder in states_of(run_dir):
+        number = folder.name.removeprefix(PREFIX)
+        if int(number) > step:
+            aside = run_dir / f"{LEFT}{number}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
+            stderr.print(f"{folder.name} is {aside.name} now: the run goes on from step {step}", markup=False)
+
+
 def newest_state(run_dir: Path) -> Path | None:
     """Returns the newest state of a run that can be read, or None if there is no state at all.
 
@@ -122,12 +135,19 @@ def newest_state(run_dir: Path) -> Path | None:
 
 
 def load_state(
-    folder: Path, trained: Trained, stage: str, settings: TrainSettings, num_processes: int, frozen: str
+    folder: Path,
+    trained: Trained,
+    stage: str,
+    settings: TrainSettings,
+    num_processes: int,
+    frozen: str,
+    identity: Mapping[str, str],
 ) -> tuple[int, float]:
     """Loads a state into the tensors of a run; returns the number of steps done, and the seconds that they took.
 
     Args:
         frozen: hash of the frozen parts, see `hash_of_frozen`.
+        identity: what else must be as it was, by name.
 
     Raises:
         CheckpointError: the state cannot be read, or was written with other settings, other frozen parts or other
@@ -137,7 +157,7 @@ def load_state(
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            _check_origin(path, metadata, stage, settings, num_processes, frozen)
+            _check_origin(path, metadata, stage, settings, num_processes, frozen, identity)
             names = set(file.keys())
             shapes = {name: file.get_slice(name).get_shape() for name in names if name.startswith("parameter.")}
             if shapes != {f"parameter.{name}": list(p.shape) for name, p in trained.parameters.items()}:
@@ -165,7 +185,13 @@ def _finite(file: Any, name: str, path: Path) -> Tensor:
 
 
 def _check_origin(
-    path: Path, metadata: Mapping[str, str], stage: str, settings: TrainSettings, num_processes: int, frozen: str
+    path: Path,
+    metadata: Mapping[str, str],
+    stage: str,
+    settings: TrainSettings,
+    num_processes: int,
+    frozen: str,
+    identity: Mapping[str, str],
 ) -> None:
     written = json.loads(metadata.get("settings", "{}"))
     wanted = settings.model_dump(mode="json")
@@ -173,6 +199,12 @@ def _check_origin(
         f"{name} was {written.get(name)}, is {value}"
         for name, value in wanted.items()
         if name not in CHANGEABLE and name not in BATCH_SIZES and written.get(name) != value
+    ]
+    before = json.loads(metadata.get("identity", "{}"))
+    other += [
+        f"{name} was {before[name]}, is {value}"
+        for name, value in identity.items()
+        if name in before and before[name] != value
     ]
     rows, rows_now = metadata.get("rows"), str(rows_of_a_step(settings, num_processes))
     if rows != rows_now:

@@ -28,6 +28,10 @@ class World(Protocol):
         """What to call it in messages."""
 
     @property
+    def identity(self) -> Mapping[str, str]:
+        """How rows become batches, which a resumed run must not change. Rows may be added meanwhile."""
+
+    @property
     def settings(self) -> Mapping[StageName, TrainSettings]:
         """The settings of each stage that it supports, for who says nothing else."""
 
@@ -59,5 +63,6 @@ def settings_of(world: World, stage: StageName) -> TrainSettings:
     """
     if stage not in world.settings:
         supported = ", ".join(world.settings)
-        raise InputError(f"{world.name} cannot train the stage {stage}; it supports: {supported}")
+        needs = '; that needs a column `questions` of [{"question": ..., "answer": ...}]' if stage == "vlm" else ""
+        raise InputError(f"{world.name} cannot train the stage {stage}{needs}; it supports: {supported}")
     return world.settings[stage]

@@ -154,9 +154,12 @@ def test_guidance_outside_its_interval_is_none_and_throughout_is_guidance(model:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seed": [1]}, "seed must be one value or one for each of 2 prompts, got 1"),
+        ({"seed": [1]}, "seed must be one number or one for each of 2 images, got 1"),
         ({"guidance_scale": [1.0, 2.0, 3.0]}, "guidance_scale must be one value .* got 3"),
         ({"guidance_scale": 1e38}, "guidance_scale must be from -100 to 100"),
+        ({"seed": 1.0}, "seed must be a whole number, got 1.0"),
+        ({"shift": "2"}, "shift must be a number, got '2'"),
+        ({"guidance_interval": 0.5}, "guidance_interval must be a pair of flow times"),
         ({"negative_prompt": ["a"]}, "negative_prompt must be one value .* got 1"),
         ({"output_type": "pil"}, 'output_type must be "np" or "latent"'),
         ({"seed": 2**63 - 1}, "a seed must be from 0 to"),

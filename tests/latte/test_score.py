@@ -11,7 +11,7 @@ from latte.score import score_prompts
 ATTRIBUTES = ("colour", "size", "clean")
 
 
-def test_an_image_that_shows_more_than_its_prompt_counts_as_stated_and_not_as_right() -> None:
+def test_an_image_with_specks_has_all_attributes_and_is_not_right() -> None:
     verdicts = {
         "right": {"colour": True, "size": True, "clean": True},
         "with a speck": {"colour": True, "size": True, "clean": False},
@@ -27,6 +27,6 @@ def test_an_image_that_shows_more_than_its_prompt_counts_as_stated_and_not_as_ri
 
     score = score_prompts(draw, [(name, name) for name in verdicts], judge, ATTRIBUTES)
     assert score.share() == 1 / 4
-    assert score.share("as stated") == 3 / 4
+    assert score.share("attributes") == 3 / 4
     assert (score.right["size"], score.stated["size"]) == (3, 3)
     assert [image.wrong for image in score.failures] == [("clean",), ("colour",), ("clean",)]

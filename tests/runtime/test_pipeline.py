@@ -139,13 +139,23 @@ def test_latents_that_no_decoder_takes_are_no_image(pipe: LatteFlowPipeline) -> 
         pipe("a", num_inference_steps=2, callback_on_step_end=replace)
 
 
+def test_latents_of_a_callback_that_do_not_fit_are_refused(pipe: LatteFlowPipeline) -> None:
+    for wrong in ("x", np.zeros((1, 4, 6), np.float32)):
+        with pytest.raises(
+            InputError, match="callback_on_step_end must return latents as an array of numbers of shape"
+        ):
+            pipe("a", num_inference_steps=1, callback_on_step_end=lambda *_, latents=wrong: {"latents": latents})
+    same = pipe("a", seed=3, num_inference_steps=1, output_type="np", callback_on_step_end=lambda *_: {"latents": None})  # type: ignore[dict-item, return-value]
+    assert np.array_equal(same.images, pipe("a", seed=3, num_inference_steps=1, output_type="np").images)
+
+
 def test_numbers_of_numpy_are_numbers(pipe: LatteFlowPipeline) -> None:
     plain = latents_of(pipe, PROMPTS, seed=[3, 4], guidance_scale=[2.0, 2.0], num_inference_steps=2)
     of_numpy = latents_of(
         pipe,
         PROMPTS,
         seed=np.array([3, 4]),
-        guidance_scale=np.float32(2),
+        guidance_scale=np.array(2.0),
         num_inference_steps=np.int64(2),
     )
     assert np.array_equal(plain, of_numpy)
@@ -170,9 +180,24 @@ def test_numbers_of_numpy_are_numbers(pipe: LatteFlowPipeline) -> None:
             {"latents": np.full((1, 4, 6, 8), 1e9, np.float32)},
             r"noise of variance 1, got a magnitude of 1e\+09",
         ),
-        (("a",), {"guidance_scale": "3"}, "guidance_scale must be a number, or one for each prompt, got '3'"),
+        (("a",), {"guidance_scale": "3"}, "guidance_scale must be a number, got '3'"),
         (("a",), {"num_inference_steps": 8.0}, "num_inference_steps must be a whole number, got 8.0"),
         (("a",), {"guidance_interval": (0.5, 0.5)}, r"guidance_interval must be flow times .*, got 0.5 to 0.5"),
+        (("a",), {"guidance_interval": 0.5}, "guidance_interval must be a pair of flow times, start and end, got 0.5"),
+        (
+            ("a",),
+            {"guidance_interval": "ab"},
+            "guidance_interval must be a pair of flow times, start and end, got 'ab'",
+        ),
+        (("a",), {"guidance_interval": ("0", 1)}, "guidance_interval must be a number, got '0'"),
+        (("a",), {"guidance_scale": 10**400}, "guidance_scale must be a number of 64 bits, got one of 401 digits"),
+        (("a",), {"guidance_scale": True}, "guidance_scale must be a number, got True"),
+        (("a",), {"shift": "2"}, "shift must be a number, got '2'"),
+        (("a",), {"negative_prompt": 5}, "negative_prompt must be text or a list of texts, got int"),
+        (("a",), {"height": 64.0}, "height must be a whole number, got 64.0"),
+        (("a",), {"latents": [["a"]]}, "latents must be an array of numbers"),
+        (("a",), {"generator": 1}, "generator must be a numpy.random.Generator, got int"),
+        ((["a", 5],), {}, "prompt must be text or a list of texts, got a list with int"),
         (("a",), {"seed": 1.0}, "seed must be a whole number, got 1.0"),
         (("a",), {"seed": [1.5]}, "seed must be a whole number, got 1.5"),
         (("a",), {"seed": 1, "generator": np.random.default_rng(0)}, "exclude each other"),
