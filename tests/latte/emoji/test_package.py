@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from latte.emoji.package import NAME, VERSION, fetch
+from latte.training.arguments import drawn_world
 from runtime.errors import InputError
 
 
@@ -78,6 +79,18 @@ def test_a_folder_with_other_content_is_left_alone(tmp_path: Path, tarball: Path
     with pytest.raises(InputError, match="not empty and contains no package"):
         fetch(tmp_path, tarball)
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_package_of_another_version_is_no_folder_of_images(tmp_path: Path) -> None:
+    """It was taken for a data set of class folders: "a photo of 64"."""
+    (tmp_path / "package.json").write_text(json.dumps({"name": NAME, "version": "15.1.2"}))
+    with pytest.raises(InputError, match=f"{NAME} 15.1.2; expected {NAME} {VERSION}"):
+        drawn_world(str(tmp_path), 0)
+    (tmp_path / "package.json").write_text(json.dumps({"name": NAME, "version": VERSION}))
+    with pytest.raises(InputError, match=r"has no emoji\.json; fetch the package again"):
+        drawn_world(str(tmp_path), 0)
+    (tmp_path / "package.json").write_text(json.dumps({"name": "another"}))
+    assert drawn_world(str(tmp_path), 0) is None
 
 
 def test_without_npm_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

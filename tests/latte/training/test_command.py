@@ -93,6 +93,66 @@ def test_questions_of_a_data_set_train_the_vlm(checkpoint: Path, images: Path, t
         assert torch.allclose(weight, after.model.visual.get_parameter(name), atol=2e-3), name  # fp16 on disk
 
 
+def rows_of(folder: Path, **columns: object) -> Path:
+    """A folder of eight images; a column has a value for all rows, or a list of eight."""
+    folder.mkdir()
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
+        for i in range(8):
+            Image.fromarray(np.full((40, 40, 3), 30 * i, np.uint8)).save(folder / f"{i}.png")
+            own = {name: value[i] if isinstance(value, list) else value for name, value in columns.items()}
+            metadata.write(json.dumps({"file_name": f"{i}.png", "text": f"grey {i}"} | own) + "\n")
+    return folder
+
+
+def test_rows_without_questions_are_named_and_replaced(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They had an image and no tokens for it, so that training ended in transformers."""
+    asked = [{"question": "what is it?", "answer": "grey"}]
+    data = rows_of(tmp_path / "data", questions=[asked if i % 4 else [] for i in range(8)])
+    run(checkpoint, "--data", data, "--out", tmp_path / "run", "--stage", "vlm")
+    told = capsys.readouterr().err
+    assert "left out 0.png: it has no questions" in told
+    assert "left out 4.png: it has no questions" in told
+
+
+def test_a_column_of_other_questions_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
+    data = rows_of(tmp_path / "texts", questions=[["what is it?"]] * 8)
+    run(checkpoint, "--data", data, "--out", tmp_path / "run")
+    with pytest.raises(InputError, match="cannot train the stage vlm; that needs a column `questions` of"):
+        run(checkpoint, "--data", data, "--out", tmp_path / "vlm", "--stage", "vlm")
+
+
+def test_a_caption_that_is_too_long_is_named_and_costs_only_itself(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ended the run in the middle, and again each time that it was started."""
+    data = rows_of(tmp_path / "data", text=["far " * 400 if i == 5 else f"grey {i}" for i in range(8)])
+    run(checkpoint, "--data", data, "--out", tmp_path / "run", "--caption-dropout", 0)
+    told = capsys.readouterr().err
+    assert told.count("left out the caption 'far far") == 1
+    assert "the model's limit is 128" in told
+
+
+def test_a_run_does_not_go_on_with_other_flips_or_flow_times(checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    run(checkpoint, "--data", images, "--out", tmp_path, steps=2)
+    for option, message in (
+        (("--random-flip",), "random_flip was False, is True"),
+        (("--timestep-sampling", "logit_normal"), "timestep_sampling was uniform, is logit_normal"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            run(checkpoint, "--data", images, "--out", tmp_path, *option)
+
+
+def test_a_dry_run_counts_in_the_size_that_is_asked_for(checkpoint: Path) -> None:
+    settings = TrainSettings(max_train_steps=1, train_batch_size=3, learning_rate=1e-3)
+    sizes = Sizes.of(checkpoint)
+    own, larger = (needs_of(each, settings, num_processes=1) for each in (sizes, sizes.at(96, 128)))
+    assert larger.trained_parameters == own.trained_parameters
+    assert larger.flops > 4 * own.flops
+    assert larger.activations > 4 * own.activations
+
+
 def test_cached_latents_train_as_encoded_ones_do(
     checkpoint: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,7 +296,12 @@ def test_groups_are_trained_apart(checkpoint: Path, images: Path, tmp_path: Path
         (("--cache-latents", "cache", "--crop", "random"), "--crop random cannot be cached"),
         (("--streaming", "--crop", "buckets"), "is streamed, which excludes --crop buckets; give --cache-latents"),
         (("--num-train-epochs", 2), "--max-train-steps and --num-train-epochs exclude each"),
-        (("--data", "shapes", "--streaming"), "--streaming, .* are for data sets; shapes is drawn"),
+        (("--data", "shapes", "--streaming"), "--streaming is for data sets, and shapes is drawn as it is needed"),
+        (("--data", "shapes", "--caption-dropout", 0.5), "--caption-dropout is for data sets"),
+        (("--data", "shapes", "--resolution", 64), "--resolution is for data sets"),
+        (("--stage", "vlm", "--groups", 1), "--groups is for the flow layers, and the stage is vlm; leave it out"),
+        (("--stage", "vlm", "--dry-run"), "--dry-run is for the flow layers"),
+        (("--dry-run", "--resolution", 30), "--resolution must be multiples of 4 pixels, got 30x30"),
         (("--validation-split", "validation"), "has no split 'validation'; its splits: train"),
         (
             ("--validation-prompts", "far " * 100),

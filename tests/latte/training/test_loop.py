@@ -115,7 +115,8 @@ def test_a_run_that_is_asked_to_stop_saves_its_state_first(tmp_path: Path) -> No
 
     def terminate(index: int, rows: Rows) -> Tensor:
         if index == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(2):  # to the process, and to its group
+                os.kill(os.getpid(), signal.SIGTERM)
         return batch(index, rows)
 
     stage.batch = terminate  # type: ignore[method-assign]
@@ -151,6 +152,15 @@ def test_a_run_can_be_extended_and_keeps_the_newest_states(tmp_path: Path) -> No
     assert [state.name for state in states_of(tmp_path)] == ["checkpoint-5", "checkpoint-4"]
     with safe_open(tmp_path / "checkpoint-5" / STATE, framework="pt") as file:
         assert file.metadata()["step"] == "5"
+
+
+def test_a_run_that_went_back_goes_on_from_there(tmp_path: Path) -> None:
+    """A later run took the newest state, which was of the branch that had been left."""
+    every = {"checkpointing_steps": 2, "checkpoints_total_limit": 2}
+    train(make_stage("autoencoder"), settings(6, **every), tmp_path)
+    train(make_stage("autoencoder"), settings(5, **every), tmp_path, resume_from=tmp_path / "checkpoint-4")
+    assert [state.name for state in states_of(tmp_path)] == ["checkpoint-5", "checkpoint-4"]
+    assert (tmp_path / "left-6" / STATE).is_file()
 
 
 def test_a_run_does_not_go_on_with_another_autoencoder(tmp_path: Path) -> None:
