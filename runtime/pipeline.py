@@ -172,9 +172,10 @@ class LatteFlowPipeline:
             for each, negative in zip(scales, negatives, strict=True)
         ]
         times = time_grid(sampling.num_inference_steps, sampling.shift)
-        prompts, negatives, scales = (
-            [value for value in values for _ in range(num_images_per_prompt)] for values in (prompts, negatives, scales)
+        prompts, negatives = (
+            [text for text in texts for _ in range(num_images_per_prompt)] for texts in (prompts, negatives)
         )
+        scales = [scale for scale in scales for _ in range(num_images_per_prompt)]
         noise, seeds = self._noise(len(prompts), seed, generator, latents, height, width)
         clock = _Clock()
         parts = self._parts(prompts, negatives, scales, times, defaults)
