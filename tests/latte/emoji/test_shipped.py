@@ -5,8 +5,6 @@ The judge needs the images of npm's package, which the tests do not fetch.
 
 from __future__ import annotations
 
-import pytest
-
 from latte.checkpoint import load_checkpoint, load_image_processor, resolve_checkpoint
 from latte.emoji.questions import WHAT
 from latte.score import answer
@@ -18,13 +16,14 @@ NAMES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("size", "least"), [("small", 10), ("large", 3)])
-def test_it_recognises_what_it_draws(size: str, least: int) -> None:
-    """It recognised 14 and 6 of these when it was made; a guess is right once in 1,370 times."""
+def test_it_recognises_what_it_draws() -> None:
+    """It recognised 11 of these small and 11 large when it was made; a guess is right once in 1,370 times."""
     model = load_checkpoint("emoji")
-    prompts = [f"a {size} {name} on a navy background" for name in NAMES]
-    images = model.generate(prompts, seed=list(range(len(NAMES))))
     processor = load_image_processor(resolve_checkpoint("emoji"))
-    told = answer(model.vlm, model.tokenizer, processor, images, [WHAT] * len(NAMES))
-    right = [name for name, what in zip(NAMES, told, strict=True) if what == name]
-    assert len(right) >= least, list(zip(NAMES, told, strict=True))
+    told = []
+    for size in ("small", "large"):
+        prompts = [f"a {size} {name} on a navy background" for name in NAMES]
+        images = model.generate(prompts, seed=list(range(len(NAMES))))
+        told += answer(model.vlm, model.tokenizer, processor, images, [WHAT] * len(NAMES))
+    right = [name for name, what in zip(NAMES * 2, told, strict=True) if what == name]
+    assert len(right) >= 18, list(zip(NAMES * 2, told, strict=True))
