@@ -114,13 +114,17 @@ def pipe(bundle: Path) -> LatteFlowPipeline:
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """`latte-flow demo` as a user runs it: its folder, and what it printed."""
-    folder = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, "-m", "runtime.cli", "demo", "--out", str(folder)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert finished.returncode == 0, finished.stderr
-    return folder, finished.stdout
+def demo(shared: Path) -> tuple[Path, str]:
+    """`latte-flow demo` as a user runs it: its folder, which no test changes, and what it printed."""
+    folder = shared / "demo" / "out"
+
+    def make(printed: Path) -> None:
+        command = [sys.executable, "-m", "runtime.cli", "demo", "--out", str(folder)]
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        assert finished.returncode == 0, finished.stderr
+        printed.write_text(finished.stdout)
+
+    return folder, made_once(shared / "demo" / "printed.txt", make).read_text()
 
 
 @pytest.fixture
