@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -236,22 +236,25 @@ def _takes_all_latents(pipeline: LatteFlowPipeline, reference: Reference) -> boo
 def _language_rows(pipeline: LatteFlowPipeline, case: EngineCase, tolerances: Tolerances) -> Iterator[ParityRow]:
     outputs = LanguageModel(pipeline.engines).forward(case.input_ids, case.mask)
     # Padding is masked wherever it is read, so its values do not matter.
-    kept = case.mask[None, :, None, :, None]  # [1, R, 1, P, 1]
-    for group, expected in enumerate(case.prefix_kv):
-        value = outputs.kv[group].numpy()
-        for index, part in enumerate(("keys", "values")):
-            pair = (value[:, index] * kept, expected[:, index] * kept)
-            yield relative_row("engine", f"vlm {part}, {case.size}", *pair, tolerances.engine, group=group)
+    kept = case.mask[None, None, :, None, :, None]  # [1, 1, R, 1, P, 1]
+    expected = [kv * kept for kv in case.prefix_kv]
+    yield from _key_value_rows([kv.numpy() * kept for kv in outputs.kv], expected, case.size, tolerances)
 
 
 def _far_rows(pipeline: LatteFlowPipeline, case: FarCase, tolerances: Tolerances) -> Iterator[ParityRow]:
     seen = np.ones_like(case.input_ids, bool)
     outputs = LanguageModel(pipeline.engines).forward(case.input_ids, seen, case.position_ids)
-    for group, expected in enumerate(case.kv):
-        value = outputs.kv[group].numpy()
+    yield from _key_value_rows([kv.numpy() for kv in outputs.kv], case.kv, "at the end of the context", tolerances)
+
+
+def _key_value_rows(
+    values: Sequence[np.ndarray], expected: Sequence[np.ndarray], where: str, tolerances: Tolerances
+) -> Iterator[ParityRow]:
+    """Compares keys and values, `[M, 2, R, Hkv, P, D]` of each expert group."""
+    for group, (value, right) in enumerate(zip(values, expected, strict=True)):
         for index, part in enumerate(("keys", "values")):
-            what = f"vlm {part}, at the end of the context"
-            yield relative_row("engine", what, value[:, index], expected[:, index], tolerances.engine, group=group)
+            pair = (value[:, index], right[:, index])
+            yield relative_row("engine", f"vlm {part}, {where}", *pair, tolerances.engine, group=group)
 
 
 def _sampling_rows(pipeline: LatteFlowPipeline, reference: Reference, tolerances: Tolerances) -> Iterator[ParityRow]:

@@ -367,9 +367,9 @@ class LatteFlowPipeline:
             if not is_decodable(latents):
                 raise InputError(f"latents must be noise of variance 1, got a magnitude of {np.abs(latents).max():g}")
             return np.ascontiguousarray(latents, np.float32), [None] * count
-        if generator is not None and not isinstance(generator, np.random.Generator):
-            raise InputError(f"generator must be a numpy.random.Generator, got {type(generator).__name__}")
         if generator is not None:
+            if not isinstance(generator, np.random.Generator):
+                raise InputError(f"generator must be a numpy.random.Generator, got {type(generator).__name__}")
             return generator.standard_normal((count, *shape), np.float32), [None] * count
         if seed is None:
             seed = int(np.random.SeedSequence().generate_state(1)[0])
